@@ -1,0 +1,77 @@
+"""Statements and cleanup that come to their end although an anyio scope cancels every await of the caller.
+
+`task.cancel()` raises once; a cancel scope of anyio (Starlette's `BaseHTTPMiddleware`, a streaming response whose
+client left) raises at every await until the scope is left. That also strikes the awaits with which a driver tells PostgreSQL
+to stop: the client sees a cancelled query, the server goes on with it and keeps its place in the lock queue. Work in a
+task of its own is outside the caller's scopes and is cancelled once, if at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Coroutine
+    from contextlib import AbstractAsyncContextManager
+
+T = TypeVar("T")
+
+CLEANUP_LIMIT = 10.0
+"""Seconds after which cleanup against a server that does not answer is given up."""
+
+
+async def interruptible(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_retrieve)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.cancel()
+        with anyio.CancelScope(shield=True):
+            await asyncio.wait([task], timeout=CLEANUP_LIMIT)
+        raise
+
+
+async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end whatever cancels the caller meanwhile, for at most `CLEANUP_LIMIT` seconds."""
+    task = asyncio.create_task(_limited(work))
+    task.add_done_callback(_retrieve)
+    cancelled: asyncio.CancelledError | None = None
+    with anyio.CancelScope(shield=True):
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
+    return task.result()
+
+
+@asynccontextmanager
+async def settled(block: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
+    """`async with block`, except that its exit comes to an end under any cancellation."""
+    value = await block.__aenter__()
+    try:
+        yield value
+    except BaseException as error:
+        if not await uninterrupted(block.__aexit__(type(error), error, error.__traceback__)):
+            raise
+    else:
+        await interruptible(block.__aexit__(None, None, None))
+
+
+async def _limited(work: Coroutine[Any, Any, T]) -> T:
+    async with asyncio.timeout(CLEANUP_LIMIT):
+        return await work
+
+
+def _retrieve(task: asyncio.Task[Any]) -> None:
+    """Keep asyncio from logging an error that a cancelled caller no longer waits for."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,79 @@
+"""What coord asks of the engine it is given: PostgreSQL through asyncpg, no orphaned statements, honest commits."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Dialect, ExceptionContext
+
+logger = logging.getLogger("coord.engine")
+
+CONNECTION_CHECK = "250ms"
+"""How soon a backend notices, in the middle of a statement, that its client has gone."""
+
+_CHECKED = "coord.checked"
+_FAILED = "coord.failed"
+
+
+def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
+    """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
+    bind = source.kw.get("bind") if isinstance(source, async_sessionmaker) else source.bind
+    engine = bind.engine if isinstance(bind, AsyncConnection) else bind
+    if not isinstance(engine, AsyncEngine):
+        message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
+        raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
+    require_asyncpg(engine.dialect)
+    return engine
+
+
+def require_asyncpg(dialect: Dialect) -> None:
+    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
+        raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
+
+
+def prepare(engine: AsyncEngine) -> None:
+    """Have the engine's connections end what their client abandoned and refuse to commit what has failed.
+
+    Sets `client_connection_check_interval` once a connection (PostgreSQL 14 and later, where the platform can tell; see
+    section 19.3 of its manual). Repeating the call changes nothing.
+    """
+    sync_engine = engine.sync_engine
+    if not event.contains(sync_engine, "checkout", _check_client):
+        event.listen(sync_engine, "checkout", _check_client)
+        event.listen(sync_engine, "handle_error", _note_failure)
+        event.listen(sync_engine, "commit", _refuse_failed)
+
+
+def _check_client(dbapi_connection: Any, record: Any, _proxy: Any) -> None:
+    record.info.pop(_FAILED, None)
+    if record.info.get(_CHECKED) is not dbapi_connection:
+        record.info[_CHECKED] = dbapi_connection
+        dbapi_connection.run_async(_set_connection_check)
+
+
+async def _set_connection_check(driver: asyncpg.Connection) -> None:
+    try:
+        await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
+    except asyncpg.PostgresError as error:
+        logger.debug("client_connection_check_interval is not to be had here: %s", error)
+
+
+def _note_failure(context: ExceptionContext) -> None:
+    if context.connection is not None and not context.is_disconnect and not context.connection.invalidated:
+        context.connection.info[_FAILED] = True
+
+
+def _refuse_failed(connection: Connection) -> None:
+    """PostgreSQL answers COMMIT in a failed transaction with a ROLLBACK and no error; make it an error.
+
+    Only after a statement has failed does this cost a round trip. Inside a savepoint that was rolled back it passes.
+    """
+    if not connection.invalidated and connection.info.pop(_FAILED, False):
+        connection.exec_driver_sql("SELECT 1")

@@ -1,0 +1,219 @@
+"""Table locks and advisory locks that end with the transaction."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Table, func, inspect, select
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import NoInspectionAvailable
+from sqlalchemy.orm import Mapper
+
+from coord.acquisition import Acquisition, acquire
+from coord.cancellation import interruptible, uninterrupted
+from coord.durations import postgres_timeout
+from coord.engine import engine_of
+from coord.transaction import connection_in_use, holding_lock, is_explicit
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+    from coord.durations import Seconds
+
+
+class LockMode(StrEnum):
+    """PostgreSQL's table lock modes, weakest first (section 13.3.1 of its manual)."""
+
+    ACCESS_SHARE = "ACCESS SHARE"
+    ROW_SHARE = "ROW SHARE"
+    ROW_EXCLUSIVE = "ROW EXCLUSIVE"
+    SHARE_UPDATE_EXCLUSIVE = "SHARE UPDATE EXCLUSIVE"
+    SHARE = "SHARE"
+    SHARE_ROW_EXCLUSIVE = "SHARE ROW EXCLUSIVE"
+    EXCLUSIVE = "EXCLUSIVE"
+    ACCESS_EXCLUSIVE = "ACCESS EXCLUSIVE"
+
+    @classmethod
+    def _missing_(cls, value: object) -> LockMode:
+        if isinstance(value, str) and value in cls.__members__:
+            return cls[value]
+        raise ValueError(f"{value!r} is not a lock mode; the modes are {', '.join(cls)}")
+
+
+_MODES = list(LockMode)
+_CONFLICTS = {  # table 13.2 of the manual, by strength
+    LockMode.ACCESS_SHARE: _MODES[7:],
+    LockMode.ROW_SHARE: _MODES[6:],
+    LockMode.ROW_EXCLUSIVE: _MODES[4:],
+    LockMode.SHARE_UPDATE_EXCLUSIVE: _MODES[3:],
+    LockMode.SHARE: [*_MODES[2:4], *_MODES[5:]],
+    LockMode.SHARE_ROW_EXCLUSIVE: _MODES[2:],
+    LockMode.EXCLUSIVE: _MODES[1:],
+    LockMode.ACCESS_EXCLUSIVE: _MODES,
+}
+
+
+@asynccontextmanager
+async def lock_tables(
+    session: AsyncSession,
+    tables: Sequence[type[Any] | Table],
+    *,
+    mode: LockMode | str = LockMode.SHARE_ROW_EXCLUSIVE,
+    timeout: Seconds | str | None = 5.0,
+) -> AsyncIterator[AsyncSession]:
+    """Hold table locks until the transaction ends; with none open, this block is the transaction and commits at exit.
+
+    The tables are locked in one order everywhere, so calls that lock before they touch a table never deadlock each
+    other. The lock is taken before any pending change is flushed. Read after it: `session.get` returns a row that was
+    loaded before the lock without looking again, unless it is told `populate_existing=True`.
+
+    `timeout` is one deadline in seconds for all the tables ("500ms" works too); 0 does not wait at all, None leaves it
+    to the server's `lock_timeout`, which is afterwards as it was before. The default mode excludes itself and all
+    writers, not readers. Inside a savepoint, the lock is lost when that rolls back.
+
+        async with lock_tables(session=session, tables=[Stock, Order]):
+            stock = await session.get(Stock, sku)
+
+    Raises `LockTimeoutError`, after which an open transaction is still usable, and `DeadlockError`. An unknown mode, an
+    empty list and a negative timeout are a `ValueError` before any SQL.
+    """
+    lock_mode = LockMode(mode)
+    limit = None if timeout is None else postgres_timeout("timeout", timeout)
+    targets = _tables(tables)
+    engine_of(session)
+
+    def plan(connection: AsyncConnection) -> Acquisition:
+        return _table_acquisition(connection, targets, lock_mode, limit)
+
+    async with _held(session, plan):
+        yield session
+
+
+@asynccontextmanager
+async def advisory_lock(
+    session: AsyncSession,
+    key: int | tuple[int, int] | str,
+    *,
+    shared: bool = False,
+    timeout: Seconds | None = 5.0,
+) -> AsyncIterator[AsyncSession]:
+    """Hold a transaction-level advisory lock (section 13.3.5 of PostgreSQL's manual), on a number, a pair or a name.
+
+    It excludes only who asks for the same key, and no autovacuum. Transaction, deadline and errors are those of
+    `lock_tables`; a `timeout` of 0 waits a millisecond. A name is hashed to 64 bits, the same in every process.
+
+        async with advisory_lock(session, "nightly-report"):
+            ...
+    """
+    words = _advisory_key(key)
+    limit = None if timeout is None else postgres_timeout("timeout", timeout)
+    engine_of(session)
+    async with _held(session, lambda _: _advisory_acquisition(key, words, shared, limit)):
+        yield session
+
+
+@asynccontextmanager
+async def _held(session: AsyncSession, plan: Callable[[AsyncConnection], Acquisition]) -> AsyncIterator[None]:
+    """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
+    joins = is_explicit(session) or connection_in_use(session)
+    try:
+        connection = await session.connection()
+        await interruptible(acquire(connection, plan(connection)))
+        transaction = session.get_transaction()
+        with holding_lock(session):
+            yield
+        if not joins and session.get_transaction() is not transaction:
+            message = (
+                "The lock was released before its block ended: its transaction was committed or rolled back inside."
+            )
+            raise RuntimeError(message)
+        if not joins:
+            await interruptible(session.commit())
+    except BaseException:
+        if not joins:
+            await uninterrupted(session.rollback())
+        raise
+
+
+def _tables(tables: Sequence[type[Any] | Table]) -> list[Table]:
+    if isinstance(tables, str | type | Table) or not tables:
+        raise ValueError(f"tables is a list of at least one mapped class or Table, not {tables!r}")
+    return [table for target in tables for table in _tables_of(target)]
+
+
+def _tables_of(target: object) -> Iterable[Table]:
+    """A mapped class may have several tables (joined inheritance)."""
+    if isinstance(target, Table):
+        return [target]
+    try:
+        mapper = inspect(target)
+    except NoInspectionAvailable:
+        mapper = None
+    if not isinstance(target, type) or not isinstance(mapper, Mapper):
+        raise ValueError(f"{target!r} is neither a mapped class nor a Table")  # noqa: TRY004 - an alias is refused too
+    found = [table for table in mapper.tables if isinstance(table, Table)]
+    if not found:
+        raise ValueError(f"{target!r} is not mapped to a table")
+    return found
+
+
+def _table_acquisition(
+    connection: AsyncConnection, tables: Sequence[Table], mode: LockMode, limit: float | None
+) -> Acquisition:
+    dialect = connection.dialect
+    preparer = dialect.identifier_preparer
+    schemas = connection.sync_connection.get_execution_options().get("schema_translate_map") or {}  # type: ignore[union-attr]
+    spelled: dict[tuple[str, str], tuple[str, str]] = {}
+    for table in tables:
+        schema = schemas.get(table.schema, table.schema)
+        quoted = preparer.quote(table.name)
+        sql = f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
+        plain = f"{schema}.{table.name}" if schema else table.name
+        spelled.setdefault((schema or dialect.default_schema_name or "", table.name), (sql, plain))
+    ordered = [spelled[key] for key in sorted(spelled)]
+    nowait = " NOWAIT" if limit == 0 else ""
+    names = [plain for _, plain in ordered]
+    return Acquisition(
+        statements=[f"LOCK TABLE {sql} IN {mode} MODE{nowait}" for sql, _ in ordered],
+        subject=f"{', '.join(names)} in {mode} mode",
+        limit=limit,
+        blockers="lock.relation = ANY ($1::text[]::regclass[]) AND lock.mode = ANY ($2)",
+        blocked_by=([sql for sql, _ in ordered], [_as_pg_locks_spells(other) for other in _CONFLICTS[mode]]),
+        tables=names,
+    )
+
+
+def _as_pg_locks_spells(mode: LockMode) -> str:
+    return mode.title().replace(" ", "") + "Lock"
+
+
+def _advisory_key(key: int | tuple[int, int] | str) -> tuple[int, ...]:
+    match key:
+        case str():
+            digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+            return (int.from_bytes(digest, signed=True),)
+        case int() if not isinstance(key, bool) and -(2**63) <= key < 2**63:
+            return (key,)
+        case (int(), int()) if all(not isinstance(part, bool) and -(2**31) <= part < 2**31 for part in key):
+            return key
+    raise ValueError(f"key is a 64-bit integer, a pair of 32-bit integers or a name, not {key!r}")
+
+
+def _advisory_acquisition(
+    key: int | tuple[int, int] | str, words: tuple[int, ...], shared: bool, limit: float | None
+) -> Acquisition:
+    take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
+    statement = select(take(*words)).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
+    high, low = words if len(words) == 2 else (words[0] >> 32, words[0])
+    return Acquisition(
+        statements=[str(statement)],
+        subject=f"Advisory lock {key!r}",
+        limit=0.001 if limit == 0 else limit,
+        blockers="lock.locktype = 'advisory' AND (lock.classid, lock.objid, lock.objsubid) = ($1, $2, $3)",
+        blocked_by=(high % 2**32, low % 2**32, len(words)),
+    )

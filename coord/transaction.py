@@ -1,0 +1,91 @@
+"""What the caller's transaction is and holds, as far as locks and waits must know."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import SessionTransactionOrigin
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_LOCKS = "coord.locks"
+
+_WRITTEN = text("""
+    SELECT pg_current_xact_id_if_assigned() IS NOT NULL OR EXISTS (
+        SELECT FROM pg_locks WHERE pid = pg_backend_pid() AND granted AND locktype = 'relation' AND mode IN
+            ('ShareUpdateExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'))
+""")
+_TRANSACTION_IDS = text("""
+    SELECT count(*) FROM pg_locks WHERE pid = pg_backend_pid() AND locktype = 'transactionid' AND mode = 'ExclusiveLock'
+""")
+
+
+def connection_in_use(session: AsyncSession) -> bool:
+    """Whether the session's transaction has a connection; an autobegun one has none before its first statement."""
+    transaction = session.sync_session.get_transaction()
+    return transaction is not None and bool(transaction._connections)  # pinned by tests/test_transaction.py
+
+
+def is_explicit(session: AsyncSession) -> bool:
+    """Whether somebody opened a block, `session.begin()` or a savepoint, that is theirs to end."""
+    transaction = session.sync_session.get_transaction()
+    return transaction is not None and (
+        session.in_nested_transaction() or transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
+    )
+
+
+@contextmanager
+def holding_lock(session: AsyncSession) -> Iterator[None]:
+    """Mark the session as inside `lock_tables` or `advisory_lock`."""
+    session.info[_LOCKS] = session.info.get(_LOCKS, 0) + 1
+    try:
+        yield
+    finally:
+        session.info[_LOCKS] -= 1
+
+
+def holds_lock(session: AsyncSession) -> bool:
+    return session.info.get(_LOCKS, 0) > 0
+
+
+async def has_written(session: AsyncSession) -> bool:
+    """Whether others must wait for this transaction to end before they see, or can make, a change.
+
+    PostgreSQL assigns a transaction id at the first write or row lock (section 67.1 of its manual), so one question
+    also covers raw SQL and functions; a table lock stronger than a writer's counts as well. A session bound to one
+    connection shares that connection's transaction: there it is asked about the session's own part of it.
+    """
+    connection = await session.connection()
+    if not isinstance(session.bind, AsyncConnection):
+        return bool(await connection.scalar(_WRITTEN))
+    if _savepoints(session.bind) == 0:
+        return _orm_has_flushed(session)
+    # Every level of savepoints that has written, and so each around it, holds a lock on a transaction id of its own.
+    return bool((await connection.scalar(_TRANSACTION_IDS) or 0) > _savepoints(session.bind))
+
+
+async def end_transaction(session: AsyncSession) -> None:
+    """End the transaction and free its connection, leaving loaded rows and unflushed changes as they are.
+
+    `commit()` would flush and `rollback()` would expire and expunge.
+    """
+    transaction = session.sync_session.get_transaction()
+    if transaction is not None:
+        await session.run_sync(lambda _: transaction.close())
+
+
+def _savepoints(connection: AsyncConnection) -> int:
+    assert connection.sync_connection is not None
+    depth, savepoint = 0, connection.sync_connection.get_nested_transaction()
+    while savepoint is not None:
+        depth, savepoint = depth + 1, savepoint._previous_nested
+    return depth
+
+
+def _orm_has_flushed(session: AsyncSession) -> bool:
+    transaction = session.sync_session.get_transaction()
+    return transaction is not None and bool(transaction._new or transaction._dirty or transaction._deleted)

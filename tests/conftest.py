@@ -1,0 +1,109 @@
+"""Real servers for every test: embedded ones, or those that the two variables name.
+
+`COORD_TEST_DATABASE_URL` and `COORD_TEST_REDIS_URL` point elsewhere. Every test process has a database of its own there;
+one given Redis is shared out by database number, so it must hold nothing of value in numbers 1 to 15.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.schema import CreateSchema
+
+from coord.embedded import PostgreSQL, Valkey
+from tests.models import Base
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+
+@pytest.fixture(scope="session")
+def server_directory() -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="coord-"))
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_url(server_directory: Path) -> Iterator[str]:
+    """A server's maintenance database."""
+    if given := os.environ.get("COORD_TEST_DATABASE_URL"):
+        yield given
+        return
+    settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+    with PostgreSQL(server_directory / "postgresql", settings=settings) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+async def database_url(postgres_url: str) -> AsyncIterator[str]:
+    """A database of this test process alone."""
+    name = f"coord_test_{uuid.uuid4().hex[:12]}"
+    dsn = make_url(postgres_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(dsn)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    yield make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
+    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await connection.close()
+
+
+@pytest.fixture(scope="session")
+def redis_url(server_directory: Path) -> Iterator[str]:
+    if given := os.environ.get("COORD_TEST_REDIS_URL"):
+        number = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 15
+        yield f"{given.rstrip('/').rsplit('/', 1)[0] if given.count('/') > 2 else given.rstrip('/')}/{number}"
+        return
+    with Valkey(server_directory / "valkey") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """An engine with a wide pool; tests that count connections make their own."""
+    engine = create_async_engine(database_url, pool_size=20, max_overflow=0)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture(scope="session")
+def session_maker(engine: AsyncEngine) -> async_sessionmaker:
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+@pytest.fixture(scope="session", autouse=False)
+async def schema(engine: AsyncEngine) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(CreateSchema("Other Shop", if_not_exists=True))
+        await connection.run_sync(Base.metadata.create_all)
+
+
+@pytest.fixture
+async def tables(engine: AsyncEngine, schema: None) -> AsyncIterator[None]:
+    """Empty tables; emptied again afterwards, which also shows that a test left no lock behind."""
+    names = [table.key for table in Base.metadata.sorted_tables]
+    statement = "TRUNCATE " + ", ".join(".".join(f'"{part}"' for part in name.split(".")) for name in names)
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+        await connection.exec_driver_sql(statement)
+    yield
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+        await connection.exec_driver_sql(statement)
+
+
+@pytest.fixture
+async def observer(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A connection outside every pool, to see what others see."""
+    dsn = make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(dsn)
+    yield connection
+    await connection.close()

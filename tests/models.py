@@ -1,0 +1,52 @@
+"""The tables that the library's own tests play on."""
+
+from __future__ import annotations
+
+from sqlalchemy import ForeignKey, Table
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(default="")
+
+
+class Item(Base):
+    """Its foreign key is checked at COMMIT, so a commit can be made to fail."""
+
+    __tablename__ = "items"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    user_id: Mapped[int | None] = mapped_column(ForeignKey("users.id", deferrable=True, initially="DEFERRED"))
+    number: Mapped[int] = mapped_column(default=0)
+
+
+class Account(Base):
+    """A row with a version, a renamed attribute and a key of two columns."""
+
+    __tablename__ = "accounts"
+    region: Mapped[str] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    state: Mapped[str] = mapped_column("status", default="open")
+    balance: Mapped[int] = mapped_column(default=0)
+    version: Mapped[int] = mapped_column()
+    __mapper_args__ = {"version_id_col": version}  # noqa: RUF012 - SQLAlchemy's own way to write it
+
+
+class Reserved(Base):
+    """A table whose name and schema have to be quoted."""
+
+    __tablename__ = "order"
+    __table_args__ = {"schema": "Other Shop"}  # noqa: RUF012
+    id: Mapped[int] = mapped_column(primary_key=True)
+    status: Mapped[str] = mapped_column(default="pending")
+
+
+def table_of(model: type[Base]) -> Table:
+    table = model.__table__
+    assert isinstance(table, Table)
+    return table

@@ -1,0 +1,48 @@
+"""Applications on a real socket: in-process clients buffer bodies, hide late commits and invent disconnects."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import uvicorn
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def served(app: Any, **client_options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the app, which uvicorn serves in this event loop until the block ends."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(2048)
+        server = _Server(uvicorn.Config(app, log_level="critical", lifespan="on", timeout_graceful_shutdown=5))
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        try:
+            async with httpx.AsyncClient(base_url=url, timeout=30, **client_options) as client:
+                yield client
+        finally:
+            server.should_exit = True
+            await task
+
+
+async def eventually(condition: Any, *, within: float = 5.0, message: str = "") -> Any:
+    """The first true result of the asynchronous `condition`, looked at again until the time is up."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + within
+    while not (result := await condition()):
+        if loop.time() > deadline:
+            raise AssertionError(message or f"not true within {within} s, last seen: {result!r}")
+        await asyncio.sleep(0.01)
+    return result
