@@ -1,7 +1,7 @@
 """Real servers for every test: embedded ones, or those that the two variables name.
 
-`COORD_TEST_DATABASE_URL` and `COORD_TEST_REDIS_URL` point elsewhere. Every test process has a database of its own there;
-one given Redis is shared out by database number, so it must hold nothing of value in numbers 1 to 15.
+`COORD_TEST_DATABASE_URL` and `COORD_TEST_REDIS_URL` point elsewhere. Every test process has a database of its own
+there; one given Redis is shared out by database number, so it must hold nothing of value in numbers 1 to 15.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import Response
+from starlette.responses import Response  # noqa: TC002 - FastAPI reads the annotation
 
 from coord import create_db_context, create_db_dependency, get_transaction
 from tests.models import Item, User
@@ -94,10 +95,10 @@ def register_failures(app: FastAPI, plain: Any, function: Any) -> None:
     async def swallowed(user_id: int, session: AsyncSession = plain) -> None:
         session.add(User(id=user_id))
         await session.flush()
-        try:
-            await session.execute(text("SELECT 1 / 0"))
-        except DBAPIError:
-            pass  # the transaction is lost, and PostgreSQL will answer COMMIT with ROLLBACK and no error
+        with contextlib.suppress(DBAPIError):
+            await session.execute(
+                text("SELECT 1 / 0")
+            )  # the transaction is lost, and PostgreSQL will answer COMMIT with ROLLBACK and no error
 
     @app.post("/raises/{user_id}")
     async def raises(user_id: int, session: AsyncSession = plain) -> None:
