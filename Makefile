@@ -1,0 +1,52 @@
+# Needs Python 3.11 or newer and make; every target prepares .venv when it is missing or out of date.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TYPED := $(wildcard coord worker api tests benchmarks demo)
+
+.PHONY: help venv demo serve test test-fast check format pin clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+venv: $(READY) ## the virtual environment, pinned by constraints.txt
+
+demo: $(READY) ## start the stack, drive 300 orders through it, verify what happened
+	@$(BIN)/python -m demo
+
+serve: $(READY) ## start the stack and keep it up
+	@$(BIN)/python -m demo --serve
+
+test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(READY) ## the suite without its slow tests
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+check: $(READY) ## format, lint and strict types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy $(TYPED)
+
+format: $(READY) ## rewrite the code in the house format
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+pin: $(READY) ## write what is installed to constraints.txt
+	@$(BIN)/python -m pip freeze --all --exclude-editable > constraints.txt
+	@touch $(READY)
+
+clean: ## delete the virtual environment, the caches and the data of coord dev
+	@rm -rf .venv .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip comes first: the one that Python 3.11 brings knows no dependency groups.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("coord needs Python 3.11 or newer, and $(PYTHON) is %d.%d; try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@echo "Preparing .venv, which takes about a minute the first time"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@$(PIP) install --constraint constraints.txt --upgrade pip hatchling editables
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --group dev --editable '.[embedded]'
+	@touch $(READY)
