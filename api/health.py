@@ -1,0 +1,53 @@
+"""Whether this process can do its work."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Literal
+
+from fastapi import APIRouter, Response
+from pydantic import BaseModel
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from api.queue import redis
+from worker.database import engine
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+SECONDS = 2.0
+
+State = Literal["ok", "down"]
+router = APIRouter(tags=["health"])
+# A connection of its own: one that waits for a busy pool would call a busy process a sick one.
+probe = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+
+
+class Health(BaseModel):
+    postgresql: State
+    redis: State
+
+
+@router.get("/healthz", responses={503: {"model": Health}})
+async def healthz(response: Response) -> Health:
+    """Without Redis the shop still takes orders; without PostgreSQL it does nothing."""
+    postgresql, feed = await asyncio.gather(_state(_select()), _state(redis.ping()))
+    response.status_code = 200 if postgresql == "ok" else 503
+    return Health(postgresql=postgresql, redis=feed)
+
+
+async def _select() -> None:
+    async with probe.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+
+
+async def _state(check: Awaitable[object]) -> State:
+    """Answered in time whatever hangs: a check that is late is told to stop, and not waited for."""
+    task = asyncio.ensure_future(check)
+    await asyncio.wait([task], timeout=SECONDS)
+    if task.done():
+        return "down" if task.exception() else "ok"
+    task.cancel()
+    task.add_done_callback(lambda late: late.cancelled() or late.exception())
+    return "down"

@@ -1,0 +1,1 @@
+"""`python -m demo`: three hundred orders at once, and the proof from the database that every promise held."""

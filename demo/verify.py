@@ -1,0 +1,89 @@
+"""What must hold, looked up in the database: nothing here believes the shop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import asyncpg
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from demo.customers import Outcome
+
+ORDERS = "SELECT id, sku, quantity, status, invoice_number FROM orders WHERE sku = ANY ($1)"
+STOCK = "SELECT sku, quantity FROM stock WHERE sku = ANY ($1)"
+INVOICES = """
+    SELECT count(*) FILTER (WHERE status = 'fulfilled') AS fulfilled,
+           count(*) FILTER (WHERE status <> 'fulfilled' AND invoice_number IS NOT NULL) AS undeserved,
+           count(invoice_number) AS invoices,
+           count(DISTINCT invoice_number) AS numbers,
+           coalesce(min(invoice_number), 1) AS first,
+           coalesce(max(invoice_number), 0) AS last
+    FROM orders
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    promise: str
+    broken: str | None
+    """What was found instead, or None when the promise held."""
+
+
+async def verify(database_url: str, outcomes: Sequence[Outcome], stock: Mapping[str, int]) -> list[Check]:
+    connection = await asyncpg.connect(database_url.replace("postgresql+asyncpg", "postgresql", 1))
+    try:
+        orders = await connection.fetch(ORDERS, list(stock))
+        left = {row["sku"]: row["quantity"] for row in await connection.fetch(STOCK, list(stock))}
+        invoices = await connection.fetchrow(INVOICES)
+    finally:
+        await connection.close()
+    return [
+        _answered(outcomes),
+        _agreed(outcomes, orders),
+        _stock_exact(orders, stock, left),
+        _rejected_rightly(orders, left),
+        _invoices_gapless(invoices),
+    ]
+
+
+def _answered(outcomes: Sequence[Outcome]) -> Check:
+    complaints = [outcome.complaint for outcome in outcomes if outcome.order is None]
+    broken = f"{len(complaints)} were not, the first: {complaints[0]}" if complaints else None
+    return Check("every order was answered with its outcome", broken)
+
+
+def _agreed(outcomes: Sequence[Outcome], orders: Sequence[asyncpg.Record]) -> Check:
+    stored = {row["id"]: dict(row) for row in orders}
+    told = [outcome.order for outcome in outcomes if outcome.order is not None]
+    differing = [order["id"] for order in told if stored.get(order["id"]) != order]
+    broken = f"orders {differing[:5]} differ" if differing else None
+    if len(orders) != len(outcomes):
+        broken = f"there are {len(orders)} orders for {len(outcomes)} customers"
+    return Check("the database holds what the customers were told", broken)
+
+
+def _stock_exact(orders: Sequence[asyncpg.Record], stock: Mapping[str, int], left: Mapping[str, int]) -> Check:
+    """Replays the invoices in their order: at none of them may more have been taken than there was."""
+    remaining, lowest = dict(stock), 0
+    for row in sorted((row for row in orders if row["status"] == "fulfilled"), key=lambda row: row["invoice_number"]):
+        remaining[row["sku"]] -= row["quantity"]
+        lowest = min(lowest, remaining[row["sku"]])
+    broken = f"{dict(left)} is left, {remaining} should be" if remaining != left else None
+    return Check("stock is exact and never went negative", f"it went down to {lowest}" if lowest < 0 else broken)
+
+
+def _rejected_rightly(orders: Sequence[asyncpg.Record], left: Mapping[str, int]) -> Check:
+    """Stock only fell: an order that was out of stock once still is."""
+    wrong = [row["id"] for row in orders if row["status"] == "rejected" and row["quantity"] <= left[row["sku"]]]
+    return Check("nobody was turned away while there was stock", f"orders {wrong[:5]} were" if wrong else None)
+
+
+def _invoices_gapless(found: asyncpg.Record) -> Check:
+    expected = {"invoices": "fulfilled", "numbers": "fulfilled", "last": "fulfilled"}
+    whole = found["first"] == 1 and not found["undeserved"]
+    holds = whole and all(found[name] == found[same] for name, same in expected.items())
+    promise = f"one invoice for each fulfilled order, 1…{found['last']} without a gap"
+    return Check(promise, None if holds else ", ".join(f"{value} {name}" for name, value in found.items()))

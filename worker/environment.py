@@ -1,0 +1,49 @@
+"""The two variables that configure the shop. They are read, and refused if malformed, at import; nothing connects."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Never
+from urllib.parse import unquote
+
+from arq.connections import RedisSettings
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+DATABASE = "COORD_DATABASE_URL"
+REDIS = "COORD_REDIS_URL"
+# The ports that docker-compose.yml publishes.
+DEFAULT_DATABASE_URL = "postgresql+asyncpg://coord:coord@127.0.0.1:5432/coord"
+DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
+
+
+def database_url() -> URL:
+    try:
+        url = make_url(os.environ.get(DATABASE, DEFAULT_DATABASE_URL))
+    except (ArgumentError, ValueError):  # not shown: what cannot be parsed may hold a password anywhere
+        refuse(DATABASE, "malformed; it looks like postgresql+asyncpg://user:password@host:5432/database")
+    if url.drivername != "postgresql+asyncpg":
+        refuse(DATABASE, f"needs the driver postgresql+asyncpg, not {url.drivername}")
+    return url
+
+
+def redis_url() -> str:
+    return os.environ.get(REDIS, DEFAULT_REDIS_URL)
+
+
+def redis_settings() -> RedisSettings:
+    try:
+        settings = RedisSettings.from_dsn(redis_url().rstrip("/"))
+    except (RuntimeError, ValueError):
+        refuse(REDIS, "malformed; it looks like redis://user:password@host:6379/0")
+    settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
+    settings.password = settings.password and unquote(settings.password)
+    return settings
+
+
+def refuse(variable: str, reason: str) -> Never:
+    """End the process: one line on stderr, naming the variable to mend, and exit status 1."""
+    raise SystemExit(" ".join(f"{variable}: {reason}".split())) from None

@@ -1,0 +1,47 @@
+"""What `arq worker.Settings` runs."""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from worker.database import MAX_JOBS, close_database, open_database
+from worker.environment import redis_settings
+from worker.fulfilment import fulfil_order
+from worker.patience import Patience
+from worker.retries import MAX_TRIES
+
+_patience = Patience(first=open_database)
+
+
+def to_json(message: dict[str, Any]) -> bytes:
+    return json.dumps(message, default=str).encode()  # arq puts exceptions in, too
+
+
+async def on_startup(ctx: dict[str, Any]) -> None:
+    _patience.started()
+
+
+async def on_shutdown(ctx: dict[str, Any]) -> None:
+    await close_database()
+
+
+class Settings:
+    """arq reads this class's own dictionary: what is inherited it would not see."""
+
+    functions: ClassVar = [fulfil_order]
+    redis_settings = replace(redis_settings(), retry=_patience, conn_retries=10**9, conn_retry_delay=5)
+    job_serializer = to_json
+    job_deserializer = json.loads
+    on_startup = on_startup
+    on_shutdown = on_shutdown
+    max_jobs = MAX_JOBS
+    max_tries = MAX_TRIES
+    job_timeout = 30
+    job_completion_wait = 5  # seconds that SIGTERM leaves running jobs
+    keep_result = 0  # the answer is in the row
+    poll_delay = 0.02
+    health_check_interval = 10
+    health_check_key = f"shop:worker:{socket.gethostname()}"
