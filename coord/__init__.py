@@ -17,6 +17,7 @@ from coord.errors import (
 )
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
+from coord.waiting import wait_for_row_change
 
 __all__ = [
     "CoordError",
@@ -36,4 +37,5 @@ __all__ = [
     "create_db_dependency",
     "get_transaction",
     "lock_tables",
+    "wait_for_row_change",
 ]

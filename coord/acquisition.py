@@ -16,6 +16,7 @@ from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from sqlalchemy import ClauseElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _KEEP = "SELECT set_config('coord.lock_timeout', current_setting('lock_timeout'), true)"
@@ -101,7 +102,11 @@ async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> Lo
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
 
 
+def literal(statement: ClauseElement) -> str:
+    """The statement with its bound numbers written out by SQLAlchemy: the simple protocol has no parameters."""
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
+
+
 def _limit(limit: float) -> str:
-    """The limit bound as an integer of milliseconds; the simple protocol has no parameters but SQLAlchemy's own."""
-    bound = _LIMIT.bindparams(bindparam("limit", max(1, round(limit * 1000))))
-    return str(bound.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True}))
+    return literal(_LIMIT.bindparams(bindparam("limit", max(1, round(limit * 1000)))))

@@ -1,9 +1,9 @@
 """Statements and cleanup that come to their end although an anyio scope cancels every await of the caller.
 
 `task.cancel()` raises once; a cancel scope of anyio (Starlette's `BaseHTTPMiddleware`, a streaming response whose
-client left) raises at every await until the scope is left. That also strikes the awaits with which a driver tells PostgreSQL
-to stop: the client sees a cancelled query, the server goes on with it and keeps its place in the lock queue. Work in a
-task of its own is outside the caller's scopes and is cancelled once, if at all.
+client left) raises at every await until the scope is left. That also strikes the awaits with which a driver tells
+PostgreSQL to stop: the client sees a cancelled query, the server goes on with it and keeps its place in the lock queue.
+Work in a task of its own is outside the caller's scopes and is cancelled once, if at all.
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, func, inspect, select
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
-from coord.acquisition import Acquisition, acquire
+from coord.acquisition import Acquisition, acquire, literal
 from coord.cancellation import interruptible, uninterrupted
 from coord.durations import postgres_timeout
 from coord.engine import engine_of
@@ -124,14 +123,11 @@ async def _held(session: AsyncSession, plan: Callable[[AsyncConnection], Acquisi
     try:
         connection = await session.connection()
         await interruptible(acquire(connection, plan(connection)))
-        transaction = session.get_transaction()
+        transaction = session.sync_session.get_transaction()
         with holding_lock(session):
             yield
-        if not joins and session.get_transaction() is not transaction:
-            message = (
-                "The lock was released before its block ended: its transaction was committed or rolled back inside."
-            )
-            raise RuntimeError(message)
+        if not joins and session.sync_session.get_transaction() is not transaction:
+            raise RuntimeError("The lock was lost before its block ended: the transaction was ended inside the block.")
         if not joins:
             await interruptible(session.commit())
     except BaseException:
@@ -208,10 +204,9 @@ def _advisory_acquisition(
     key: int | tuple[int, int] | str, words: tuple[int, ...], shared: bool, limit: float | None
 ) -> Acquisition:
     take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
-    statement = select(take(*words)).compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     high, low = words if len(words) == 2 else (words[0] >> 32, words[0])
     return Acquisition(
-        statements=[str(statement)],
+        statements=[literal(select(take(*words)))],
         subject=f"Advisory lock {key!r}",
         limit=0.001 if limit == 0 else limit,
         blockers="lock.locktype = 'advisory' AND (lock.classid, lock.objid, lock.objsubid) = ($1, $2, $3)",

@@ -49,7 +49,7 @@ def holding_lock(session: AsyncSession) -> Iterator[None]:
 
 
 def holds_lock(session: AsyncSession) -> bool:
-    return session.info.get(_LOCKS, 0) > 0
+    return bool(session.info.get(_LOCKS))
 
 
 async def has_written(session: AsyncSession) -> bool:
@@ -57,7 +57,8 @@ async def has_written(session: AsyncSession) -> bool:
 
     PostgreSQL assigns a transaction id at the first write or row lock (section 67.1 of its manual), so one question
     also covers raw SQL and functions; a table lock stronger than a writer's counts as well. A session bound to one
-    connection shares that connection's transaction: there it is asked about the session's own part of it.
+    connection shares that connection's transaction: there its own part is asked about, which is its savepoint, or
+    without one the rows it has flushed and still refers to.
     """
     connection = await session.connection()
     if not isinstance(session.bind, AsyncConnection):

@@ -1,0 +1,99 @@
+"""What the caller has already seen of the row, so that a change made before the wait began is not missed."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import PassiveFlag
+from sqlalchemy.orm.attributes import get_history
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Mapper
+
+    from coord.target import Target
+
+Baseline = dict[str, Any]
+"""Values by attribute name. Watched columns that are absent take the first value that the wait reads."""
+
+
+def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:
+    """`since=` if given, else the database values that the session has loaded or last flushed for the row."""
+    if isinstance(since, Mapping):
+        return _given(target, since)
+    if since is not None:
+        if not isinstance(since, target.mapper.class_):
+            raise ValueError(f"since is a mapping or a {target.mapper.class_.__name__}, not {since!r}")
+        return _as_given(since, target)
+    instance = session.sync_session.identity_map.get(target.mapper.identity_key_from_primary_key(target.key))
+    if instance is None:
+        return {}
+    values = database_values(instance, target)
+    if not values and inspect(instance).expired:
+        _warn_expired(target)
+    return values
+
+
+def database_values(instance: object, target: Target[Any]) -> Baseline:
+    """The watched columns as they were last read from or flushed to the database; unflushed changes do not count."""
+    values: Baseline = {}
+    for name in target.columns:
+        history = get_history(instance, name, PassiveFlag.PASSIVE_NO_INITIALIZE)
+        if history.deleted:
+            values[name] = history.deleted[0]
+        elif history.unchanged:
+            values[name] = history.unchanged[0]
+    return values
+
+
+def _as_given(since: object, target: Target[Any]) -> Baseline:
+    """Of an instance that was never in the database, the values it was made with."""
+    state = inspect(since)
+    assert state is not None
+    if not state.transient:
+        return database_values(since, target)
+    return {name: state.dict[name] for name in target.columns if name in state.dict}
+
+
+def _given(target: Target[Any], since: Mapping[Any, Any]) -> Baseline:
+    unknown = [name for name in since if name not in target.columns]
+    if unknown:
+        raise ValueError(f"since has {unknown}, which are not watched; {target} is watched for {list(target.columns)}")
+    return dict(since)
+
+
+def _warn_expired(target: Target[Any]) -> None:
+    warnings.warn(
+        f"The session's {target} was expired by a commit or rollback, so the wait starts from the row as it is now and may miss a "
+        "change made since. Use expire_on_commit=False, since=, until= or job=.",
+        stacklevel=5,
+    )
+
+
+def differs(mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
+    """Whether a watched column has another value than the baseline, which is completed from `values`."""
+    changed = False
+    for name in columns:
+        value = values[name]
+        seen = baseline.setdefault(name, value)
+        if seen is not value and not mapper.columns[name].type.compare_values(seen, value):
+            changed = changed or not _rounds_to(seen, value)
+    return changed
+
+
+def _rounds_to(seen: Any, value: Any) -> bool:
+    """A number that was flushed into NUMERIC as 9.9 comes back as Decimal("9.90")."""
+    if not isinstance(value, Decimal) or isinstance(seen, bool) or not isinstance(seen, int | float | Decimal):
+        return False
+    return math.isfinite(seen) and value.is_finite() and round(Decimal(str(seen)), -_exponent(value)) == value
+
+
+def _exponent(value: Decimal) -> int:
+    exponent = value.as_tuple().exponent
+    assert isinstance(exponent, int)
+    return exponent

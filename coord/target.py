@@ -1,0 +1,108 @@
+"""Which row is waited for, and which of its columns: checked before anything else happens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from sqlalchemy import Column, inspect
+from sqlalchemy.exc import NoInspectionAvailable
+from sqlalchemy.orm import Mapper, QueryableAttribute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.orm.interfaces import MapperProperty
+
+M = TypeVar("M")
+
+ColumnNames = tuple[str, ...]
+Key = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target(Generic[M]):
+    """One row of a mapped class, by the values of its primary key, and the attributes to compare, in mapping order."""
+
+    mapper: Mapper[M]
+    key: Key
+    columns: ColumnNames
+
+    @classmethod
+    def of(cls, model: type[M], pk_value: object, columns: Sequence[Any] | None) -> Target[M]:
+        mapper = mapper_of(model)
+        return cls(mapper, key_of(mapper, pk_value), _columns(mapper, columns))
+
+    def __str__(self) -> str:
+        return describe(self.mapper, self.key)
+
+
+def describe(mapper: Mapper[Any], key: Key) -> str:
+    return f"{mapper.class_.__name__}({', '.join(map(repr, key))})"
+
+
+def mapper_of(model: type[M]) -> Mapper[M]:
+    try:
+        mapper: Mapper[M] | None = inspect(model)
+    except NoInspectionAvailable:
+        mapper = None
+    if not isinstance(model, type) or not isinstance(mapper, Mapper):
+        raise ValueError(f"{model!r} is not a mapped class")  # noqa: TRY004 - an alias or an instance is refused too
+    return mapper
+
+
+def column_names(mapper: Mapper[Any]) -> ColumnNames:
+    """The attributes that stand for columns of the mapped tables; SQL expressions are left out."""
+    return tuple(
+        attribute.key
+        for attribute in mapper.column_attrs
+        if all(isinstance(column, Column) for column in attribute.columns)
+    )
+
+
+def key_of(mapper: Mapper[Any], pk_value: object) -> Key:
+    """Primary key values in the mapper's order, from a value, a tuple, or a mapping by attribute name."""
+    names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+    values = pk_value
+    if isinstance(pk_value, Mapping):
+        if set(pk_value) != set(names):
+            raise ValueError(f"pk_value has {sorted(map(str, pk_value))}; the key of {_name(mapper)} is {names}")
+        values = tuple(pk_value[name] for name in names)
+    elif not isinstance(pk_value, tuple):
+        values = (pk_value,)
+    assert isinstance(values, tuple)
+    if len(values) != len(names) or any(value is None for value in values):
+        raise ValueError(f"pk_value {pk_value!r} does not give the key of {_name(mapper)}, which is {names}")
+    return values
+
+
+def _columns(mapper: Mapper[Any], columns: Sequence[Any] | None) -> ColumnNames:
+    known = column_names(mapper)
+    if columns is None:
+        return known
+    if isinstance(columns, str) or not isinstance(columns, list | tuple | set | frozenset) or not columns:
+        raise ValueError(f"columns is a list of at least one attribute of {_name(mapper)}, not {columns!r}")
+    wanted = {_column(mapper, column, known) for column in columns}
+    return tuple(name for name in known if name in wanted)
+
+
+def _column(mapper: Mapper[Any], column: object, known: ColumnNames) -> str:
+    """An attribute's name, from the name, the attribute, the table's column, or that column's own name."""
+    if isinstance(column, QueryableAttribute):
+        owner = inspect(column.class_)
+        name: str | None = column.key if mapper.common_parent(owner) else None
+    elif isinstance(column, Column):
+        found: MapperProperty[Any] | None = mapper._columntoproperty.get(column)
+        name = found.key if found is not None else None
+    elif isinstance(column, str) and column not in known and column in mapper.persist_selectable.c:
+        name = mapper.get_property_by_column(mapper.persist_selectable.c[column]).key
+    else:
+        name = column if isinstance(column, str) else None
+    if name is None or name not in known:
+        raise ValueError(f"{column!s} is not a column of {_name(mapper)}; its columns are {', '.join(known)}")
+    return name
+
+
+def _name(mapper: Mapper[Any]) -> str:
+    return mapper.class_.__name__

@@ -1,0 +1,436 @@
+"""Waiting: no change missed, no connection held, no call later than its deadline."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, select, text, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import aliased
+
+import coord.watcher
+from coord import (
+    RowNotFoundError,
+    UncommittedChangesError,
+    WaitTimeoutError,
+    advisory_lock,
+    create_db_context,
+    get_transaction,
+    lock_tables,
+    wait_for_row_change,
+)
+from tests.models import Account, Item, Reserved, User
+from tests.serving import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("tables", "nobody_left_waiting")
+
+
+@pytest.fixture
+async def nobody_left_waiting() -> AsyncIterator[None]:
+    """After every test: no watcher, and none of its tasks."""
+    yield
+    assert not coord.watcher._watchers.get(asyncio.get_running_loop())
+
+    async def no_task() -> bool:
+        return not [task for task in asyncio.all_tasks() if task.get_name().startswith("coord")]
+
+    await eventually(no_task, within=2)
+
+
+@pytest.fixture
+async def user(observer: Connection) -> int:
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    return 1
+
+
+async def registered(session_maker: SessionMaker) -> None:
+    """Return once somebody waits and has had the first look at the row."""
+
+    async def looked() -> bool:
+        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+        groups = [group for watcher in watchers for group in watcher._groups.values()]
+        return any(waiter.looked for group in groups for waiters in group.waiters.values() for waiter in waiters)
+
+    await eventually(looked)
+
+
+def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.Task[Any]:
+    return asyncio.create_task(wait_for_row_change(session, *arguments, **{"interval": 0.05, "timeout": 10, **options}))
+
+
+async def test_a_change_by_anybody_is_seen_within_the_interval(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user)
+        await registered(session_maker)
+        changed = time.monotonic()
+        await observer.execute("UPDATE users SET name = 'after'")
+        row = await task
+        assert time.monotonic() - changed < 0.15
+        assert row.name == "after"
+        assert row in session
+        assert not session.dirty
+
+
+async def test_a_row_changed_before_the_wait_began_is_seen(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session:
+        loaded = await session.get(User, user)
+        assert loaded is not None
+        await observer.execute("UPDATE users SET name = 'after'")
+        row = await wait_for_row_change(session, User, user, interval=60, timeout=5)
+        assert row is loaded
+        assert row.name == "after"
+
+
+async def test_a_row_changed_after_its_own_commit_is_seen(session_maker: SessionMaker, observer: Connection) -> None:
+    async with session_maker() as session:
+        added = User(id=5, name="mine")
+        session.add(added)
+        await session.commit()
+        await observer.execute("UPDATE users SET name = 'after' WHERE id = 5")
+        assert (await wait_for_row_change(session, User, 5, interval=60, timeout=5)) is added
+        assert added.name == "after"
+
+
+@pytest.mark.parametrize("since", [{"name": "older"}, User(id=1, name="older")])
+async def test_since_is_what_the_caller_has_seen(session_maker: SessionMaker, user: int, since: Any) -> None:
+    async with session_maker() as session:
+        row = await wait_for_row_change(session, User, user, since=since, columns=["name"], interval=60, timeout=5)
+        assert row.name == "before"
+
+
+async def test_a_row_that_a_commit_expired_has_no_baseline_and_the_wait_says_so(
+    engine: AsyncEngine, observer: Connection, user: int
+) -> None:
+    async with async_sessionmaker(engine, expire_on_commit=True)() as session:
+        loaded = await session.get(User, user)
+        await session.commit()
+        with pytest.warns(UserWarning, match="was expired by a commit"):
+            task = waiting(session, User, user)
+            await registered(async_sessionmaker(engine))
+        await observer.execute("UPDATE users SET name = 'after'")
+        assert (await task) is loaded
+        assert loaded is not None
+        assert loaded.name == "after"
+
+
+async def test_a_change_after_the_first_read_is_the_answer_at_the_deadline(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    """An interval of a minute never comes; the last look does."""
+    async with session_maker() as session:
+        task = waiting(session, User, user, interval=60, timeout=1)
+        await registered(session_maker)
+        await observer.execute("UPDATE users SET name = 'after'")
+        assert (await task).name == "after"
+
+
+async def test_no_change_is_a_timeout_that_says_what_and_how_long(session_maker: SessionMaker, user: int) -> None:
+    async with session_maker() as session:
+        began = time.monotonic()
+        with pytest.raises(WaitTimeoutError, match=r"No change detected on User\(1\)") as caught:
+            await wait_for_row_change(session, User, user, timeout=timedelta(seconds=0.3))
+        assert 0.3 <= time.monotonic() - began < 0.8
+        assert (caught.value.model, caught.value.pk_value) == (User, user)
+        assert 0.3 <= caught.value.waited < 0.8
+        assert isinstance(caught.value, TimeoutError)
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, timeout=0)
+
+
+async def test_only_the_watched_columns_count(session_maker: SessionMaker, observer: Connection) -> None:
+    await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
+    async with session_maker() as session:
+        task = waiting(session, Account, ("eu", 7), columns=[Account.state])
+        await registered(session_maker)
+        await observer.execute("UPDATE accounts SET balance = 5, version = 2")
+        done, _ = await asyncio.wait([task], timeout=0.2)
+        assert not done
+        await observer.execute("UPDATE accounts SET status = 'closed', version = 3")
+        row = await task
+        assert (row.state, row.balance, row.version) == ("closed", 5, 3)
+
+
+@pytest.mark.parametrize("pk_value", [("eu", 7), {"region": "eu", "number": 7}])
+@pytest.mark.parametrize("column", ["state", "status", Account.state, Account.__table__.c.status])
+async def test_composite_keys_and_renamed_attributes(
+    session_maker: SessionMaker, observer: Connection, pk_value: Any, column: Any
+) -> None:
+    await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1), ('us', 7, 'open', 0, 1)")
+    async with session_maker() as session:
+        task = waiting(session, Account, pk_value, columns=[column])
+        await registered(session_maker)
+        await observer.execute("UPDATE accounts SET status = 'closed' WHERE region = 'eu'")
+        assert (await task).state == "closed"
+
+
+async def test_until_needs_no_change_and_gets_a_detached_row(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    seen: list[str] = []
+
+    def finished(row: User) -> bool:
+        assert row not in session
+        seen.append(row.name)
+        return row.name == "done"
+
+    async with session_maker() as session:
+        task = waiting(session, User, user, until=finished)
+        await registered(session_maker)
+        await observer.execute("UPDATE users SET name = 'half'")
+        await eventually(lambda: asyncio.sleep(0, "half" in seen))
+        await observer.execute("UPDATE users SET name = 'done'")
+        assert (await task).name == "done"
+        assert seen == ["before", "half", "done"]
+        assert (await wait_for_row_change(session, User, user, until=finished, timeout=1)).name == "done"
+        with pytest.raises(ZeroDivisionError):
+            await wait_for_row_change(session, User, user, until=lambda row: row.id / 0 > 1)
+
+
+async def test_a_row_that_is_not_there_and_one_that_goes(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session:
+        with pytest.raises(RowNotFoundError, match=r"User\(2\) not found"):
+            await wait_for_row_change(session, User, 2)
+        task = waiting(session, User, user)
+        await registered(session_maker)
+        await observer.execute("DELETE FROM users")
+        with pytest.raises(LookupError, match=r"User\(1\) was deleted"):
+            await task
+
+
+async def test_a_pool_of_one_serves_two_hundred_waits(database_url: str, observer: Connection) -> None:
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 200) AS n")
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=5)
+    session_maker = async_sessionmaker(engine, expire_on_commit=False)
+    async with AsyncExitStack() as stack:
+        loaded: list[User | None] = []
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(200)]
+        for session, user_id in zip(sessions, range(1, 201), strict=True):
+            loaded.append(await session.get(User, user_id))  # a session forgets what nobody refers to
+            if user_id > 1:
+                await session.commit()  # the first one's read is still open, and its wait ends it
+            else:
+                tasks = [waiting(session, User, user_id)]
+                await registered(session_maker)
+        tasks += [waiting(session, User, n) for n, session in enumerate(sessions[1:], start=2)]
+        assert engine.pool.checkedout() <= 1  # type: ignore[attr-defined]
+        await observer.execute("UPDATE users SET name = 'after ' || id")
+        rows = await asyncio.gather(*tasks)
+        assert [row.name for row in rows] == [f"after {n}" for n in range(1, 201)]
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+    await engine.dispose()
+
+
+async def test_the_callers_read_only_transaction_is_ended_and_an_explicit_block_is_not(
+    session_maker: SessionMaker, engine: AsyncEngine, user: int
+) -> None:
+    async with session_maker() as session:
+        await session.execute(select(Item))
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, timeout=0)
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        async with session.begin():
+            await session.execute(select(Item))
+            with pytest.raises(WaitTimeoutError):
+                await wait_for_row_change(session, User, user, timeout=0)
+            assert session.in_transaction()
+            assert engine.pool.checkedout() == 1  # type: ignore[attr-defined]
+    async with create_db_context(session_maker)() as session:
+        await session.execute(select(Item))
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, timeout=0)
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+async def test_what_could_never_end_is_refused_at_once(session_maker: SessionMaker, user: int) -> None:
+    async def refused(session: AsyncSession) -> None:
+        with pytest.raises(UncommittedChangesError, match=r"Commit first|inside lock_tables"):
+            await wait_for_row_change(session, User, user, timeout=1)
+
+    async with session_maker() as session:
+        session.add(User(id=2))
+        await session.flush()
+        await refused(session)
+        await session.rollback()
+        for statement in ("UPDATE users SET name = 'x'", "SELECT * FROM users FOR UPDATE", "LOCK TABLE items"):
+            await session.execute(text(statement))
+            await refused(session)
+            await session.rollback()
+        async with lock_tables(session, [Item], mode="ACCESS SHARE"):
+            await refused(session)
+        async with advisory_lock(session, 5):
+            await refused(session)
+        async with session.begin():
+            async with lock_tables(session, [Item]):
+                pass
+            await refused(session)
+        async with get_transaction(session), get_transaction(session):
+            await session.execute(update(User).values(name="x"))
+            await refused(session)
+            await session.rollback()
+
+
+async def test_unflushed_changes_survive_and_the_rest_is_current(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
+    async with session_maker() as session:
+        account = await session.get(Account, ("eu", 7))
+        assert account is not None
+        pending = User(id=9)
+        session.add(pending)
+        account.balance = 42
+        task = waiting(session, Account, ("eu", 7), columns=[Account.state, Account.balance])
+        await registered(session_maker)
+        await observer.execute("UPDATE accounts SET status = 'closed', version = 2")
+        assert (await task) is account
+        assert (account.state, account.balance, account.version) == ("closed", 42, 2)
+        assert pending in session.new
+        await session.commit()
+    assert await observer.fetchval("SELECT balance FROM accounts") == 42
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+async def test_the_row_can_be_changed_and_committed_afterwards(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    """Its version is the new one, both for an instance the session had and for one it gets."""
+    await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
+    for loaded in (True, False):
+        async with session_maker() as session:
+            if loaded:
+                await session.get(Account, ("eu", 7))
+            task = waiting(session, Account, ("eu", 7))
+            await registered(session_maker)
+            await observer.execute("UPDATE accounts SET status = status || '+', version = version + 1")
+            row = await task
+            row.balance += 1
+            await session.commit()
+    assert await observer.fetchval("SELECT balance FROM accounts") == 2
+
+
+async def test_a_table_in_another_schema_and_a_translated_one(
+    engine: AsyncEngine, session_maker: SessionMaker, observer: Connection
+) -> None:
+    await observer.execute('INSERT INTO "Other Shop"."order" VALUES (1, $1)', "pending")
+    translated = engine.execution_options(schema_translate_map={None: "Other Shop"})
+    for maker, model in ((session_maker, Reserved), (async_sessionmaker(translated), Plain)):
+        async with maker() as session:
+            task = waiting(session, model, 1)
+            await registered(maker)
+            await observer.execute('UPDATE "Other Shop"."order" SET status = status || $1', "!")
+            assert (await task).status.endswith("!")
+
+
+class Plain(Reserved.__base__):  # type: ignore[misc,name-defined]
+    """`Reserved` as a tenant's schema would have it."""
+
+    __table__ = Table(
+        "order", MetaData(), Column("id", Integer, primary_key=True), Column("status", Reserved.status.type)
+    )
+
+
+async def test_a_session_bound_to_one_connection_waits_through_it(engine: AsyncEngine) -> None:
+    """The fixture that rolls every test back."""
+    async with engine.connect() as connection, connection.begin() as outer:
+        await connection.execute(text("INSERT INTO users VALUES (1, 'before')"))
+        for mode in ("create_savepoint", "conditional_savepoint"):
+            maker = async_sessionmaker(connection, expire_on_commit=False, join_transaction_mode=mode)
+            async with maker() as session:
+                mine = User(id=2 if mode == "create_savepoint" else 3, name="mine")
+                session.add(mine)
+                await session.flush()
+                with pytest.raises(UncommittedChangesError):
+                    await wait_for_row_change(session, User, 1, timeout=1)
+                await session.commit()
+                await session.execute(select(User))
+                task = waiting(session, User, 1)
+                await registered(maker)
+                async with maker() as other:
+                    await other.execute(update(User).where(User.id == 1).values(name=mode))
+                    await other.commit()
+                assert (await task).name == mode
+        assert await connection.scalar(text("SELECT count(*) FROM users")) == 3
+        await outer.rollback()
+
+
+async def test_a_key_of_the_wrong_kind_harms_nobody_else(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session, session_maker() as wrong, session_maker() as huge:
+        task = waiting(session, User, user)
+        failing = [waiting(wrong, User, "seven"), waiting(huge, User, 10**20)]
+        results = await asyncio.gather(*failing, return_exceptions=True)
+        assert all("query argument" in str(error) for error in results)
+        await observer.execute("UPDATE users SET name = 'after'")
+        assert (await task).name == "after"
+
+
+@pytest.mark.parametrize("how", ["anyio", "task"])
+async def test_a_cancelled_wait_leaves_nothing(
+    session_maker: SessionMaker, engine: AsyncEngine, user: int, how: str
+) -> None:
+    async with session_maker() as session:
+        if how == "anyio":
+            with anyio.move_on_after(0.1):
+                await wait_for_row_change(session, User, user)
+        else:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(wait_for_row_change(session, User, user), 0.1)
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"columns": ["colour"]}, "colour is not a column of User; its columns are id, name"),
+        ({"columns": [Item.number]}, "is not a column of User"),
+        ({"columns": []}, "at least one attribute"),
+        ({"columns": "name"}, "at least one attribute"),
+        ({"model": "User"}, "is not a mapped class"),
+        ({"model": aliased(User)}, "is not a mapped class"),
+        ({"pk_value": (1, 2)}, "does not give the key of User"),
+        ({"pk_value": None}, "does not give the key of User"),
+        ({"pk_value": {"name": 1}}, "the key of User is"),
+        ({"interval": 0}, "more than 0"),
+        ({"interval": -1}, "0 or more"),
+        ({"timeout": math.nan}, "finite"),
+        ({"timeout": -0.1}, "0 or more"),
+        ({"since": {"colour": 1}}, "not watched"),
+        ({"since": Item(id=1)}, "a mapping or a User"),
+    ],
+)
+async def test_bad_input_is_refused_at_once(
+    session_maker: SessionMaker, user: int, arguments: dict[str, Any], message: str
+) -> None:
+    async with session_maker() as session:
+        await session.execute(select(User))
+        with pytest.raises(ValueError, match=message):
+            await wait_for_row_change(session, **{"model": User, "pk_value": user, "timeout": 1, **arguments})
+        assert session.in_transaction()
+
+
+async def test_an_engine_that_is_not_asyncpg_is_refused() -> None:
+    async with async_sessionmaker(create_async_engine("sqlite+aiosqlite://"))() as session:
+        with pytest.raises(ValueError, match=r"postgresql\+asyncpg"):
+            await wait_for_row_change(session, User, 1)
