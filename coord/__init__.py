@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from coord.coordinator import Coordinator
 from coord.errors import (
     CoordError,
     DeadlockError,
@@ -17,10 +18,11 @@ from coord.errors import (
 )
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
-from coord.waiting import wait_for_row_change
+from coord.waiting import wait_for_row_change, watch_row
 
 __all__ = [
     "CoordError",
+    "Coordinator",
     "DeadlockError",
     "JobCancelledError",
     "JobFailedError",
@@ -38,4 +40,5 @@ __all__ = [
     "get_transaction",
     "lock_tables",
     "wait_for_row_change",
+    "watch_row",
 ]

@@ -33,6 +33,12 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     return engine
 
 
+def source_of(session: AsyncSession) -> AsyncEngine | AsyncConnection:
+    """What reads for this session go through: its engine, or the one connection it is bound to."""
+    engine = engine_of(session)
+    return session.bind if isinstance(session.bind, AsyncConnection) else engine
+
+
 def require_asyncpg(dialect: Dialect) -> None:
     if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
         raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 from sqlalchemy import ARRAY, Integer, and_, bindparam, column, func, select
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session, lazyload, undefer, with_polymorphic
 
@@ -98,3 +101,15 @@ def _fetch_entities(
 ) -> Sequence[Sequence[Any]]:
     with Session(connection, join_transaction_mode="rollback_only", autoflush=False) as session:
         return session.execute(statement, parameters).all()
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the database is away or overloaded, as opposed to refusing this statement or its values."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(original, OSError | TimeoutError | PoolTimeoutError):
+        return True
+    if isinstance(original, asyncpg.InterfaceError):
+        return not isinstance(original, ValueError)  # a key that the driver cannot encode
+    return str(getattr(original, "sqlstate", ""))[:2] in {"08", "53", "57"}  # connection, resources, intervention

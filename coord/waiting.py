@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from coord.adoption import adopt
 from coord.baseline import baseline_of
 from coord.durations import seconds
+from coord.engine import source_of
 from coord.errors import UncommittedChangesError, WaitTimeoutError
-from coord.group import LAST_LOOK
+from coord.schemas import schemas_of
 from coord.target import Target
 from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.watcher import schemas_of, watcher_of
+from coord.waiter import LAST_LOOK
+from coord.watcher import watcher_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.baseline import Baseline
     from coord.durations import Seconds
     from coord.target import M
+    from coord.waiter import Waiter
 
 
 async def wait_for_row_change(
@@ -52,54 +57,100 @@ async def wait_for_row_change(
     `RowNotFoundError` when the row is not there or is deleted meanwhile, `WaitTimeoutError`, `TooManyWaitersError`; a
     `ValueError` for an unknown column, and whatever `until` raises.
     """
-    loop = asyncio.get_running_loop()
-    began = loop.time()
+    began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
     beat = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = baseline_of(session, target, since)
-    if not await _release(session, deadline):
-        raise _timed_out(target, loop.time() - began)
+    await _release(session, target, began, deadline)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
-    with (
-        watcher_of(session) as watcher,
-        watcher.register(target, schemas_of(session), baseline, interval=beat, fresh=until is not None) as waiter,
-    ):
-        while True:
-            row = await waiter.changed(deadline)
-            if row is None:
-                raise _timed_out(target, loop.time() - began, waiter.trouble)
-            if until is None or until(row):
-                break
+    with _registered(session, target, baseline, interval=beat, fresh=until is not None) as waiter:
+        row = await _next(waiter, began, deadline)
+        while until is not None and not until(row):
+            row = await _next(waiter, began, deadline)
     return await adopt(session, row)
 
 
-async def _release(session: AsyncSession, deadline: float | None) -> bool:
-    """End what the session began by itself and only read in; refuse what nobody else could see past.
+@asynccontextmanager
+async def watch_row(
+    session: AsyncSession,
+    model: type[M],
+    pk_value: Any,
+    *,
+    columns: Sequence[Any] | None = None,
+    interval: Seconds = 0.5,
+    timeout: Seconds | None = None,
+    since: Mapping[str, Any] | M | None = None,
+) -> AsyncIterator[AsyncIterator[M]]:
+    """Iterate over the states of a row: as it is now, unless it equals `since`, then the newest after each change.
 
-    False when PostgreSQL has not answered by the deadline; a statement to a server that is gone may hang.
+    Changes close together may come as one; the last one always comes. Rows are the session's own instance, as from
+    `wait_for_row_change`, and what is said there of transactions, connections and errors holds for each step here.
+    `timeout` is seconds without a change, after which the iteration raises `WaitTimeoutError`.
+
+        async with watch_row(session, Order, order_id, columns=[Order.status]) as states:
+            async for order in states:
+                ...
     """
+    limit = None if timeout is None else seconds("timeout", timeout)
+    beat = _interval(interval)
+    target = Target.of(model, pk_value, columns)
+    baseline = {} if since is None else baseline_of(session, target, since)
+    with _registered(session, target, baseline, interval=beat, fresh=since is None) as waiter:
+        async with aclosing(_states(session, waiter, limit)) as states:
+            yield states
+
+
+async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None) -> AsyncGenerator[M, None]:
+    while True:
+        began = asyncio.get_running_loop().time()
+        deadline = None if limit is None else began + limit
+        await _release(session, waiter.target, began, deadline)
+        yield await adopt(session, await _next(waiter, began, deadline))
+
+
+@contextmanager
+def _registered(
+    session: AsyncSession, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool
+) -> Iterator[Waiter[M]]:
+    schemas = schemas_of(session.sync_session)
+    with (
+        watcher_of(source_of(session)) as watcher,
+        watcher.register(target, schemas, baseline, interval=interval, fresh=fresh) as waiter,
+    ):
+        yield waiter
+
+
+async def _next(waiter: Waiter[M], began: float, deadline: float | None) -> M:
+    row = await waiter.changed(deadline)
+    if row is None:
+        raise _timed_out(waiter.target, began) from waiter.trouble
+    return row
+
+
+async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:
+    """End what the session began by itself and only read in; refuse what nobody else could see past."""
     if holds_lock(session):
         raise UncommittedChangesError("The wait is inside lock_tables or advisory_lock: leave the block first.")
     if not session.in_transaction():
-        return True
-    loop = asyncio.get_running_loop()
-    releasing = asyncio.create_task(_end_if_read_only(session))
-    limit = None if deadline is None else max(0, deadline - loop.time()) + LAST_LOOK
+        return
+    releasing = asyncio.create_task(_end_if_read_only(session))  # which may hang when the server is gone
+    limit = None if deadline is None else max(0, deadline - asyncio.get_running_loop().time()) + LAST_LOOK
     try:
         done, _ = await asyncio.wait([releasing], timeout=limit)
     finally:
         releasing.cancel()
-    return bool(done) and releasing.result()
+    if not done:
+        raise _timed_out(target, began)
+    releasing.result()
 
 
-async def _end_if_read_only(session: AsyncSession) -> bool:
+async def _end_if_read_only(session: AsyncSession) -> None:
     if connection_in_use(session) and await has_written(session):
         raise UncommittedChangesError
     if not is_explicit(session):
         await end_transaction(session)
-    return True
 
 
 def _interval(interval: Seconds) -> float:
@@ -109,9 +160,8 @@ def _interval(interval: Seconds) -> float:
     return beat
 
 
-def _timed_out(target: Target[Any], waited: float, trouble: Exception | None = None) -> WaitTimeoutError:
+def _timed_out(target: Target[Any], began: float) -> WaitTimeoutError:
     key = target.key if len(target.key) > 1 else target.key[0]
+    waited = asyncio.get_running_loop().time() - began
     message = f"No change detected on {target} in {waited:.1f} s"
-    error = WaitTimeoutError(message, model=target.mapper.class_, pk_value=key, waited=waited)
-    error.__cause__ = trouble
-    return error
+    return WaitTimeoutError(message, model=target.mapper.class_, pk_value=key, waited=waited)

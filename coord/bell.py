@@ -1,0 +1,189 @@
+"""The bell: Redis publish/subscribe that says "look again" and never what has changed; losing it costs an interval."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from redis.exceptions import RedisError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+
+    from redis.asyncio import Redis
+    from redis.asyncio.connection import Connection
+
+logger = logging.getLogger("coord.bell")
+
+HEARTBEAT = 5.0
+"""Seconds of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
+PUBLISH_LIMIT = 2.0
+"""Seconds after which rings are dropped."""
+LISTEN_LIMIT = 0.05
+"""Seconds after which a row is looked at although Redis has not confirmed that its bell is heard."""
+BACKOFF = (0.1, 2.0)
+"""Seconds before the first and any later attempt to reach Redis again."""
+BATCH = 1_000
+"""Channels in one command."""
+
+
+class Listener(Protocol):
+    """Whoever wants to hear a channel."""
+
+    def listening(self) -> None:
+        """The channel is heard from now on; what was rung before was not. Called again after an interruption."""
+
+    def rung(self) -> None:
+        """Somebody rang."""
+
+
+class Bell:
+    """Rings and hears channels of one Redis, by one connection to publish and one to subscribe.
+
+    A process hears only the channels it listens to. No method waits for Redis; without it they do nothing, which is
+    said in the log once, and once when it is over.
+    """
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._listeners: dict[bytes, Listener] = {}
+        self._unconfirmed: dict[bytes, None] = {}
+        self._commands: dict[bytes, bool] = {}
+        """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
+        self._rings: dict[bytes, None] = {}
+        self._connection: Connection | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._ringing: asyncio.Task[None] | None = None
+        self._away = False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Bell]:
+        """Hear Redis until the block ends; what has been rung by then is still sent."""
+        task = asyncio.create_task(self._hear(), name="coord bell")
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            for sending in (self._sending, self._ringing):
+                if sending is not None:
+                    await asyncio.wait([sending])
+
+    @property
+    def connected(self) -> bool:
+        return self._connection is not None
+
+    def ring(self, channels: Iterable[bytes]) -> None:
+        """Publish soon, in one round trip with whatever else is rung by then."""
+        self._rings.update(dict.fromkeys(channels))
+        if self._rings and (self._ringing is None or self._ringing.done()):
+            self._ringing = asyncio.create_task(self._publish(), name="coord rings")
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
+        self._listeners[channel] = listener
+        self._unconfirmed[channel] = None
+        self._command(channel, True)
+
+    def leave(self, channel: bytes) -> None:
+        self._listeners.pop(channel, None)
+        self._unconfirmed.pop(channel, None)
+        self._command(channel, False)
+
+    def _command(self, channel: bytes, wanted: bool) -> None:
+        if self._connection is None:
+            return  # whatever is in _listeners by then is subscribed to on connecting
+        self._commands.pop(channel, None)
+        self._commands[channel] = wanted
+        if self._sending is None or self._sending.done():
+            self._sending = asyncio.create_task(self._send(self._connection), name="coord subscribes")
+
+    async def _send(self, connection: Connection) -> None:
+        with suppress(RedisError, OSError):  # _hear sees the same, and begins anew
+            while self._commands and connection is self._connection:
+                commands, self._commands = self._commands, {}
+                for name, wanted in (("SUBSCRIBE", True), ("UNSUBSCRIBE", False)):
+                    channels = [channel for channel, listen in commands.items() if listen is wanted]
+                    if channels:
+                        await connection.send_command(name, *channels, check_health=False)
+                if any(commands.values()):
+                    asyncio.get_running_loop().call_later(LISTEN_LIMIT, self._tell_unconfirmed, list(commands))
+
+    def _tell_unconfirmed(self, channels: Iterable[bytes]) -> None:
+        for channel in channels:
+            if channel in self._unconfirmed:
+                self._listeners[channel].listening()
+
+    async def _hear(self) -> None:
+        wait, longest = BACKOFF
+        while True:
+            try:
+                await self._hear_connection()
+            except (RedisError, OSError) as error:
+                self._report(error)
+            finally:
+                self._connection = None
+            for channel in self._unconfirmed:
+                self._listeners[channel].listening()
+            await asyncio.sleep(wait * random.uniform(0.5, 1))
+            wait = BACKOFF[0] if not self._away else min(2 * wait, longest)
+
+    async def _hear_connection(self) -> None:
+        connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        try:
+            await connection.connect()  # type: ignore[no-untyped-call]
+            self._commands.clear()
+            self._unconfirmed = dict.fromkeys(self._listeners)
+            self._connection = connection
+            channels = list(self._listeners)
+            for start in range(0, len(channels), BATCH):
+                await connection.send_command("SUBSCRIBE", *channels[start : start + BATCH], check_health=False)
+            self._report(None)
+            await self._read(connection)
+        finally:
+            self._connection = None
+            with suppress(RedisError, OSError):
+                await connection.disconnect(nowait=True)
+
+    async def _read(self, connection: Connection) -> None:
+        asked = False
+        while True:
+            message = await connection.read_response(disable_decoding=True, timeout=HEARTBEAT)
+            if message is not None:
+                asked = False
+                self._handle(message)
+            elif asked:
+                raise TimeoutError(f"Redis has not answered for {HEARTBEAT:g} s")
+            else:
+                asked = True
+                await connection.send_command("PING", check_health=False)
+
+    def _handle(self, message: list[Any]) -> None:
+        kind, channel = message[0], message[1]
+        if kind == b"message":
+            if listener := self._listeners.get(channel):
+                listener.rung()
+        elif kind == b"subscribe" and channel in self._unconfirmed:
+            del self._unconfirmed[channel]
+            self._listeners[channel].listening()
+
+    async def _publish(self) -> None:
+        while self._rings:
+            rings, self._rings = self._rings, {}
+            try:
+                async with asyncio.timeout(PUBLISH_LIMIT), self._redis.pipeline(transaction=False) as pipeline:
+                    for channel in rings:
+                        pipeline.publish(channel, b"")
+                    await pipeline.execute()
+            except (RedisError, OSError) as error:
+                self._report(error)
+
+    def _report(self, error: Exception | None) -> None:
+        if error is not None and not self._away:
+            logger.warning("Redis is away, waits go on by polling: %s", error or type(error).__name__)
+        elif error is None and self._away:
+            logger.warning("Redis is back, waits are woken again")
+        self._away = error is not None

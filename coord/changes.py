@@ -1,0 +1,94 @@
+"""Which rows a session's transaction has changed, told once the outermost commit is done and never otherwise."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event, inspect
+from sqlalchemy.orm import ORMExecuteState, Session
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from sqlalchemy.engine import Dialect
+    from sqlalchemy.orm import Mapper, SessionTransaction
+
+    from coord.target import Key
+
+    Change = tuple[Mapper[Any], Key | None]
+    """A row by its key, or with None any row of the table."""
+    Tell = Callable[[Session, Iterable[Change]], None]
+
+_CHANGES = "coord.changes"
+
+
+class Changes:
+    """Collects the changes of every session whose engine has this dialect, whichever maker made it.
+
+    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`.
+    """
+
+    def __init__(self, dialect: Dialect, tell: Tell) -> None:
+        self._dialect = dialect
+        self._tell = tell
+
+    @contextmanager
+    def observed(self) -> Iterator[None]:
+        """Listen on SQLAlchemy's `Session` until the block ends."""
+        listeners: dict[str, Callable[..., None]] = {
+            "after_flush": self._after_flush,
+            "do_orm_execute": self._do_orm_execute,
+            "after_commit": self._after_commit,
+            "after_soft_rollback": self._after_soft_rollback,
+        }
+        for name, listener in listeners.items():
+            event.listen(Session, name, listener)
+        try:
+            yield
+        finally:
+            for name, listener in listeners.items():
+                event.remove(Session, name, listener)
+
+    def add(self, session: Session, change: Change) -> None:
+        """Tell of the change after the commit; at once when no transaction is open."""
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        if transaction is None:
+            self._tell(session, [change])
+        else:
+            session.info.setdefault(_CHANGES, {}).setdefault(transaction, {})[change] = None
+
+    def _is_ours(self, session: Session) -> bool:
+        return session.bind is not None and session.bind.dialect is self._dialect
+
+    def _after_flush(self, session: Session, _context: object) -> None:
+        if not self._is_ours(session):
+            return
+        changed = [row for row in session.dirty if session.is_modified(row, include_collections=False)]
+        for row in (*session.new, *changed, *session.deleted):
+            mapper: Mapper[Any] = inspect(row).mapper
+            self.add(session, (mapper, tuple(mapper.primary_key_from_instance(row))))
+
+    def _do_orm_execute(self, state: ORMExecuteState) -> None:
+        if (state.is_update or state.is_delete or state.is_insert) and self._is_ours(state.session):
+            for mapper in state.all_mappers:
+                self.add(state.session, (mapper, None))
+
+    def _after_commit(self, session: Session) -> None:
+        """SQLAlchemy says so at a savepoint's release as well."""
+        if session.in_nested_transaction() or not self._is_ours(session):
+            return
+        if changes := session.info.pop(_CHANGES, None):
+            self._tell(session, dict.fromkeys(change for per in changes.values() for change in per))
+
+    def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
+        changes: dict[SessionTransaction, Any] | None = session.info.get(_CHANGES)
+        for transaction in [*(changes or ())]:
+            if changes is not None and rolled_back in _with_parents(transaction):
+                del changes[transaction]
+
+
+def _with_parents(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:
+    while transaction is not None:
+        yield transaction
+        transaction = transaction.parent

@@ -1,0 +1,56 @@
+"""How rows and tables are called on the bell."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Table
+
+from coord.schemas import schemas_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy.orm import Mapper, Session
+
+    from coord.changes import Change
+    from coord.schemas import Schemas
+    from coord.target import Key
+
+MANY = 100
+"""Rows of one table in one transaction from which its table's bell is rung instead."""
+LONGEST = 200
+"""Bytes of a key's name; longer ones are hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Names under one namespace and database, so that what shares a Redis with others does not wake them."""
+
+    namespace: str
+    database: str
+
+    def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
+        """The bell of the table; classes that inherit share their base's, and with it the meaning of a key."""
+        table = mapper.base_mapper.local_table
+        schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
+        schema = dict(schemas).get(schema, schema)
+        return f"{self.namespace}:{self.database}:{schema or ''}.{name}".encode()
+
+    def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
+        name = "/".join(map(str, key)).encode()
+        if len(name) > LONGEST:
+            name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
+        return self.table(mapper, schemas) + b":" + name
+
+    def of_changes(self, session: Session, changes: Iterable[Change]) -> list[bytes]:
+        schemas = schemas_of(session)
+        changes = list(changes)
+        rows = Counter(mapper for mapper, key in changes if key is not None)
+        return [
+            self.table(mapper, schemas) if key is None or rows[mapper] > MANY else self.row(mapper, schemas, key)
+            for mapper, key in changes
+        ]

@@ -1,0 +1,124 @@
+"""The coordinator: what a process runs beside its requests so that waits are woken instead of polling."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from redis.asyncio import Redis
+
+from coord.bell import Bell
+from coord.changes import Changes
+from coord.channels import Channels
+from coord.engine import engine_of, prepare
+from coord.hearing import Hearing
+from coord.target import key_of, mapper_of
+from coord.watcher import MAX_WAITERS, watcher_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable
+    from types import TracebackType
+
+    from arq import ArqRedis
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.orm import Mapper, Session
+
+    from coord.changes import Change
+    from coord.schemas import Schemas
+
+
+class Coordinator:
+    """Rings for the rows that sessions of this engine change, and wakes the waits of this process for them.
+
+    Sessions are recognised by their engine, whichever maker made them. Rings are sent after the outermost commit, never
+    delay or fail it, and are hints: a wait looks at the row again, and looks once an interval without any. `namespace`
+    and the database's name keep services apart that share a Redis. Without `redis` waits go by polling alone, under the
+    cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
+
+        coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0")
+        app = FastAPI(lifespan=coordinator.lifespan)
+
+    Nothing connects before the block is entered, and Redis may be away then. It uses two connections to Redis: one
+    to publish (of the given `ArqRedis`, or its own) and one to subscribe.
+    """
+
+    def __init__(
+        self,
+        session_maker: async_sessionmaker[AsyncSession],
+        *,
+        redis: str | ArqRedis | None = None,
+        namespace: str = "coord",
+        max_waiters: int = MAX_WAITERS,
+    ) -> None:
+        if not isinstance(max_waiters, int) or isinstance(max_waiters, bool) or max_waiters < 1:
+            raise ValueError(f"max_waiters is a whole number, 1 or more, not {max_waiters!r}")
+        if not isinstance(namespace, str) or not namespace:
+            raise ValueError(f"namespace is a text, not {namespace!r}")
+        if redis is not None and not isinstance(redis, str | Redis):
+            raise ValueError(f"redis is a URL or an ArqRedis, not {redis!r}")
+        self._engine = engine_of(session_maker)
+        self._redis = Redis.from_url(redis, socket_connect_timeout=2) if isinstance(redis, str) else redis
+        self._owns_redis = isinstance(redis, str)
+        self._channels = Channels(namespace, self._engine.url.database or "")
+        self._changes = Changes(self._engine.dialect, self._tell)
+        self._max_waiters = max_waiters
+        self._bell: Bell | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        prepare(self._engine)
+        self._loop = asyncio.get_running_loop()
+        async with AsyncExitStack() as stack:
+            if self._redis is not None:
+                if self._owns_redis:
+                    stack.push_async_callback(self._redis.aclose)
+                self._bell = await stack.enter_async_context(Bell(self._redis).open())
+                stack.callback(setattr, self, "_bell", None)
+            watcher = stack.enter_context(watcher_of(self._engine))
+            stack.enter_context(watcher.coordinate(self._max_waiters, self._hear))
+            stack.enter_context(self._changes.observed())
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    @asynccontextmanager
+    async def lifespan(self, _app: Any) -> AsyncIterator[None]:
+        """For `FastAPI(lifespan=coordinator.lifespan)`."""
+        async with self:
+            yield
+
+    def ring(self, session: AsyncSession, model: type[Any], pk_value: Any = None) -> None:
+        """Announce what raw SQL has changed: one row, or with no key any row of the table.
+
+        Sent after the session's commit and not after its rollback; at once when no transaction is open.
+        """
+        mapper = mapper_of(model)
+        key = None if pk_value is None else key_of(mapper, pk_value)
+        if engine_of(session).dialect is not self._engine.dialect:
+            raise ValueError("the session is of another engine than the coordinator's")
+        self._changes.add(session.sync_session, (mapper, key))
+
+    def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
+        return None if self._bell is None else Hearing(self._bell, self._channels, mapper, schemas)
+
+    def _tell(self, session: Session, changes: Iterable[Change]) -> None:
+        if self._bell is None or self._loop is None:
+            return
+        channels = self._channels.of_changes(session, changes)
+        if _running_loop() is self._loop:
+            self._bell.ring(channels)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._bell.ring, channels)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None

@@ -1,0 +1,20 @@
+"""The `schema_translate_map` that a session's statements are under."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy.orm import Session
+
+Schemas = tuple[tuple[str | None, str | None], ...]
+
+
+def schemas_of(session: Session) -> Schemas:
+    """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
+    options: Mapping[str, Any] = getattr(session, "execution_options", {})
+    if "schema_translate_map" not in options and session.bind is not None:
+        options = session.bind.get_execution_options()
+    return tuple((options.get("schema_translate_map") or {}).items())

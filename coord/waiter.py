@@ -1,0 +1,106 @@
+"""One wait: what it has seen of its row, and the newest row that differs from that."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, Generic
+
+from coord.baseline import differs
+from coord.errors import RowNotFoundError
+from coord.target import M
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coord.baseline import Baseline
+    from coord.group import Group
+    from coord.target import Target
+
+LAST_LOOK = 0.8
+"""Seconds after its deadline within which a wait may still learn of a change that was there at the deadline."""
+
+
+class Waiter(Generic[M]):
+    """A place among those who wait for rows of one mapped class."""
+
+    __slots__ = (
+        "_group",
+        "_signal",
+        "_timer",
+        "baseline",
+        "error",
+        "fresh",
+        "interval",
+        "last",
+        "looked",
+        "row",
+        "target",
+    )
+
+    def __init__(self, group: Group, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool) -> None:
+        self._group = group
+        self._signal: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.target = target
+        self.baseline = baseline
+        self.interval = interval
+        self.fresh = fresh
+        """Whether the next row is wanted although nothing differs."""
+        self.looked = False
+        self.last = False
+        """Whether the deadline has passed and the next look is the last."""
+        self.row: M | None = None
+        self.error: BaseException | None = None
+
+    async def changed(self, deadline: float | None) -> M | None:
+        """The newest row that differs from the one before; None when the loop's clock has passed `deadline`.
+
+        Raises `RowNotFoundError`, or what the database answered to the read of this row.
+        """
+        loop = asyncio.get_running_loop()
+        if self.row is None and self.error is None:
+            self._signal = loop.create_future()
+            if deadline is not None:
+                self._timer = loop.call_at(deadline, self._look_last)
+            try:
+                await self._signal
+            finally:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._signal = self._timer = None
+        if self.error is not None:
+            raise self.error
+        row, self.row = self.row, None
+        return row
+
+    @property
+    def trouble(self) -> Exception | None:
+        """Why rows cannot be read at present."""
+        return self._group.error
+
+    def tell(self, row: M | None, values: Mapping[str, Any] | None) -> None:
+        """Look at the row as it is; it is kept if it is news."""
+        first, self.looked = not self.looked, True
+        if values is None or row is None:
+            self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
+        elif self.differs(values) or self.fresh:
+            self.fresh = False
+            self.baseline = {name: values[name] for name in self.target.columns}
+            self.row = row
+            self.wake()
+
+    def differs(self, values: Mapping[str, Any]) -> bool:
+        return differs(self.target.mapper, self.baseline, values, self.target.columns)
+
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._signal is not None and not self._signal.done():
+            self._signal.set_result(None)
+
+    def _look_last(self) -> None:
+        self.last = True
+        self._timer = asyncio.get_running_loop().call_later(LAST_LOOK, self.wake)
+        self._group.look(self.target.key)

@@ -1,0 +1,180 @@
+"""The reference application's two commands as processes, and a network that can be cut between them and a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import asyncpg
+from sqlalchemy import make_url
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ROOT = Path(__file__).parent.parent
+API = ("uvicorn", "api:app", "--port", "0")
+WORKER = ("arq", "worker.Settings")
+SERVING = r"Uvicorn running on (http://\S+)"
+WORKING = "redis_version="
+
+
+class Command:
+    """A command's process, and what it has written to stderr, line by line."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._news = asyncio.Condition()
+        self._reading = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for line in self.process.stderr:
+            async with self._news:
+                self.lines.append(line.decode().rstrip("\n"))
+                self._news.notify_all()
+
+    async def says(self, pattern: str, within: float = 20.0) -> re.Match[str]:
+        """Its first line that matches, waited for."""
+
+        def found() -> re.Match[str] | None:
+            return next((match for line in self.lines if (match := re.search(pattern, line))), None)
+
+        try:
+            async with asyncio.timeout(within), self._news:
+                match = await self._news.wait_for(found)
+        except TimeoutError:
+            raise AssertionError(f"it never said {pattern!r}, but: {self.lines}") from None
+        assert match is not None
+        return match
+
+    def count(self, pattern: str) -> int:
+        return sum(re.search(pattern, line) is not None for line in self.lines)
+
+    async def exit_status(self, within: float = 20.0) -> int:
+        """Waited for; all its lines are there then."""
+        async with asyncio.timeout(within):
+            await self._reading
+            return await self.process.wait()
+
+    async def stop(self) -> int:
+        """As a supervisor does: SIGTERM, and SIGKILL for who does not listen."""
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return await self.exit_status()
+        except TimeoutError:
+            self.process.kill()
+            await self.exit_status()
+            raise
+
+
+@contextlib.asynccontextmanager
+async def running(command: tuple[str, ...], database_url: str, redis_url: str) -> AsyncIterator[Command]:
+    """The command, started; not waited for."""
+    environment = {**os.environ, "COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        *command,
+        cwd=ROOT,
+        env=environment,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    running = Command(process)
+    try:
+        yield running
+    finally:
+        await running.stop()
+
+
+@contextlib.asynccontextmanager
+async def empty_database(database_url: str) -> AsyncIterator[str]:
+    """A new database beside the given one, dropped at the end."""
+    name = f"coord_shop_{uuid.uuid4().hex[:12]}"
+    url = make_url(database_url)
+    server = await asyncpg.connect(dsn_of(database_url))
+    await server.execute(f'CREATE DATABASE "{name}"')
+    yield url.set(database=name).render_as_string(hide_password=False)
+    await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+    await server.close()
+
+
+def dsn_of(database_url: str) -> str:
+    return make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
+
+
+class Network:
+    """A port that leads to a server while it is `up`, answers nothing while it is not, and counts who has come."""
+
+    def __init__(self, url: str) -> None:
+        self._target = make_url(url)
+        self.url = ""
+        self.up = False
+        self._visits = 0
+        self._visited = asyncio.Condition()
+        self._open: set[asyncio.StreamWriter] = set()
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Network]:
+        server = await asyncio.start_server(self._visit, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
+        try:
+            yield self
+        finally:
+            server.close()
+            self.cut()
+
+    @property
+    def visits(self) -> int:
+        return self._visits
+
+    def cut(self) -> None:
+        """Refuse who comes, and throw out who is there."""
+        self.up = False
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def visited(self, more: int, within: float = 20.0) -> None:
+        """Wait until so many more have come, in vain or not."""
+        aim = self._visits + more
+        async with asyncio.timeout(within), self._visited:
+            await self._visited.wait_for(lambda: self._visits >= aim)
+
+    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with self._visited:
+            self._visits += 1
+            self._visited.notify_all()
+        self._open.add(writer)
+        with contextlib.suppress(OSError):
+            if self.up:
+                await self._lead(reader, writer)
+        writer.transport.abort()
+        self._open.discard(writer)
+
+    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._target.host, self._target.port)
+        self._open.add(back)
+        ways = [asyncio.create_task(_pump(*way)) for way in ((reader, back), (there, writer))]
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        for way in ways:
+            way.cancel()
+        back.transport.abort()
+        self._open.discard(back)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()

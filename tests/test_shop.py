@@ -1,0 +1,243 @@
+"""The round trip over a real socket, with real workers: what the shop answers is what the database holds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import httpx
+import pytest
+import redis.asyncio
+
+from tests.serving import eventually
+from tests.shop import API, SERVING, WORKER, WORKING, Command, dsn_of, empty_database, running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PROBLEM = "application/problem+json"
+MOST = 2**63 - 1
+
+
+@dataclass
+class Shop:
+    """An API and two workers, a client, and a look at the database past all of them."""
+
+    http: httpx.AsyncClient
+    database: asyncpg.Connection
+    workers: list[Command]
+
+    async def stock(self, sku: str, quantity: int) -> None:
+        (await self.http.put(f"/stock/{sku}", json={"quantity": quantity})).raise_for_status()
+
+    async def place(self, sku: str, quantity: int) -> int:
+        answer = await self.http.post("/orders", json={"sku": sku, "quantity": quantity})
+        order_id: int = answer.raise_for_status().json()["id"]
+        return order_id
+
+    async def fulfil(self, order_id: int) -> httpx.Response:
+        return await self.http.post(f"/orders/{order_id}/fulfil")
+
+    async def left(self, sku: str) -> Any:
+        return await self.database.fetchval("SELECT quantity FROM stock WHERE sku = $1", sku)
+
+    async def last_invoice(self) -> Any:
+        return await self.database.fetchval("SELECT coalesce(max(invoice_number), 0) FROM orders")
+
+    async def counts(self) -> tuple[int, int]:
+        row = await self.database.fetchrow("SELECT (SELECT count(*) FROM orders), (SELECT count(*) FROM stock)")
+        return tuple(row)
+
+
+@pytest.fixture(scope="module")
+async def shop(database_url: str, redis_url: str) -> AsyncIterator[Shop]:
+    async with AsyncExitStack() as stack:
+        await emptied(redis_url)
+        url = await stack.enter_async_context(empty_database(database_url))
+        workers = [await stack.enter_async_context(running(WORKER, url, redis_url)) for _ in range(2)]
+        api = await stack.enter_async_context(running(API, url, redis_url))
+        for worker in workers:
+            await worker.says(WORKING)
+        address = (await api.says(SERVING))[1]
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=address, timeout=40))
+        database = await asyncpg.connect(dsn_of(url))
+        stack.push_async_callback(database.close)
+        yield Shop(http, database, workers)
+
+
+async def emptied(redis_url: str) -> None:
+    """Of jobs that another module's workers were never given."""
+    client = redis.asyncio.Redis.from_url(redis_url)
+    await client.flushdb()
+    await client.aclose()
+
+
+async def test_an_order_is_pending_where_its_location_says(shop: Shop) -> None:
+    answer = await shop.http.post("/orders", json={"sku": "Tea_1.x-Y", "quantity": 3})
+    order = answer.json()
+    expected = {"id": order["id"], "sku": "Tea_1.x-Y", "quantity": 3, "status": "pending", "invoice_number": None}
+    assert (answer.status_code, answer.headers["location"]) == (201, f"/orders/{order['id']}")
+    assert order == expected
+    assert (await shop.http.get(answer.headers["location"])).json() == expected
+
+
+async def test_fulfilling_takes_stock_and_the_next_invoice_number(shop: Shop) -> None:
+    await shop.stock("coffee", 5)
+    order_id, last = await shop.place("coffee", 3), await shop.last_invoice()
+    answer = await shop.fulfil(order_id)
+    expected = {"id": order_id, "sku": "coffee", "quantity": 3, "status": "fulfilled", "invoice_number": last + 1}
+    assert (answer.status_code, answer.json()) == (200, expected)
+    assert await shop.left("coffee") == 2
+    assert (await shop.http.get(f"/orders/{order_id}")).json() == expected
+
+
+async def test_an_order_for_more_than_there_is_is_rejected_and_takes_nothing(shop: Shop) -> None:
+    await shop.stock("cocoa", 2)
+    last = await shop.last_invoice()
+    answer = await shop.fulfil(await shop.place("cocoa", 3))
+    assert (answer.status_code, answer.json()["status"], answer.json()["invoice_number"]) == (200, "rejected", None)
+    assert (await shop.left("cocoa"), await shop.last_invoice()) == (2, last)
+
+
+async def test_all_there_is_may_be_ordered(shop: Shop) -> None:
+    await shop.stock("last", 1)
+    assert (await shop.fulfil(await shop.place("last", 1))).json()["status"] == "fulfilled"
+    assert await shop.left("last") == 0
+
+
+async def test_an_unknown_sku_is_accepted_and_later_rejected(shop: Shop) -> None:
+    answer = await shop.fulfil(await shop.place("never-stocked", 1))
+    assert (answer.status_code, answer.json()["status"]) == (200, "rejected")
+
+
+async def test_asking_again_is_answered_at_once_and_changes_nothing(shop: Shop) -> None:
+    await shop.stock("again", 10)
+    order_id = await shop.place("again", 4)
+    first = await shop.fulfil(order_id)
+    async with asyncio.timeout(5):
+        assert (await shop.fulfil(order_id)).json() == first.json()
+    jobs = sum(worker.count(rf"→ .*fulfil_order\({order_id}\)") for worker in shop.workers)
+    assert (await shop.left("again"), jobs) == (6, 1)
+
+
+async def test_clients_who_fulfil_one_order_together_have_one_effect(shop: Shop) -> None:
+    await shop.stock("together", 100)
+    order_id, last = await shop.place("together", 7), await shop.last_invoice()
+    answers = await asyncio.gather(*(shop.fulfil(order_id) for _ in range(10)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert {answer.json()["invoice_number"] for answer in answers} == {last + 1}
+    assert (await shop.left("together"), await shop.last_invoice()) == (93, last + 1)
+
+
+async def test_orders_that_come_all_at_once_leave_exact_stock_and_no_gap(shop: Shop) -> None:
+    await shop.stock("rush", 50)
+    orders = await asyncio.gather(*(shop.place("rush", 2) for _ in range(40)))
+    answers = [answer.json() for answer in await asyncio.gather(*map(shop.fulfil, orders))]
+    assert sorted(answer["status"] for answer in answers) == ["fulfilled"] * 25 + ["rejected"] * 15
+    assert await shop.left("rush") == 0
+    numbers = await shop.database.fetch("SELECT invoice_number FROM orders WHERE status = 'fulfilled' ORDER BY 1")
+    assert [number for (number,) in numbers] == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.slow
+async def test_a_task_that_finds_the_tables_locked_tries_again(shop: Shop) -> None:
+    await shop.stock("locked", 1)
+    order_id = await shop.place("locked", 1)
+    transaction = shop.database.transaction()
+    await transaction.start()
+    await shop.database.execute("LOCK TABLE stock IN EXCLUSIVE MODE")
+    asking = asyncio.create_task(shop.fulfil(order_id))
+
+    async def retried() -> int:
+        return sum(worker.count(rf"fulfil_order\({order_id}\) try=2") for worker in shop.workers)
+
+    await eventually(retried, within=20)
+    await transaction.rollback()
+    assert (await asking).json()["status"] == "fulfilled"
+
+
+async def test_stock_is_what_was_put_there_last(shop: Shop) -> None:
+    for quantity in (0, 7, 1_000_000_000):
+        answer = await shop.http.put("/stock/levels", json={"quantity": quantity})
+        assert (answer.status_code, answer.json()) == (200, {"sku": "levels", "quantity": quantity})
+        assert (await shop.http.get("/stock/levels")).json() == {"sku": "levels", "quantity": quantity}
+
+
+GOOD = {"sku": "tea", "quantity": 1}
+BAD_ORDERS = [
+    *({**GOOD, "quantity": quantity} for quantity in (0, -1, 10**20, 1_000_001, True, "3", 1.0, None, [1])),
+    *({**GOOD, "sku": sku} for sku in ("", "a" * 65, "a b", "a/b", "a\x00", "té", "tea\n", 3, None)),
+    {"sku": "tea"},
+    {"quantity": 1},
+    [GOOD],
+    None,
+]
+RAW_BODIES = [
+    b"",
+    b"{",
+    b"quantity=1",
+    b"\xff\xfe",
+    b'{"sku": "\xff", "quantity": 1}',
+    b'{"sku": "\\ud800", "quantity": 1}',
+    b'{"sku": "\\u0000", "quantity": 1}',
+    b'{"sku": "tea", "quantity": NaN}',
+    b'{"sku": "tea", "quantity": 1e400}',
+    b'{"sku": "tea", "quantity": ' + b"9" * 5000 + b"}",
+    b"[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("body", [*(json.dumps(order).encode() for order in BAD_ORDERS), *RAW_BODIES], ids=repr)
+async def test_a_bad_order_is_a_problem_and_changes_nothing(shop: Shop, body: bytes) -> None:
+    before = await shop.counts()
+    answer = await shop.http.post("/orders", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+    assert answer.json()["detail"]
+    assert await shop.counts() == before
+
+
+@pytest.mark.parametrize("quantity", [-1, 1_000_000_001, 10**30, False, "5", 1.5, None])
+async def test_a_bad_stock_level_is_refused_and_changes_nothing(shop: Shop, quantity: object) -> None:
+    before = await shop.counts()
+    answer = await shop.http.put("/stock/refused", json={"quantity": quantity})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+    assert await shop.counts() == before
+
+
+@pytest.mark.parametrize("sku", ["a%20b", "%00", "a" * 65, "%F0%9F%8D%B5", "%FF"])
+@pytest.mark.parametrize("method", ["GET", "PUT"])
+async def test_a_bad_sku_in_the_path_is_refused(shop: Shop, method: str, sku: str) -> None:
+    answer = await shop.http.request(method, f"/stock/{sku}", json={"quantity": 1})
+    assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+
+
+@pytest.mark.parametrize("suffix", ["", "/fulfil"])
+@pytest.mark.parametrize("order_id", ["0", "-1", str(MOST), str(-MOST - 1)])
+async def test_an_order_that_is_not_there_is_a_404(shop: Shop, order_id: str, suffix: str) -> None:
+    answer = await shop.http.request("POST" if suffix else "GET", f"/orders/{order_id}{suffix}")
+    assert (answer.status_code, answer.headers["content-type"]) == (404, PROBLEM)
+
+
+@pytest.mark.parametrize("suffix", ["", "/fulfil"])
+@pytest.mark.parametrize("order_id", [str(MOST + 1), str(10**20), "9" * 5000, "x", "1.5", "%00", "NaN"])
+async def test_an_id_that_no_order_can_have_is_refused(shop: Shop, order_id: str, suffix: str) -> None:
+    answer = await shop.http.request("POST" if suffix else "GET", f"/orders/{order_id}{suffix}")
+    assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
+
+
+async def test_what_is_not_there_is_a_problem_too(shop: Shop) -> None:
+    for answer, status in (
+        (await shop.http.get("/stock/never-stocked"), 404),
+        (await shop.http.get("/nowhere"), 404),
+        (await shop.http.delete("/orders"), 405),
+    ):
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+async def test_healthz_says_that_both_servers_answer(shop: Shop) -> None:
+    answer = await shop.http.get("/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"postgresql": "ok", "redis": "ok"})
