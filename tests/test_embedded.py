@@ -86,6 +86,29 @@ async def test_rows_outlive_the_object_that_wrote_them(directory: Path) -> None:
         assert await query(server, "SELECT value FROM kept") == 42
 
 
+async def test_a_killed_server_starts_again_with_its_committed_rows(directory: Path) -> None:
+    """It leaves a pid file that says "ready", and children that take a moment to notice."""
+    with PostgreSQL(directory) as server:
+        await query(server, "CREATE TABLE kept AS SELECT 42 AS value")
+        os.kill(server.pid, signal.SIGKILL)
+        until(lambda: server.exit_status == -signal.SIGKILL, "its end is known")
+        server.restart()
+        assert await query(server, "SELECT value FROM kept") == 42
+
+
+async def test_start_waits_for_a_predecessor_that_is_still_stopping(directory: Path) -> None:
+    first, second = PostgreSQL(directory), PostgreSQL(directory)
+    with first:
+        thread = threading.Thread(target=second.start)
+        thread.start()
+        until(lambda: 'lock file "postmaster.pid" already exists' in second.log.read_text(), "it met its predecessor")
+    thread.join()
+    try:
+        assert await query(second, "SELECT 1") == 1
+    finally:
+        second.stop()
+
+
 async def test_defaults_are_those_of_a_durable_server_that_is_only_ours(directory: Path) -> None:
     with PostgreSQL(directory) as server:
         assert await query(server, "SHOW fsync") == "on"
