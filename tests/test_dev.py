@@ -65,7 +65,14 @@ def test_a_project_makes_the_round_trip_and_finds_its_data_again(start: Start) -
         assert "the data is kept in .coord" in dev.output
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_leaves_no_process_behind(project: Path, start: Start, ending: signal.Signals) -> None:
     dev = start("--workers", "2").ready()
     assert len(processes_in(project)) >= 6
@@ -112,6 +119,7 @@ def test_data_outlives_kill_9(start: Start) -> None:
     assert start().ready().trip()["visits"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "name"),
     [("arq", "worker-[12]"), ("uvicorn", "api"), ("bin/postgres", "postgresql"), ("valkey-server", "valkey")],
@@ -132,6 +140,7 @@ def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, sta
     assert processes_in(project) == {}
 
 
+@pytest.mark.slow
 def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, start: Start) -> None:
     dev = start()
     until(lambda: (project / ".coord/postgresql").exists(), lambda: dev.output)
@@ -141,6 +150,7 @@ def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, sta
     start().ready()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait_for_a_worker_that_does_not_stop(project: Path, start: Start) -> None:
     dev = start(STUBBORN="yes").ready()
     dev.says(r"worker-1 \| stubborn")
@@ -184,6 +194,7 @@ def test_a_url_that_is_set_replaces_its_server(project: Path, start: Start) -> N
         assert valkey.exit_status is None
 
 
+@pytest.mark.slow
 def test_a_second_coord_dev_on_the_same_data_is_refused(start: Start) -> None:
     first = start().ready()
     second = start()
