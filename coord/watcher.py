@@ -51,7 +51,7 @@ class Watcher:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
         kind = (target.mapper, schemas)
         if (group := self._groups.get(kind)) is None:
-            group = Group(Reader(self.source, target.mapper, dict(schemas)), self._hear(*kind))
+            group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind))
             self._groups[kind] = group
         waiter = Waiter(group, target, baseline, interval=interval, fresh=fresh)
         self.waiters += 1
