@@ -11,6 +11,7 @@ from arq import ArqRedis
 from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 
+from api.deadline import in_time
 from worker.environment import REDIS, redis_url
 from worker.settings import Settings
 
@@ -35,8 +36,7 @@ class QueueUnavailableError(Exception):
 async def enqueue(task: Callable[..., Awaitable[None]], *args: Any) -> str:
     """The new job's id. To be called after the commit: a worker may start the job before this returns."""
     try:
-        async with asyncio.timeout(SECONDS):
-            job = await redis.enqueue_job(task.__qualname__, *args)
+        job = await in_time(redis.enqueue_job(task.__qualname__, *args), SECONDS)
     except (RedisError, OSError) as error:
         raise QueueUnavailableError from error
     assert job is not None  # arq: the id was already there; it is random

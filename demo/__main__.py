@@ -10,6 +10,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+import asyncpg
 import httpx
 
 from demo.customers import serve_all, stock_for, wishes
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("\n  stopped")
         return 0 if options.serve else INTERRUPTED
-    except (StackError, httpx.HTTPError, OSError) as error:
+    except (StackError, httpx.HTTPError, asyncpg.PostgresError, OSError) as error:
         show_failure(str(error) or type(error).__name__)
         return 1
 

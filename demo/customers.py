@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 GOODS = ("tea", "coffee", "cocoa", "saffron")
 SCARCE = GOODS[-1]
 PATIENCE = httpx.Timeout(60.0)
+NO_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # given, so that httpx does not load certificates for each customer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +50,26 @@ def stock_for(wanted: Sequence[Wish]) -> dict[str, int]:
 
 
 async def serve_all(url: str, wanted: Sequence[Wish], stock: dict[str, int], tick: Callable[[], None]) -> list[Outcome]:
-    limits = httpx.Limits(max_connections=len(wanted))
-    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE, limits=limits, trust_env=False) as shop:
+    async with _customer(url) as shop:
         for sku, quantity in stock.items():
             (await shop.put(f"/stock/{sku}", json={"quantity": quantity})).raise_for_status()
-        return await asyncio.gather(*(_serve(shop, wish, tick) for wish in wanted))
+    return await asyncio.gather(*(_visit(url, wish, tick) for wish in wanted))
 
 
-async def _serve(shop: httpx.AsyncClient, wish: Wish, tick: Callable[[], None]) -> Outcome:
+def _customer(url: str) -> httpx.AsyncClient:
+    """One for each: httpx shares out a connection in time that grows with how many wait for one."""
+    return httpx.AsyncClient(base_url=url, timeout=PATIENCE, trust_env=False, verify=NO_TLS)
+
+
+async def _visit(url: str, wish: Wish, tick: Callable[[], None]) -> Outcome:
+    try:
+        async with _customer(url) as shop:
+            return await _order(shop, wish)
+    finally:
+        tick()
+
+
+async def _order(shop: httpx.AsyncClient, wish: Wish) -> Outcome:
     asked = time.perf_counter()
     try:
         placed = await shop.post("/orders", json={"sku": wish.sku, "quantity": wish.quantity})
@@ -64,8 +78,6 @@ async def _serve(shop: httpx.AsyncClient, wish: Wish, tick: Callable[[], None]) 
         answer = await shop.post(f"{placed.headers['location']}/fulfil")
     except httpx.HTTPError as error:
         return Outcome(wish, time.perf_counter() - asked, None, str(error) or type(error).__name__)
-    finally:
-        tick()
     seconds = time.perf_counter() - asked
     if answer.status_code != httpx.codes.OK:
         return Outcome(wish, seconds, None, f"{answer.status_code} {answer.text[:200]}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import asyncpg
+import redis.asyncio
 from sqlalchemy import make_url
 
 if TYPE_CHECKING:
@@ -97,6 +98,13 @@ async def running(command: tuple[str, ...], database_url: str, redis_url: str) -
         await running.stop()
 
 
+async def emptied(redis_url: str) -> None:
+    """Of the jobs that earlier tests have left without a worker."""
+    client = redis.asyncio.Redis.from_url(redis_url)
+    await client.flushdb()
+    await client.aclose()
+
+
 @contextlib.asynccontextmanager
 async def empty_database(database_url: str) -> AsyncIterator[str]:
     """A new database beside the given one, dropped at the end."""
@@ -104,9 +112,11 @@ async def empty_database(database_url: str) -> AsyncIterator[str]:
     url = make_url(database_url)
     server = await asyncpg.connect(dsn_of(database_url))
     await server.execute(f'CREATE DATABASE "{name}"')
-    yield url.set(database=name).render_as_string(hide_password=False)
-    await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await server.close()
+    try:
+        yield url.set(database=name).render_as_string(hide_password=False)
+    finally:
+        await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await server.close()
 
 
 def dsn_of(database_url: str) -> str:

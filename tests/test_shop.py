@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import httpx
 import pytest
-import redis.asyncio
 
 from tests.serving import eventually
-from tests.shop import API, SERVING, WORKER, WORKING, Command, dsn_of, empty_database, running
+from tests.shop import API, SERVING, WORKER, WORKING, Command, dsn_of, emptied, empty_database, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -67,13 +66,6 @@ async def shop(database_url: str, redis_url: str) -> AsyncIterator[Shop]:
         database = await asyncpg.connect(dsn_of(url))
         stack.push_async_callback(database.close)
         yield Shop(http, database, workers)
-
-
-async def emptied(redis_url: str) -> None:
-    """Of jobs that another module's workers were never given."""
-    client = redis.asyncio.Redis.from_url(redis_url)
-    await client.flushdb()
-    await client.aclose()
 
 
 async def test_an_order_is_pending_where_its_location_says(shop: Shop) -> None:

@@ -7,21 +7,15 @@ import socket
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from worker.database import MAX_JOBS, close_database, open_database
+from worker.database import MAX_JOBS, close_database
 from worker.environment import redis_settings
 from worker.fulfilment import fulfil_order
-from worker.patience import Patience
 from worker.retries import MAX_TRIES
-
-_patience = Patience(first=open_database)
+from worker.startup import AtFirstConnection, open_shop
 
 
 def to_json(message: dict[str, Any]) -> bytes:
     return json.dumps(message, default=str).encode()  # arq puts exceptions in, too
-
-
-async def on_startup(ctx: dict[str, Any]) -> None:
-    _patience.started()
 
 
 async def on_shutdown(ctx: dict[str, Any]) -> None:
@@ -32,10 +26,9 @@ class Settings:
     """arq reads this class's own dictionary: what is inherited it would not see."""
 
     functions: ClassVar = [fulfil_order]
-    redis_settings = replace(redis_settings(), retry=_patience, conn_retries=10**9, conn_retry_delay=5)
+    redis_settings = replace(redis_settings(), retry=AtFirstConnection(open_shop))
     job_serializer = to_json
     job_deserializer = json.loads
-    on_startup = on_startup
     on_shutdown = on_shutdown
     max_jobs = MAX_JOBS
     max_tries = MAX_TRIES
