@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 
-async def adopt(session: AsyncSession, row: M) -> M:
+async def adopt(session: AsyncSession, row: M, *, alone: bool) -> M:
     """The session's own instance of the detached `row`, every column loaded and current.
 
     No query and no connection is needed, unless the session's instance has unflushed changes: those stay, and the
-    rest of it is read again.
+    rest of it is read again. `alone` is whether nobody else was shown this instance, so that it may be the one.
     """
     state: InstanceState[M] = inspect(row)
     assert state.key is not None
@@ -31,18 +31,20 @@ async def adopt(session: AsyncSession, row: M) -> M:
     if own is not None and inspect(own).modified:
         await _refresh_unmodified(session, own)
         return own
+    state.load_options = ()  # those of the shared read are not the caller's
+    if own is None and alone:
+        session.sync_session.add(row)
+        return row
     return _merged(session, row, own)
 
 
 def _merged(session: AsyncSession, row: M, own: M | None) -> M:
     state: InstanceState[M] = inspect(row)
-    options: Any = ()
     if own is not None:
-        options = inspect(own).load_options
+        state.load_options = inspect(own).load_options
         version = state.mapper.version_id_col
         if version is not None:  # or merge() takes a newer version for a conflict
             session.sync_session.expire(own, [state.mapper.get_property_by_column(version).key])
-    state.load_options = options  # those of the shared read are not the caller's
     for name in column_names(state.mapper):
         if isinstance(state.dict.get(name), list | dict | set | bytearray):  # other waiters have the same object
             state.dict[name] = copy.deepcopy(state.dict[name])

@@ -14,7 +14,7 @@ from coord.channels import Channels
 from coord.engine import engine_of, prepare
 from coord.hearing import Hearing
 from coord.target import key_of, mapper_of
-from coord.watcher import MAX_WAITERS, watcher_of
+from coord.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -76,8 +76,7 @@ class Coordinator:
                     stack.push_async_callback(self._redis.aclose)
                 self._bell = await stack.enter_async_context(Bell(self._redis).open())
                 stack.callback(setattr, self, "_bell", None)
-            watcher = stack.enter_context(watcher_of(self._engine))
-            stack.enter_context(watcher.coordinate(self._max_waiters, self._hear))
+            stack.enter_context(Watcher.of(self._engine).coordinate(self._max_waiters, self._hear))
             stack.enter_context(self._changes.observed())
             self._stack = stack.pop_all()
         return self

@@ -14,7 +14,7 @@ from coord.reading import is_passing
 from coord.target import column_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
     from coord.hearing import Hearing
@@ -42,12 +42,13 @@ class Group:
     who was waiting before it began, so nobody is shown a row older than what he has seen.
     """
 
-    def __init__(self, reader: Reader, hearing: Hearing | None) -> None:
+    def __init__(self, reader: Reader, hearing: Hearing | None, *, on_leave: Callable[[Group], None]) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Waiter[Any]]] = {}
         self.error: Exception | None = None
         """Why rows cannot be read at present."""
         self._hearing = hearing
+        self._on_leave = on_leave
         self._intervals: Counter[float] = Counter()
         self._watched: Counter[ColumnNames] = Counter()
         self._due: set[Key] = set()
@@ -80,6 +81,7 @@ class Group:
         if not self.waiters:
             self.hear(None)
             self._awake.set()
+        self._on_leave(self)
 
     def hear(self, hearing: Hearing | None) -> None:
         """Be woken by another bell from now on, or by none."""
@@ -159,7 +161,7 @@ class Group:
             row = rows.get(key)
             values = None if row is None else inspect(row).dict
             for waiter in due[key]:
-                waiter.tell(row, values)
+                waiter.tell(row, values, alone=len(due[key]) == 1)
 
     @property
     def _columns(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, Generic
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from coord.baseline import differs
 from coord.errors import RowNotFoundError
@@ -27,6 +27,7 @@ class Waiter(Generic[M]):
         "_group",
         "_signal",
         "_timer",
+        "alone",
         "baseline",
         "error",
         "fresh",
@@ -50,7 +51,15 @@ class Waiter(Generic[M]):
         self.last = False
         """Whether the deadline has passed and the next look is the last."""
         self.row: M | None = None
+        self.alone = False
+        """Whether nobody else was shown the same instance."""
         self.error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._group.remove(self)
 
     async def changed(self, deadline: float | None) -> M | None:
         """The newest row that differs from the one before; None when the loop's clock has passed `deadline`.
@@ -78,7 +87,7 @@ class Waiter(Generic[M]):
         """Why rows cannot be read at present."""
         return self._group.error
 
-    def tell(self, row: M | None, values: Mapping[str, Any] | None) -> None:
+    def tell(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         """Look at the row as it is; it is kept if it is news."""
         first, self.looked = not self.looked, True
         if values is None or row is None:
@@ -86,7 +95,7 @@ class Waiter(Generic[M]):
         elif self.differs(values) or self.fresh:
             self.fresh = False
             self.baseline = {name: values[name] for name in self.target.columns}
-            self.row = row
+            self.row, self.alone = row, alone
             self.wake()
 
     def differs(self, values: Mapping[str, Any]) -> bool:

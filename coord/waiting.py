@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from coord.adoption import adopt
@@ -15,10 +15,10 @@ from coord.schemas import schemas_of
 from coord.target import Target
 from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.waiter import LAST_LOOK
-from coord.watcher import watcher_of
+from coord.watcher import Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -69,7 +69,7 @@ async def wait_for_row_change(
         row = await _next(waiter, began, deadline)
         while until is not None and not until(row):
             row = await _next(waiter, began, deadline)
-    return await adopt(session, row)
+    return await adopt(session, row, alone=waiter.alone)
 
 
 @asynccontextmanager
@@ -107,19 +107,15 @@ async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None)
         began = asyncio.get_running_loop().time()
         deadline = None if limit is None else began + limit
         await _release(session, waiter.target, began, deadline)
-        yield await adopt(session, await _next(waiter, began, deadline))
+        row = await _next(waiter, began, deadline)
+        yield await adopt(session, row, alone=waiter.alone)
 
 
-@contextmanager
 def _registered(
     session: AsyncSession, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool
-) -> Iterator[Waiter[M]]:
-    schemas = schemas_of(session.sync_session)
-    with (
-        watcher_of(source_of(session)) as watcher,
-        watcher.register(target, schemas, baseline, interval=interval, fresh=fresh) as waiter,
-    ):
-        yield waiter
+) -> Waiter[M]:
+    watcher = Watcher.of(source_of(session))
+    return watcher.register(target, schemas_of(session.sync_session), baseline, interval=interval, fresh=fresh)
 
 
 async def _next(waiter: Waiter[M], began: float, deadline: float | None) -> M:

@@ -37,48 +37,66 @@ class Watcher:
     def __init__(self, source: AsyncEngine | AsyncConnection) -> None:
         self.source = source
         self.waiters = 0
-        self.max_waiters = MAX_WAITERS
-        self.coordinated = False
+        self._max_waiters = MAX_WAITERS
+        self._coordinated = False
         self._hear: Hear = _hear_nothing
         self._groups: dict[tuple[Mapper[Any], Schemas], Group] = {}
 
-    @contextmanager
+    @classmethod
+    def of(cls, source: AsyncEngine | AsyncConnection) -> Watcher:
+        """The watcher that all waits through this engine or connection share; it is there while anybody needs it."""
+        watchers = _watchers.setdefault(asyncio.get_running_loop(), {})
+        key = _key(source)
+        if (watcher := watchers.get(key)) is None:
+            watcher = watchers[key] = cls(source)
+        return watcher
+
     def register(
         self, target: Target[M], schemas: Schemas, baseline: Baseline, *, interval: float, fresh: bool
-    ) -> Iterator[Waiter[M]]:
-        """A place among the waiters, taken before the row is first read; `fresh` wants that first row in any case."""
-        if self.waiters >= self.max_waiters:
+    ) -> Waiter[M]:
+        """A place among the waiters from now until the waiter's block ends; `fresh` wants its first row in any case."""
+        if self.waiters >= self._max_waiters:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
         kind = (target.mapper, schemas)
         if (group := self._groups.get(kind)) is None:
-            group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind))
+            group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind), on_leave=self._left)
             self._groups[kind] = group
         waiter = Waiter(group, target, baseline, interval=interval, fresh=fresh)
         self.waiters += 1
         group.add(waiter)
-        try:
-            yield waiter
-        finally:
-            group.remove(waiter)
-            self.waiters -= 1
-            if not group.waiters:
-                del self._groups[kind]
+        return waiter
 
     @contextmanager
     def coordinate(self, max_waiters: int, hear: Hear) -> Iterator[None]:
         """Have another cap and a bell until the block ends; waits that go on meanwhile hear it too."""
-        if self.coordinated:
+        if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
         self._set(max_waiters, hear, coordinated=True)
         try:
             yield
         finally:
             self._set(MAX_WAITERS, _hear_nothing, coordinated=False)
+            self._forget_if_idle()
 
     def _set(self, max_waiters: int, hear: Hear, *, coordinated: bool) -> None:
-        self.max_waiters, self._hear, self.coordinated = max_waiters, hear, coordinated
+        self._max_waiters, self._hear, self._coordinated = max_waiters, hear, coordinated
         for kind, group in self._groups.items():
             group.hear(hear(*kind))
+
+    def _left(self, group: Group) -> None:
+        self.waiters -= 1
+        if not group.waiters:
+            self._groups = {kind: other for kind, other in self._groups.items() if other is not group}
+            self._forget_if_idle()
+
+    def _forget_if_idle(self) -> None:
+        if not self.waiters and not self._coordinated:
+            _watchers.get(asyncio.get_running_loop(), {}).pop(_key(self.source), None)
+
+
+def _key(source: AsyncEngine | AsyncConnection) -> Dialect | AsyncConnection:
+    """Each engine has a dialect of its own, which the engines made by its `execution_options()` share."""
+    return source if isinstance(source, AsyncConnection) else source.dialect
 
 
 def _hear_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
@@ -86,17 +104,4 @@ def _hear_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
 
 
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect | AsyncConnection, Watcher]] = WeakKeyDictionary()
-"""By loop, then by dialect: each engine has one of its own, which those made by its `execution_options()` share."""
-
-
-@contextmanager
-def watcher_of(source: AsyncEngine | AsyncConnection) -> Iterator[Watcher]:
-    """The watcher that all waits through this engine or connection share; it is there while anybody needs it."""
-    key = source if isinstance(source, AsyncConnection) else source.dialect
-    watchers = _watchers.setdefault(asyncio.get_running_loop(), {})
-    watcher = watchers.setdefault(key, Watcher(source))
-    try:
-        yield watcher
-    finally:
-        if not watcher.waiters and not watcher.coordinated:
-            watchers.pop(key, None)
+"""A wait is given a session and no coordinator, so this is where waits of one engine meet."""
