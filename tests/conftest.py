@@ -6,6 +6,7 @@ there; one given Redis is shared out by database number, so it must hold nothing
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -16,11 +17,13 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.schema import CreateSchema
 
+import coord.watcher
 from coord.embedded import PostgreSQL, Valkey
 from tests.models import Base
+from tests.serving import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -75,7 +78,7 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 
 
 @pytest.fixture(scope="session")
-def session_maker(engine: AsyncEngine) -> async_sessionmaker:
+def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
@@ -107,3 +110,15 @@ async def observer(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     connection = await asyncpg.connect(dsn)
     yield connection
     await connection.close()
+
+
+@pytest.fixture
+async def nobody_left_waiting() -> AsyncIterator[None]:
+    """After every test: no watcher, and none of its tasks."""
+    yield
+    assert not coord.watcher._watchers.get(asyncio.get_running_loop())
+
+    async def no_task() -> bool:
+        return not [task for task in asyncio.all_tasks() if task.get_name().startswith("coord")]
+
+    await eventually(no_task, within=2)

@@ -16,6 +16,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
+import coord.acquisition
 import coord.locks
 from coord import (
     DeadlockError,
@@ -210,7 +211,7 @@ async def test_the_schema_translate_map_is_honoured(engine: AsyncEngine) -> None
 async def locked_in(session_maker: SessionMaker, engine: AsyncEngine, tables: list[Any]) -> list[str]:
     """The tables as PostgreSQL locked them, in order, by the row versions of its lock manager."""
     seen: list[str] = []
-    original = coord.locks.acquire
+    original = coord.acquisition.acquire
 
     async def spy(connection: Any, acquisition: Any) -> None:
         await original(connection, acquisition)
@@ -278,7 +279,7 @@ async def test_tasks_locking_in_any_order_never_deadlock(
                     waits.append(loop.time() - began)
                     for model in models:
                         column = model.number if model is Item else model.id
-                        highest = await session.scalar(select(func.coalesce(func.max(column), 0)))
+                        highest = await session.scalar(select(func.max(column))) or 0
                         session.add(Item(number=highest + 1) if model is Item else User(id=highest + 1))
                         await session.flush()
                 commits += 1

@@ -14,7 +14,7 @@ from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response  # noqa: TC002 - FastAPI reads the annotation
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from asyncpg import Connection
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
 pytestmark = pytest.mark.usefixtures("tables")
 
@@ -56,7 +55,7 @@ def register_writes(app: FastAPI, plain: Any, function: Any) -> None:
     @app.post("/plain/{user_id}")
     async def post_plain(user_id: int, tasks: BackgroundTasks, session: AsyncSession = plain) -> None:
         session.add(User(id=user_id))
-        assert session.bind is not None
+        assert isinstance(session.bind, AsyncEngine)
         tasks.add_task(afterwards, session.bind, user_id)
 
     @app.post("/function/{user_id}")

@@ -15,7 +15,6 @@ from sqlalchemy import Column, Integer, MetaData, Table, select, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
-import coord.watcher
 from coord import (
     RowNotFoundError,
     UncommittedChangesError,
@@ -25,13 +24,13 @@ from coord import (
     get_transaction,
     lock_tables,
     wait_for_row_change,
+    watch_row,
 )
 from tests.models import Account, Item, Reserved, User
 from tests.serving import eventually
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -41,36 +40,9 @@ pytestmark = pytest.mark.usefixtures("tables", "nobody_left_waiting")
 
 
 @pytest.fixture
-async def nobody_left_waiting() -> AsyncIterator[None]:
-    """After every test: no watcher, and none of its tasks."""
-    yield
-    assert not coord.watcher._watchers.get(asyncio.get_running_loop())
-
-    async def no_task() -> bool:
-        return not [task for task in asyncio.all_tasks() if task.get_name().startswith("coord")]
-
-    await eventually(no_task, within=2)
-
-
-@pytest.fixture
-async def user(observer: Connection) -> int:
+async def user(tables: None, observer: Connection) -> int:
     await observer.execute("INSERT INTO users VALUES (1, 'before')")
     return 1
-
-
-async def registered(session_maker: SessionMaker) -> None:
-    """Return once somebody waits and has had the first look at the row."""
-
-    async def looked() -> bool:
-        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-        groups = [group for watcher in watchers for group in watcher._groups.values()]
-        return any(waiter.looked for group in groups for waiters in group.waiters.values() for waiter in waiters)
-
-    await eventually(looked)
-
-
-def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.Task[Any]:
-    return asyncio.create_task(wait_for_row_change(session, *arguments, **{"interval": 0.05, "timeout": 10, **options}))
 
 
 async def test_a_change_by_anybody_is_seen_within_the_interval(
@@ -78,7 +50,7 @@ async def test_a_change_by_anybody_is_seen_within_the_interval(
 ) -> None:
     async with session_maker() as session:
         task = waiting(session, User, user)
-        await registered(session_maker)
+        await registered()
         changed = time.monotonic()
         await observer.execute("UPDATE users SET name = 'after'")
         row = await task
@@ -123,9 +95,9 @@ async def test_a_row_that_a_commit_expired_has_no_baseline_and_the_wait_says_so(
     async with async_sessionmaker(engine, expire_on_commit=True)() as session:
         loaded = await session.get(User, user)
         await session.commit()
+        task = waiting(session, User, user)
         with pytest.warns(UserWarning, match="was expired by a commit"):
-            task = waiting(session, User, user)
-            await registered(async_sessionmaker(engine))
+            await registered()
         await observer.execute("UPDATE users SET name = 'after'")
         assert (await task) is loaded
         assert loaded is not None
@@ -138,7 +110,7 @@ async def test_a_change_after_the_first_read_is_the_answer_at_the_deadline(
     """An interval of a minute never comes; the last look does."""
     async with session_maker() as session:
         task = waiting(session, User, user, interval=60, timeout=1)
-        await registered(session_maker)
+        await registered()
         await observer.execute("UPDATE users SET name = 'after'")
         assert (await task).name == "after"
 
@@ -160,7 +132,7 @@ async def test_only_the_watched_columns_count(session_maker: SessionMaker, obser
     await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
     async with session_maker() as session:
         task = waiting(session, Account, ("eu", 7), columns=[Account.state])
-        await registered(session_maker)
+        await registered()
         await observer.execute("UPDATE accounts SET balance = 5, version = 2")
         done, _ = await asyncio.wait([task], timeout=0.2)
         assert not done
@@ -177,7 +149,7 @@ async def test_composite_keys_and_renamed_attributes(
     await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1), ('us', 7, 'open', 0, 1)")
     async with session_maker() as session:
         task = waiting(session, Account, pk_value, columns=[column])
-        await registered(session_maker)
+        await registered()
         await observer.execute("UPDATE accounts SET status = 'closed' WHERE region = 'eu'")
         assert (await task).state == "closed"
 
@@ -194,7 +166,7 @@ async def test_until_needs_no_change_and_gets_a_detached_row(
 
     async with session_maker() as session:
         task = waiting(session, User, user, until=finished)
-        await registered(session_maker)
+        await registered()
         await observer.execute("UPDATE users SET name = 'half'")
         await eventually(lambda: asyncio.sleep(0, "half" in seen))
         await observer.execute("UPDATE users SET name = 'done'")
@@ -212,7 +184,7 @@ async def test_a_row_that_is_not_there_and_one_that_goes(
         with pytest.raises(RowNotFoundError, match=r"User\(2\) not found"):
             await wait_for_row_change(session, User, 2)
         task = waiting(session, User, user)
-        await registered(session_maker)
+        await registered()
         await observer.execute("DELETE FROM users")
         with pytest.raises(LookupError, match=r"User\(1\) was deleted"):
             await task
@@ -231,7 +203,7 @@ async def test_a_pool_of_one_serves_two_hundred_waits(database_url: str, observe
                 await session.commit()  # the first one's read is still open, and its wait ends it
             else:
                 tasks = [waiting(session, User, user_id)]
-                await registered(session_maker)
+                await registered()
         tasks += [waiting(session, User, n) for n, session in enumerate(sessions[1:], start=2)]
         assert engine.pool.checkedout() <= 1  # type: ignore[attr-defined]
         await observer.execute("UPDATE users SET name = 'after ' || id")
@@ -301,7 +273,7 @@ async def test_unflushed_changes_survive_and_the_rest_is_current(
         session.add(pending)
         account.balance = 42
         task = waiting(session, Account, ("eu", 7), columns=[Account.state, Account.balance])
-        await registered(session_maker)
+        await registered()
         await observer.execute("UPDATE accounts SET status = 'closed', version = 2")
         assert (await task) is account
         assert (account.state, account.balance, account.version) == ("closed", 42, 2)
@@ -321,7 +293,7 @@ async def test_the_row_can_be_changed_and_committed_afterwards(
             if loaded:
                 await session.get(Account, ("eu", 7))
             task = waiting(session, Account, ("eu", 7))
-            await registered(session_maker)
+            await registered()
             await observer.execute("UPDATE accounts SET status = status || '+', version = version + 1")
             row = await task
             row.balance += 1
@@ -337,7 +309,7 @@ async def test_a_table_in_another_schema_and_a_translated_one(
     for maker, model in ((session_maker, Reserved), (async_sessionmaker(translated), Plain)):
         async with maker() as session:
             task = waiting(session, model, 1)
-            await registered(maker)
+            await registered()
             await observer.execute('UPDATE "Other Shop"."order" SET status = status || $1', "!")
             assert (await task).status.endswith("!")
 
@@ -365,7 +337,7 @@ async def test_a_session_bound_to_one_connection_waits_through_it(engine: AsyncE
                 await session.commit()
                 await session.execute(select(User))
                 task = waiting(session, User, 1)
-                await registered(maker)
+                await registered()
                 async with maker() as other:
                     await other.execute(update(User).where(User.id == 1).values(name=mode))
                     await other.commit()
@@ -434,3 +406,70 @@ async def test_an_engine_that_is_not_asyncpg_is_refused() -> None:
     async with async_sessionmaker(create_async_engine("sqlite+aiosqlite://"))() as session:
         with pytest.raises(ValueError, match=r"postgresql\+asyncpg"):
             await wait_for_row_change(session, User, 1)
+
+
+async def test_watching_yields_the_row_now_and_its_newest_state_after_each_change(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session:
+        async with watch_row(session, User, user, interval=0.05) as states:
+            assert (await anext(states)).name == "before"
+            await observer.execute("UPDATE users SET name = 'first'")
+            assert (await anext(states)).name == "first"
+            await observer.execute("UPDATE users SET name = 'second'")
+            await observer.execute("UPDATE users SET name = 'third'")
+            newest = await anext(states)
+            while newest.name != "third":  # changes close together may come as one; the last one always comes
+                newest = await anext(states)
+            assert newest in session
+            await observer.execute("DELETE FROM users")
+            with pytest.raises(RowNotFoundError, match="was deleted"):
+                await anext(states)
+
+
+async def test_watching_since_what_the_caller_has_seen(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session:
+        async with watch_row(session, User, user, since={"id": 1, "name": "before"}, interval=0.05) as states:
+            task = asyncio.ensure_future(anext(states))
+            await registered()
+            assert not task.done()
+            await observer.execute("UPDATE users SET name = 'after'")
+            assert (await task).name == "after"
+        async with watch_row(session, User, user, since={"name": "older"}, timeout=0.2, interval=0.05) as states:
+            assert (await anext(states)).name == "after"
+            with pytest.raises(WaitTimeoutError):
+                await anext(states)
+
+
+async def test_watching_never_goes_backwards_and_holds_no_connection(
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection
+) -> None:
+    await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
+
+    async def change() -> None:
+        for version in range(2, 101):
+            await observer.execute("UPDATE accounts SET version = $1", version)
+
+    seen: list[int] = []
+    async with session_maker() as session, watch_row(session, Account, ("eu", 7), interval=0.01) as states:
+        changing = asyncio.create_task(change())
+        async for account in states:
+            seen.append(account.version)
+            await session.execute(select(User))  # the next step ends what this has begun
+            if account.version == 100:
+                break
+        await changing
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 100
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+async def test_watching_refuses_what_could_never_end(session_maker: SessionMaker, user: int) -> None:
+    async with session_maker() as session, watch_row(session, User, user) as states:
+        row = await anext(states)
+        row.name = "mine"
+        await session.flush()
+        with pytest.raises(UncommittedChangesError):
+            await anext(states)

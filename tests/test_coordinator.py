@@ -1,0 +1,366 @@
+"""The coordinator: waits are woken after the commit, by nothing else, and go on without it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+from fastapi import FastAPI
+from redis.asyncio import Redis
+from sqlalchemy import delete, event, text, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Session
+
+import coord.watcher
+from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
+from coord.channels import MANY, Channels
+from coord.embedded import PostgreSQL, Valkey
+from coord.target import mapper_of
+from tests.models import Account, Item, User
+from tests.serving import eventually, served
+from tests.waits import registered, waiting
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("tables", "nobody_left_waiting")
+
+NEVER = 60.0
+"""An interval that no test lives to see."""
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis_url) as client:
+        yield client
+
+
+@pytest.fixture
+async def coordinator(
+    nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
+) -> AsyncIterator[Coordinator]:
+    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+        await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
+        yield coordinator
+
+
+@pytest.fixture
+async def users(tables: None, observer: Connection) -> None:
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 500) AS n")
+
+
+class Heard:
+    """What is published, by anybody."""
+
+    def __init__(self) -> None:
+        self.channels: list[str] = []
+
+    async def has(self, count: int) -> list[str]:
+        await eventually(lambda: asyncio.sleep(0, len(self.channels) >= count))
+        return sorted(self.channels)
+
+
+@asynccontextmanager
+async def listening(redis: Redis) -> AsyncIterator[Heard]:
+    heard = Heard()
+    subscription = redis.pubsub()
+    await subscription.psubscribe("*")
+    await subscription.get_message(timeout=5)
+
+    async def listen() -> None:
+        async for message in subscription.listen():
+            heard.channels.append(message["channel"].decode().split(":", 2)[2])
+
+    task = asyncio.create_task(listen())
+    try:
+        yield heard
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+        await subscription.aclose()  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.usefixtures("users")
+async def test_a_commit_wakes_the_wait(coordinator: Coordinator, session_maker: SessionMaker) -> None:
+    async with session_maker() as session, session_maker() as writer:
+        task = waiting(session, User, 1, interval=NEVER)
+        await registered()
+        user = await writer.get(User, 1)
+        assert user is not None
+        user.name = "after"
+        await writer.commit()
+        async with asyncio.timeout(1):
+            assert (await task).name == "after"
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize("how", ["bulk", "raw"])
+async def test_bulk_statements_ring_by_table_and_raw_sql_when_told(
+    coordinator: Coordinator, session_maker: SessionMaker, how: str
+) -> None:
+    async with session_maker() as session, session_maker() as writer:
+        task = waiting(session, User, 7, interval=NEVER)
+        await registered()
+        if how == "bulk":
+            await writer.execute(update(User).values(name="after").where(User.id == 7))
+        else:
+            await writer.execute(text("UPDATE users SET name = 'after' WHERE id = 7"))
+            coordinator.ring(writer, User, 7)
+        await writer.commit()
+        async with asyncio.timeout(1):
+            assert (await task).name == "after"
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_rows_ring_once_the_outermost_commit_is_done_and_not_before(
+    session_maker: SessionMaker, redis: Redis
+) -> None:
+    async with listening(redis) as heard, session_maker() as session:
+        session.add(User(id=1))
+        await session.flush()
+        async with session.begin_nested():
+            session.add(User(id=2))
+        with pytest.raises(KeyError):
+            async with session.begin_nested():
+                session.add(User(id=3))
+                await session.flush()
+                async with session.begin_nested():
+                    session.add(User(id=4))
+                raise KeyError
+        assert heard.channels == []
+        await session.commit()
+        assert await heard.has(2) == [".users:1", ".users:2"]
+        session.add(User(id=5))
+        await session.flush()
+        await session.execute(delete(User))
+        await session.rollback()
+        session.add(Account(region="eu", number=1))
+        await session.commit()
+        assert (await heard.has(3))[0] == ".accounts:eu/1"
+        assert len(heard.channels) == 3
+
+
+async def test_many_rows_of_one_table_ring_its_bell_instead(
+    coordinator: Coordinator, session_maker: SessionMaker, redis: Redis
+) -> None:
+    async with listening(redis) as heard, session_maker() as session:
+        session.add_all(User(id=n) for n in range(1, MANY + 2))
+        session.add(Item(id=1))
+        await session.commit()
+        assert await heard.has(2) == [".items:1", ".users"]
+        coordinator.ring(session, User)
+        await heard.has(3)
+        assert len(heard.channels) == 3
+
+
+@pytest.mark.usefixtures("users", "coordinator")
+async def test_a_process_hears_only_the_rows_it_waits_for(session_maker: SessionMaker, redis: Redis) -> None:
+    async def channels() -> set[str]:
+        return {channel.decode().split(":", 2)[2] for channel in await redis.pubsub_channels()}
+
+    async with session_maker() as one, session_maker() as two:
+        tasks = [waiting(one, User, 1, interval=NEVER), waiting(two, User, 2, interval=NEVER)]
+        await eventually(lambda: _equal(channels, {".users", ".users:1", ".users:2"}))
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await eventually(lambda: _equal(channels, set()))
+
+
+async def _equal(actual: Any, expected: Any) -> bool:
+    return bool(await actual() == expected)
+
+
+@pytest.mark.usefixtures("users", "coordinator")
+async def test_another_namespace_or_database_wakes_nobody(
+    database_url: str, session_maker: SessionMaker, redis_url: str
+) -> None:
+    other = create_async_engine(database_url)
+    async with (
+        Coordinator(async_sessionmaker(other), redis=redis_url, namespace="other"),
+        session_maker() as session,
+        AsyncSession(other) as writer,
+    ):
+        task = waiting(session, User, 1, interval=NEVER, timeout=0.5)
+        await registered()
+        await writer.execute(update(User).values(name="after"))
+        await writer.commit()
+        done, _ = await asyncio.wait([task], timeout=0.3)
+        assert not done
+        assert (await task).name == "after"  # the last look
+    await other.dispose()
+    mapper = mapper_of(User)
+    names = {Channels(namespace, database).table(mapper, ()) for namespace in "ab" for database in "cd"}
+    assert len(names) == 4
+
+
+async def test_nothing_is_left_on_sqlalchemys_classes(session_maker: SessionMaker, redis_url: str) -> None:
+    coordinator = Coordinator(session_maker, redis=redis_url)
+
+    def listening() -> set[bool]:
+        changes = coordinator._changes
+        return {
+            event.contains(Session, "after_flush", changes._after_flush),
+            event.contains(Session, "do_orm_execute", changes._do_orm_execute),
+            event.contains(Session, "after_commit", changes._after_commit),
+            event.contains(Session, "after_soft_rollback", changes._after_soft_rollback),
+        }
+
+    async with coordinator:
+        assert listening() == {True}
+        with pytest.raises(RuntimeError, match="has a Coordinator in this event loop already"):
+            await Coordinator(session_maker).__aenter__()
+    assert listening() == {False}
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize("bell", [True, False])
+async def test_one_wait_too_many_is_refused_at_once(session_maker: SessionMaker, redis_url: str, bell: bool) -> None:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(Coordinator(session_maker, redis=redis_url if bell else None, max_waiters=2))
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(3)]
+        tasks = [waiting(session, User, 1) for session in sessions[:2]]
+        await registered()
+        with pytest.raises(TooManyWaitersError, match="2 waits are as many"):
+            await wait_for_row_change(sessions[2], User, 1)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(sessions[2], User, 1, timeout=0)
+
+
+@pytest.mark.usefixtures("users")
+async def test_a_lifespan_opens_and_closes_it(session_maker: SessionMaker, redis_url: str, redis: Redis) -> None:
+    coordinator = Coordinator(session_maker, redis=redis_url)
+    app = FastAPI(lifespan=coordinator.lifespan)
+
+    @app.get("/wait")
+    async def wait() -> str:
+        async with session_maker() as session:
+            return (await wait_for_row_change(session, User, 1, interval=NEVER, timeout=5)).name
+
+    before = len(await redis.client_list())
+    async with served(app) as client, session_maker() as writer:
+        answer = asyncio.create_task(client.get("/wait"))
+        await registered()
+        await writer.execute(update(User).values(name="after"))
+        await writer.commit()
+        assert (await answer).json() == "after"
+        assert len(await redis.client_list()) - before <= 2
+    await eventually(lambda: _equal(lambda: _count(redis), before))
+
+
+async def _count(redis: Redis) -> int:
+    return len(await redis.client_list())
+
+
+@pytest.mark.parametrize("arguments", [{"max_waiters": 0}, {"max_waiters": True}, {"namespace": ""}, {"redis": 5}])
+def test_bad_arguments_are_refused(session_maker: SessionMaker, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Coordinator(session_maker, **arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("users")
+async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
+    session_maker: SessionMaker, observer: Connection, server_directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before, during and after; a wait that began before the outage and one that begins in it."""
+    caplog.set_level(logging.WARNING, "coord")
+    with Valkey(server_directory / "outage") as valkey:
+        async with Coordinator(session_maker, redis=valkey.url) as coordinator, AsyncExitStack() as stack:
+            bell = coordinator._bell
+            assert bell is not None
+            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            sessions = [await stack.enter_async_context(session_maker()) for _ in range(40)]
+            tasks = [waiting(session, User, n, interval=0.3, timeout=30) for n, session in enumerate(sessions[:20], 1)]
+            await registered()
+            valkey.kill()
+            await eventually(lambda: asyncio.sleep(0, not bell.connected))
+            tasks += [
+                waiting(session, User, n, interval=0.3, timeout=30) for n, session in enumerate(sessions[20:], 21)
+            ]
+            end = time.monotonic() + 10
+            for n, task in enumerate(tasks, 1):
+                began = time.monotonic()
+                async with session_maker() as writer:
+                    await writer.execute(update(User).values(name="after").where(User.id == n))
+                    await writer.commit()
+                assert time.monotonic() - began < 0.3, "a commit waited for Redis"
+                assert (await task).name == "after"
+                assert time.monotonic() - began < 0.3 + 0.3
+                await asyncio.sleep(max(0, (end - time.monotonic()) / (len(tasks) - n + 1)))
+            valkey.start()
+            await eventually(lambda: asyncio.sleep(0, bell.connected), within=5)
+            late = waiting(sessions[0], User, 100, interval=NEVER)
+            await registered()
+            async with session_maker() as writer:
+                await writer.execute(update(User).values(name="woken").where(User.id == 100))
+                await writer.commit()
+            async with asyncio.timeout(1):
+                assert (await late).name == "woken"
+    said = [record.message for record in caplog.records if record.name == "coord.bell"]
+    assert len([line for line in said if line.startswith("Redis is away")]) == 1, said
+    assert said[-1] == "Redis is back, waits are woken again"
+
+
+@pytest.mark.slow
+async def test_waits_survive_a_restart_of_postgresql(server_directory: Path, redis_url: str) -> None:
+    with PostgreSQL(server_directory / "restarted") as server:
+        engine = create_async_engine(server.url)
+        session_maker = async_sessionmaker(engine, expire_on_commit=False)
+        async with engine.begin() as connection:
+            await connection.run_sync(User.metadata.tables["users"].create)
+            await connection.execute(text("INSERT INTO users VALUES (1, 'before'), (2, 'before')"))
+        async with Coordinator(session_maker, redis=redis_url), session_maker() as one, session_maker() as two:
+            task = waiting(one, User, 1, interval=0.2, timeout=30)
+            await registered()
+            await asyncio.to_thread(server.stop, "immediate")
+            began = time.monotonic()
+            with pytest.raises(WaitTimeoutError):
+                await wait_for_row_change(two, User, 2, interval=0.2, timeout=0.5)
+            assert time.monotonic() - began < 1.5
+            await asyncio.to_thread(server.start)
+            await engine.dispose()
+            async with session_maker() as writer:
+                await writer.execute(update(User).values(name="after"))
+                await writer.commit()
+            assert (await task).name == "after"
+        await engine.dispose()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("users")
+async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
+    coordinator: Coordinator, engine: AsyncEngine, session_maker: SessionMaker, redis: Redis
+) -> None:
+    chance = random.Random(7)
+
+    async def wait(n: int) -> None:
+        async with session_maker() as session:
+            with anyio.move_on_after(chance.uniform(0, 2)) if n % 2 else anyio.CancelScope():
+                await wait_for_row_change(session, User, n % 500 + 1, interval=0.5)
+
+    tasks = [asyncio.create_task(wait(n)) for n in range(10_000)]
+    for task in tasks[::2]:
+        asyncio.get_running_loop().call_later(chance.uniform(0, 2), task.cancel)
+    await asyncio.wait(tasks)
+    assert not [task for task in tasks if not task.cancelled() and task.exception()]
+    watcher = coord.watcher._watchers[asyncio.get_running_loop()][engine.dialect]
+    assert watcher.waiters == 0
+    assert watcher._groups == {}
+    await eventually(lambda: _equal(redis.pubsub_channels, []))
+    await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
