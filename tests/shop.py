@@ -123,6 +123,17 @@ def dsn_of(database_url: str) -> str:
     return make_url(database_url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
+async def waiting_for_locks(connection: asyncpg.Connection, statement: str = "") -> int:
+    """How many of the database's sessions wait for a lock at this moment, in a statement that begins like this."""
+    await connection.execute("SELECT pg_stat_clear_snapshot()")  # which a transaction would look at for ever
+    count: int = await connection.fetchval(
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND wait_event_type = 'Lock' AND starts_with(query, $1)",
+        statement,
+    )
+    return count
+
+
 class Network:
     """A port that leads to a server while it is `up`, answers nothing while it is not, and counts who has come."""
 

@@ -13,10 +13,23 @@ import httpx
 import pytest
 
 from tests.serving import eventually
-from tests.shop import API, SERVING, WORKER, WORKING, Command, dsn_of, emptied, empty_database, running
+from tests.shop import (
+    API,
+    SERVING,
+    WORKER,
+    WORKING,
+    Command,
+    dsn_of,
+    emptied,
+    empty_database,
+    running,
+    waiting_for_locks,
+)
+from worker.database import POOL_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
 
 PROBLEM = "application/problem+json"
 MOST = 2**63 - 1
@@ -228,6 +241,22 @@ async def test_what_is_not_there_is_a_problem_too(shop: Shop) -> None:
         (await shop.http.delete("/orders"), 405),
     ):
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+async def test_a_busy_shop_is_a_healthy_one(shop: Shop) -> None:
+    transaction = shop.database.transaction()
+    await transaction.start()
+    await shop.database.execute("LOCK TABLE orders IN EXCLUSIVE MODE")
+    placing = [asyncio.create_task(shop.place("tea", 1)) for _ in range(POOL_SIZE + 5)]
+
+    async def every_connection_waits() -> bool:
+        return await waiting_for_locks(shop.database, "INSERT") == POOL_SIZE
+
+    await eventually(every_connection_waits)
+    answer = await shop.http.get("/healthz")
+    await transaction.rollback()
+    assert (answer.status_code, answer.json()) == (200, {"postgresql": "ok", "redis": "ok"})
+    assert len(set(await asyncio.gather(*placing))) == POOL_SIZE + 5
 
 
 async def test_healthz_says_that_both_servers_answer(shop: Shop) -> None:

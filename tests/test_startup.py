@@ -13,7 +13,20 @@ import pytest
 from sqlalchemy import make_url
 
 from coord.embedded import PostgreSQL
-from tests.shop import API, ROOT, SERVING, WORKER, WORKING, Network, dsn_of, emptied, empty_database, running
+from tests.serving import eventually
+from tests.shop import (
+    API,
+    ROOT,
+    SERVING,
+    WORKER,
+    WORKING,
+    Network,
+    dsn_of,
+    emptied,
+    empty_database,
+    running,
+    waiting_for_locks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -105,19 +118,25 @@ async def test_the_database_is_refused_while_redis_is_away_too(command: tuple[st
 
 @pytest.mark.slow
 async def test_processes_started_together_on_an_empty_database_all_start(database_url: str, redis_url: str) -> None:
-    for _ in range(2):
-        async with AsyncExitStack() as stack:
-            url = await stack.enter_async_context(empty_database(database_url))
-            commands = [
-                await stack.enter_async_context(running(command, url, redis_url))
-                for command in (API, WORKER, API, WORKER)
-            ]
-            for command in commands:
-                await command.says(SERVING if command in commands[::2] else WORKING)
-            connection = await asyncpg.connect(dsn_of(url))
-            tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
-            await connection.close()
-            assert [name for (name,) in tables] == ["orders", "stock"]
+    """All four are held up in the middle of it by a table of that name that is never committed."""
+    async with AsyncExitStack() as stack:
+        url = await stack.enter_async_context(empty_database(database_url))
+        connection = await asyncpg.connect(dsn_of(url))
+        stack.push_async_callback(connection.close)
+        transaction = connection.transaction()
+        await transaction.start()
+        await connection.execute("CREATE TABLE stock ()")
+        commands = [await stack.enter_async_context(running(command, url, redis_url)) for command in [API, WORKER] * 2]
+
+        async def all_wait() -> bool:
+            return await waiting_for_locks(connection) == len(commands)
+
+        await eventually(all_wait, within=20)
+        await transaction.rollback()
+        for command, started in zip(commands, [SERVING, WORKING] * 2, strict=True):
+            await command.says(started)
+        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
+        assert [name for (name,) in tables] == ["orders", "stock"]
 
 
 async def test_a_worker_waits_for_redis_and_says_so_once(database_url: str, redis_url: str) -> None:

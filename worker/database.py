@@ -9,11 +9,12 @@ from worker.environment import DATABASE, database_url, refuse
 from worker.models import Base
 
 MAX_JOBS = 10
+POOL_SIZE = MAX_JOBS + 2  # a job never waits for a connection
 CONNECT_SECONDS = 5.0
 
 engine = create_async_engine(
     database_url(),
-    pool_size=MAX_JOBS + 2,  # a job never waits for a connection
+    pool_size=POOL_SIZE,
     max_overflow=0,
     isolation_level="READ COMMITTED",  # each statement sees what the last holder of a lock has committed
     connect_args={"timeout": CONNECT_SECONDS},
