@@ -141,6 +141,7 @@ ORDERS = [("tea", 4, "fulfilled", 1), ("saffron", 3, "fulfilled", 2), ("saffron"
 TAMPERING = {
     "a gap": ("UPDATE orders SET invoice_number = 7 WHERE invoice_number = 2", "without a gap"),
     "a late start": ("UPDATE orders SET invoice_number = invoice_number + 5", "without a gap"),
+    "a nought": ("UPDATE orders SET invoice_number = 0 WHERE invoice_number = 1", "without a gap"),
     "no invoice": ("UPDATE orders SET invoice_number = NULL WHERE invoice_number = 2", "without a gap"),
     "an invoice for nothing": ("UPDATE orders SET invoice_number = 3 WHERE status = 'rejected'", "without a gap"),
     "lost stock": ("UPDATE stock SET quantity = 5 WHERE sku = 'tea'", "stock is exact"),

@@ -165,6 +165,25 @@ async def test_a_task_that_finds_the_tables_locked_tries_again(shop: Shop) -> No
     assert (await asking).json()["status"] == "fulfilled"
 
 
+async def test_a_task_that_loses_its_connection_tries_again(shop: Shop) -> None:
+    await shop.stock("cut", 1)
+    order_id = await shop.place("cut", 1)
+    transaction = shop.database.transaction()
+    await transaction.start()
+    await shop.database.execute("LOCK TABLE stock IN EXCLUSIVE MODE")
+    asking = asyncio.create_task(shop.fulfil(order_id))
+
+    async def cut() -> Any:
+        return await shop.database.fetchval(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_locks WHERE NOT granted AND relation = 'stock'::regclass"
+        )
+
+    await eventually(cut)
+    await transaction.rollback()
+    assert (await asking).json()["status"] == "fulfilled"
+    assert await shop.left("cut") == 0
+
+
 async def test_stock_is_what_was_put_there_last(shop: Shop) -> None:
     for quantity in (0, 7, 1_000_000_000):
         answer = await shop.http.put("/stock/levels", json={"quantity": quantity})
