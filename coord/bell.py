@@ -124,10 +124,6 @@ class Bell:
                 await self._hear_connection()
             except (RedisError, OSError) as error:
                 self._report(error)
-            finally:
-                self._connection = None
-            for channel in self._unconfirmed:
-                self._listeners[channel].listening()
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = BACKOFF[0] if not self._away else min(2 * wait, longest)
 
@@ -144,7 +140,9 @@ class Bell:
             self._report(None)
             await self._read(connection)
         finally:
-            self._connection = None
+            if self._connection is not None:
+                self._connection = None
+                self._tell_unconfirmed(list(self._unconfirmed))
             with suppress(RedisError, OSError):
                 await connection.disconnect(nowait=True)
 
@@ -178,6 +176,8 @@ class Bell:
                     for channel in rings:
                         pipeline.publish(channel, b"")
                     await pipeline.execute()
+                if self.connected:
+                    self._report(None)
             except (RedisError, OSError) as error:
                 self._report(error)
 

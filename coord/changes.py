@@ -52,11 +52,15 @@ class Changes:
 
     def add(self, session: Session, change: Change) -> None:
         """Tell of the change after the commit; at once when no transaction is open."""
-        transaction = session.get_nested_transaction() or session.get_transaction()
-        if transaction is None:
-            self._tell(session, [change])
+        if session.in_transaction():
+            self._collect(session, change)
         else:
-            session.info.setdefault(_CHANGES, {}).setdefault(transaction, {})[change] = None
+            self._tell(session, [change])
+
+    def _collect(self, session: Session, change: Change) -> None:
+        """Under the innermost savepoint or transaction; none has begun when its first statement is announced."""
+        transaction = session.get_nested_transaction() or session.get_transaction()
+        session.info.setdefault(_CHANGES, {}).setdefault(transaction, {})[change] = None
 
     def _is_ours(self, session: Session) -> bool:
         return session.bind is not None and session.bind.dialect is self._dialect
@@ -67,12 +71,12 @@ class Changes:
         changed = [row for row in session.dirty if session.is_modified(row, include_collections=False)]
         for row in (*session.new, *changed, *session.deleted):
             mapper: Mapper[Any] = inspect(row).mapper
-            self.add(session, (mapper, tuple(mapper.primary_key_from_instance(row))))
+            self._collect(session, (mapper, tuple(mapper.primary_key_from_instance(row))))
 
     def _do_orm_execute(self, state: ORMExecuteState) -> None:
         if (state.is_update or state.is_delete or state.is_insert) and self._is_ours(state.session):
             for mapper in state.all_mappers:
-                self.add(state.session, (mapper, None))
+                self._collect(state.session, (mapper, None))
 
     def _after_commit(self, session: Session) -> None:
         """SQLAlchemy says so at a savepoint's release as well."""
@@ -82,9 +86,12 @@ class Changes:
             self._tell(session, dict.fromkeys(change for per in changes.values() for change in per))
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
-        changes: dict[SessionTransaction, Any] | None = session.info.get(_CHANGES)
-        for transaction in [*(changes or ())]:
-            if changes is not None and rolled_back in _with_parents(transaction):
+        if rolled_back.parent is None:
+            session.info.pop(_CHANGES, None)
+            return
+        changes: dict[SessionTransaction | None, Any] = session.info.get(_CHANGES, {})
+        for transaction in [*changes]:
+            if rolled_back in _with_parents(transaction):
                 del changes[transaction]
 
 

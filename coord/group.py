@@ -28,8 +28,6 @@ T = TypeVar("T")
 
 logger = logging.getLogger("coord.waiting")
 
-READ_LIMIT = 5.0
-"""Seconds after which a shared read is given up and tried again: the server may be gone without a word."""
 RETRY = 0.2
 """Seconds between attempts to read while PostgreSQL is away."""
 
@@ -134,8 +132,7 @@ class Group:
     async def _look(self, due: Due, rung: AbstractSet[Key]) -> None:
         last = [waiter for waiters in due.values() for waiter in waiters if waiter.last]
         try:
-            async with asyncio.timeout(READ_LIMIT):
-                await self._read(due, rung)
+            await self._read(due, rung)
         except Exception as error:  # noqa: BLE001 - it reaches the waiters, or is tried again
             await self._failed(error, due)
             return

@@ -15,7 +15,7 @@ from coord.acquisition import Acquisition, acquire, literal
 from coord.cancellation import interruptible, uninterrupted
 from coord.durations import postgres_timeout
 from coord.engine import engine_of
-from coord.transaction import connection_in_use, holding_lock, is_explicit
+from coord.transaction import connection_in_use, end_transaction, holding_lock, is_explicit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
@@ -123,7 +123,12 @@ async def _held(session: AsyncSession, plan: Callable[[AsyncConnection], Acquisi
     try:
         connection = await session.connection()
         await interruptible(acquire(connection, plan(connection)))
-        transaction = session.sync_session.get_transaction()
+    except BaseException:
+        if not joins:
+            await uninterrupted(end_transaction(session))
+        raise
+    transaction = session.sync_session.get_transaction()
+    try:
         with holding_lock(session):
             yield
         if not joins and session.sync_session.get_transaction() is not transaction:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 CHUNK = 5_000
 """Keys in one query."""
+READ_LIMIT = 5.0
+"""Seconds after which a query is given up, to be tried again: the server may be gone without a word."""
 
 
 class Reader:
@@ -52,7 +55,8 @@ class Reader:
             chunk = keys[start : start + CHUNK]
             parameters = {f"keys_{n}": list(values) for n, values in enumerate(zip(*chunk, strict=True))}
             session = AsyncSession(self.source, join_transaction_mode="rollback_only", autoflush=False)
-            rows = await session.run_sync(self._fetch, statement, parameters)
+            async with asyncio.timeout(READ_LIMIT):
+                rows = await session.run_sync(self._fetch, statement, parameters)
             found += [(chunk[row[0] - 1], row) for row in rows]
         return found
 

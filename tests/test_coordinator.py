@@ -146,10 +146,14 @@ async def test_rows_ring_once_the_outermost_commit_is_done_and_not_before(
         await session.flush()
         await session.execute(delete(User))
         await session.rollback()
+        await session.execute(delete(User))  # a transaction's first statement
+        await redis.publish("coord::marker", b"")
+        assert ".users" not in await heard.has(3)
+        await session.rollback()
         session.add(Account(region="eu", number=1))
         await session.commit()
-        assert (await heard.has(3))[0] == ".accounts:eu/1"
-        assert len(heard.channels) == 3
+        assert (await heard.has(4))[0] == ".accounts:eu/1"
+        assert len(heard.channels) == 4
 
 
 async def test_many_rows_of_one_table_ring_its_bell_instead(

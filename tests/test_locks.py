@@ -124,6 +124,7 @@ async def test_the_lock_comes_before_any_pending_change(session_maker: SessionMa
                 async with lock_tables(session, [User, Item], timeout=0.05):
                     pytest.fail("not to be had")
             assert not await observer.fetch(HELD, "items")
+            assert session.new, "a refused lock must not cost the pending change"
     async with session_maker() as session:
         session.add(User(id=1))
         async with lock_tables(session, [User]):
