@@ -1,0 +1,343 @@
+"""The pages say what the code does: every example runs, every name and number in them is the code's.
+
+A Python block whose first line is a comment with a file's name is that file of the page's project. The others of a page
+run in order in one namespace, where `await` is allowed. They are given the shop's `Order` and `Stock`, `session_maker`,
+`database_url`, `redis_url`, and `queue` with a worker that fulfils orders; and each for itself a new `session` and a
+pending order, `order_id`, that nobody has looked at.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import arq.worker
+import httpx
+import pytest
+from arq import create_pool
+from arq.connections import RedisSettings
+from fastapi import Depends, FastAPI
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+import coord
+import coord.cli
+from coord import LockMode, lock_tables, wait_for_row_change
+from coord.engine import CONNECTION_CHECK
+from coord.watcher import MAX_WAITERS
+from tests.project import Dev
+from tests.serving import served
+from tests.shop import emptied, empty_database
+from worker.environment import DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
+from worker.models import Base, Order, OrderStatus, Stock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [README, *DOCS]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# (\w+\.py)\n")
+QUEUE = "documentation"
+
+Namespace = dict[str, Any]
+
+
+class Block(NamedTuple):
+    text: str
+    line: int
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    text = page.read_text()
+    found = [match for match in BLOCK.finditer(text) if match[1] == language]
+    return [Block(match[2], text.count("\n", 0, match.start(2))) for match in found]
+
+
+def prose(page: Path) -> str:
+    """The text as a reader sees it: without its examples, and with its lines run together."""
+    return " ".join(BLOCK.sub("", page.read_text()).split())
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[str]:
+    async with empty_database(database_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def session_maker(database: str) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
+    engine = create_async_engine(database, pool_size=5, max_overflow=0)
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.create_all)
+    maker = async_sessionmaker(bind=engine, expire_on_commit=False)
+    async with maker() as session, session.begin():
+        session.add(Stock(sku="tea", quantity=100))
+    yield maker
+    await engine.dispose()
+
+
+@pytest.fixture
+async def namespace(
+    session_maker: async_sessionmaker[AsyncSession], database: str, redis_url: str
+) -> AsyncIterator[Namespace]:
+    async with working(session_maker, redis_url) as queue:
+        yield {
+            "__name__": "page",
+            "Order": Order,
+            "Stock": Stock,
+            "session_maker": session_maker,
+            "database_url": database,
+            "redis_url": redis_url,
+            "queue": queue,
+        }
+
+
+@asynccontextmanager
+async def working(session_maker: async_sessionmaker[AsyncSession], redis_url: str) -> AsyncIterator[arq.ArqRedis]:
+    """A queue and its worker, in this event loop."""
+
+    async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
+        async with session_maker() as session, lock_tables(session, [Order]):
+            order = await session.get_one(Order, order_id)
+            order.status = OrderStatus.FULFILLED
+
+    await emptied(redis_url)
+    queue = await create_pool(RedisSettings.from_dsn(redis_url), default_queue_name=QUEUE)
+    functions = [arq.worker.func(fulfil_order, name="fulfil_order")]
+    worker = arq.worker.Worker(functions, redis_pool=queue, handle_signals=False, poll_delay=0.02, queue_name=QUEUE)
+    task = asyncio.create_task(worker.async_run())
+    yield queue
+    task.cancel()  # Worker.close() calls what redis-py has deprecated
+    await asyncio.wait([task, *worker.tasks.values()])
+    await queue.aclose(close_connection_pool=True)
+
+
+async def run(page: Path, namespace: Namespace) -> None:
+    """All of the page's examples that are no files."""
+    session_maker = namespace["session_maker"]
+    for block in blocks(page, "python"):
+        if FILE.match(block.text):
+            continue
+        async with session_maker() as session:
+            pending = Order(sku="tea", quantity=1)
+            session.add(pending)
+            await session.commit()
+        source = "\n" * block.line + block.text  # so that a traceback names the page's own line
+        code = compile(source, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        async with session_maker() as session:
+            namespace |= {"session": session, "order_id": pending.id}
+            running = eval(code, namespace)
+            if inspect.iscoroutine(running):
+                async with asyncio.timeout(10):
+                    await running
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+async def test_every_example_of_a_page_runs(page: Path, namespace: Namespace) -> None:
+    await run(page, namespace)
+
+
+async def test_the_sessions_page_says_what_is_committed(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "sessions.md", namespace)
+    statuses = {"orders": 201, "raised": 409, "returned": 409, "swallowed": 500, "contained": 200, "stocked": 200}
+    async with served(namespace["app"]) as client:
+        answers = {path: await client.post(f"/{path}") for path in statuses}
+    assert {path: answer.status_code for path, answer in answers.items()} == statuses
+    async with namespace["session_maker"]() as session:
+        assert await session.get(Order, answers["orders"].json()) is not None
+        skus = set(await session.scalars(select(Order.sku)))
+        assert skus == {"tea", "returned", "contained"}
+        assert set(await session.scalars(select(Stock.sku))) == {"tea", "cocoa", "after the handler"}
+
+
+async def test_a_dependency_without_the_scope_writes_in_vain_as_the_page_says(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "sessions.md", namespace)
+    app: FastAPI = namespace["app"]
+    stocked = namespace["stocked"]
+
+    @app.post("/in-vain")
+    async def in_vain(_: None = Depends(stocked)) -> None: ...
+
+    async with served(app) as client:
+        assert (await client.post("/in-vain")).status_code == 200
+    async with namespace["session_maker"]() as session:
+        assert await session.get(Stock, "after the handler") is None
+
+
+async def test_the_errors_page_answers_what_its_table_says(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "errors.md", namespace)
+    app: FastAPI = namespace["app"]
+    errors = {
+        404: coord.RowNotFoundError(),
+        202: coord.WaitTimeoutError(model=Order, pk_value=1, waited=25.0),
+        503: coord.LockTimeoutError(),
+        500: coord.UncommittedChangesError(),
+    }
+
+    @app.get("/{status}")
+    async def raising(status: int) -> None:
+        raise errors[status]
+
+    async with served(app) as client:
+        assert [(await client.get(f"/{status}")).status_code for status in errors] == list(errors)
+    async with namespace["session_maker"]() as session:
+        assert (await session.get_one(Stock, "tea")).quantity == 97
+
+
+async def test_the_coordinator_of_the_waiting_page_wakes_a_wait(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "waiting.md", namespace)
+    order_id = namespace["order_id"]
+    looked = asyncio.Event()
+
+    def fulfilled(order: Order) -> bool:
+        looked.set()
+        return order.status is OrderStatus.FULFILLED
+
+    async with served(namespace["app"]), namespace["session_maker"]() as session:
+        waiting = asyncio.create_task(
+            wait_for_row_change(session, Order, order_id, until=fulfilled, interval=60, timeout=10)
+        )
+        await looked.wait()
+        await namespace["queue"].enqueue_job("fulfil_order", order_id)
+        async with asyncio.timeout(5):
+            await waiting
+
+
+async def test_the_project_in_the_readme_answers_with_the_workers_result(
+    tmp_path: Path, database: str, redis_url: str
+) -> None:
+    files = {match[1]: block.text for block in blocks(README, "python") if (match := FILE.match(block.text))}
+    assert len(files) == len(blocks(README, "python"))
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    await emptied(redis_url)
+    async with AsyncExitStack() as stack:
+        dev = Dev(tmp_path, "--workers", "2", **{DATABASE: database, REDIS: redis_url})
+        stack.callback(dev.status)
+        stack.callback(dev.process.send_signal, signal.SIGTERM)
+        await asyncio.to_thread(dev.ready)
+        client = await stack.enter_async_context(httpx.AsyncClient(base_url=f"http://127.0.0.1:{dev.port}", timeout=30))
+        answers = await asyncio.gather(*(client.post("/orders") for _ in range(20)))
+    orders = [answer.raise_for_status().json() for answer in answers]
+    assert {order["status"] for order in orders} == {"fulfilled"}
+    assert sorted(order["invoice_number"] for order in orders) == list(range(1, 21))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+        path = page.parent / target if target else page
+        assert path.exists(), target
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [heading.lower().replace(" ", "-") for heading in headings]
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\((docs/[^)]*)\)", README.read_text()))
+    assert linked == {f"docs/{page.name}" for page in DOCS}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_make_target_exists(page: Path) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:.*## ", makefile, re.MULTILINE), target
+
+
+def test_every_option_of_coord_dev_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        coord.cli.main(["dev", "--help"])
+    known = set(re.findall(r"--[a-z]+", capsys.readouterr().out))
+    text = "".join(page.read_text() for page in PAGES)
+    section = re.search(r"^## coord dev\n(.*?)^## ", text, re.DOTALL | re.MULTILINE)
+    commands = re.findall(r"^coord dev .*$", text, re.MULTILINE)
+    assert section is not None
+    named = set(re.findall(r"--[a-z]+", section[1] + "".join(commands)))
+    assert named == known - {"--help"}
+
+
+def test_the_variables_and_their_defaults_are_those_of_the_shop() -> None:
+    text = (ROOT / "docs" / "operation.md").read_text()
+    assert f"| `{DATABASE}` | `{DEFAULT_DATABASE_URL}` |" in text
+    assert f"| `{REDIS}` | `{DEFAULT_REDIS_URL}` |" in text
+    named = {name for page in PAGES for name in re.findall(r"COORD_[A-Z_]+", page.read_text())}
+    assert named == {DATABASE, REDIS}
+
+
+def startups() -> list[tuple[str, str]]:
+    console = "".join(block.text for block in blocks(ROOT / "docs" / "operation.md", "console"))
+    return re.findall(r"^\$ (.*)\n(.*)\n", console, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("command", "line"), startups())
+def test_a_start_that_fails_says_the_line_on_the_page(command: str, line: str) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("COORD_")}
+    programs = {**clean, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ended = subprocess.run(
+        command, check=False, shell=True, cwd=ROOT, env=programs, capture_output=True, text=True, timeout=30
+    )
+    assert ended.returncode != 0
+    assert ended.stderr == f"{line}\n"
+
+
+def test_every_error_is_on_the_errors_page() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    rows = [
+        [cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")
+    ]
+    public = {name: found for name in coord.__all__ if inspect.isclass(found := getattr(coord, name))}
+    errors = {name: error for name, error in public.items() if issubclass(error, coord.CoordError)}
+    for name in errors:
+        assert f"`{name}`" in text
+    for name, also, retryable, _ in rows:
+        assert errors[name].retryable == (retryable == "yes")
+        assert also in {"", *(base.__name__ for base in errors[name].__mro__)}
+
+
+def test_every_mode_on_the_locks_page_exists() -> None:
+    for mode in re.findall(r"`\"?([A-Z]+(?:[ _][A-Z]+)+)\"?`", (ROOT / "docs" / "locks.md").read_text()):
+        assert mode in {*LockMode, *LockMode.__members__, "SELECT FOR UPDATE"}
+
+
+def default(function: Any, name: str) -> Any:
+    return inspect.signature(function).parameters[name].default
+
+
+@pytest.mark.parametrize(
+    ("page", "says", "value", "expected"),
+    [
+        ("locks", "one deadline for the whole call, 5 s unless given", default(lock_tables, "timeout"), 5.0),
+        ("locks", "The default mode, `SHARE ROW EXCLUSIVE`", default(lock_tables, "mode"), "SHARE ROW EXCLUSIVE"),
+        ("waiting", "within `interval`, 0.5 s unless given", default(wait_for_row_change, "interval"), 0.5),
+        ("waiting", "`timeout` has passed, 30 s unless given", default(wait_for_row_change, "timeout"), 30.0),
+        ("waiting", "A process that has 20,000 waits open refuses one more", MAX_WAITERS, 20_000),
+        ("sessions", "sets `client_connection_check_interval` to 250 ms", CONNECTION_CHECK, "250ms"),
+        ("operation", "sets `client_connection_check_interval` to 250 ms", CONNECTION_CHECK, "250ms"),
+    ],
+)
+def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, expected: object) -> None:
+    assert says in prose(ROOT / "docs" / f"{page}.md")
+    assert value == expected
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_a_page_is_read_in_five_minutes(page: Path) -> None:
+    assert len(page.read_text().splitlines()) <= 125
+
+
+def test_the_changelog_has_what_is_unreleased_by_kind() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    unreleased = text.split("## Unreleased\n")[1].split("\n## ")[0]
+    assert re.findall(r"^### (.*)$", unreleased, re.MULTILINE) == ["Added", "Changed", "Fixed"]

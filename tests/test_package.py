@@ -1,0 +1,94 @@
+"""What is shipped, what is public, what imports what, and how large anything may grow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+
+import coord
+
+ROOT = Path(__file__).parent.parent
+LAYERS = ("coord", "worker", "api")
+"""Each may import those before it, and itself."""
+SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+LONGEST_FILE, LONGEST_BODY = 300, 40
+
+# An event loop makes itself a pair of sockets, so none can be made unseen.
+CONNECTS_NOTHING = """
+import sys, threading
+FORBIDDEN = {"socket.__new__", "socket.connect", "subprocess.Popen", "os.fork", "a thread"}
+
+def refuse(event, arguments):
+    if event in FORBIDDEN:
+        raise RuntimeError(event)
+
+sys.addaudithook(refuse)
+threading.Thread.start = lambda thread: refuse("a thread", ())
+for module in sys.argv[1:]:
+    __import__(module)
+"""
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> set[str]:
+    """The top-level packages that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports relatively"
+            found.add(node.module or "")
+    return {name.split(".")[0] for name in found}
+
+
+def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
+    built = next(WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"]))
+    with zipfile.ZipFile(built) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    expected = {name_of(path) for path in (ROOT / "coord").rglob("*") if path.suffix in {".py", ".typed"}}
+    assert names == expected
+    assert "coord/py.typed" in names
+    assert metadata.endswith((ROOT / "README.md").read_text())
+
+
+def test_the_public_names_are_those_that_the_package_imports() -> None:
+    tree = ast.parse((ROOT / "coord" / "__init__.py").read_text())
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
+    names = [alias.asname or alias.name for node in imports for alias in node.names]
+    assert coord.__all__ == sorted(name for name in names if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
+    layer = path.relative_to(ROOT).parts[0]
+    above = LAYERS[LAYERS.index(layer) + 1 :]
+    assert not imported(path) & {*above, "demo", "benchmarks", "tests"}
+
+
+@pytest.mark.parametrize("modules", [["coord"], ["worker.settings"], ["api"]], ids=" ".join)
+def test_an_import_connects_nothing_and_starts_nothing(modules: list[str]) -> None:
+    command = [sys.executable, "-c", CONNECTS_NOTHING, *modules]
+    ended = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_no_file_and_no_function_is_long(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert length <= LONGEST_BODY, f"{node.name} has {length} lines"
