@@ -30,10 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description=__doc__)
     parser.add_argument("--orders", type=_count, default=300, metavar="N", help="how many at once, 300 unless given")
     parser.add_argument("--serve", action="store_true", help="keep the shop up and print what to try")
+    parser.add_argument("--port", type=int, help="where it serves, 8000 unless given or taken")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _serve() if options.serve else _demonstrate(options.orders)
+        return _serve(options.port) if options.serve else _demonstrate(options.orders)
     except KeyboardInterrupt:
         console.print("\n  stopped")
         return 0 if options.serve else INTERRUPTED
@@ -61,8 +62,10 @@ def _demonstrate(count: int) -> int:
     return 0
 
 
-def _serve() -> int:
-    with running(port=PORT if _is_free(PORT) else 0) as stack:
+def _serve(port: int | None) -> int:
+    if port is None:
+        port = PORT if _is_free(PORT) else 0
+    with running(port) as stack:
         show_serving(stack.url, _sample_order(stack.url))
         while not stack.ended():
             time.sleep(0.2)

@@ -58,7 +58,8 @@ def _when_ready(process: subprocess.Popen[bytes]) -> Stack:
     deadline = time.monotonic() + START_SECONDS
     while not (ready := re.search(r"ready at (http://[^\s,]+)", text := LOG.read_text(errors="replace"))):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise StackError("the stack did not start")
+            last = LOG.read_text(errors="replace").splitlines()[-1:]
+            raise StackError(", ".join(["the stack did not start", *last]))
         time.sleep(0.05)
     started = re.search(r"COORD_DATABASE_URL=(\S+)", text)
     return Stack(ready[1], started[1] if started else os.environ["COORD_DATABASE_URL"], process)

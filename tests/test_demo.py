@@ -100,7 +100,7 @@ async def test_it_holds_twice_and_leaves_no_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 async def test_when_it_is_stopped_the_shop_stops(tmp_path: Path, number: signal.Signals) -> None:
-    async with demo(tmp_path, "--serve") as process:
+    async with demo(tmp_path, "--serve", "--port", "0") as process:
         url = (await output_until(process, r"open at (http://\S+)"))[1]
         await output_until(process, "Ctrl-C closes it")
         process.send_signal(number)
@@ -114,7 +114,7 @@ async def test_when_it_is_stopped_the_shop_stops(tmp_path: Path, number: signal.
 
 @pytest.mark.slow
 async def test_the_commands_it_offers_work(tmp_path: Path) -> None:
-    async with demo(tmp_path, "--serve") as process:
+    async with demo(tmp_path, "--serve", "--port", "0") as process:
         url = (await output_until(process, r"open at (http://\S+)"))[1]
         path = (await output_until(process, rf"curl -i -X POST {url}(\S+)"))[1]
         async with httpx.AsyncClient(base_url=url, timeout=40) as http:
@@ -131,7 +131,7 @@ async def test_a_shop_that_does_not_start_is_a_failure_with_its_log(tmp_path: Pa
     async with demo(tmp_path, "--orders", "1") as process:
         said = (await process.communicate())[0].decode()
     assert process.returncode == 1
-    assert "✗" in said
+    assert "✗ the stack did not start, coord dev: " in said
     assert ".coord/demo.log" in said
     assert "Traceback" not in said
 
