@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from arq import ArqRedis
@@ -12,16 +9,14 @@ from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 
 from api.deadline import in_time
-from worker.environment import REDIS, redis_url
+from worker.environment import redis_url
 from worker.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import Awaitable, Callable
 
 SECONDS = 2.0
-PING_SECONDS = 1.0
 
-logger = logging.getLogger("uvicorn.shop")  # beneath uvicorn's, so that these lines look like its own
 redis = ArqRedis(
     ConnectionPool.from_url(redis_url(), socket_connect_timeout=SECONDS, socket_timeout=SECONDS),
     job_serializer=Settings.job_serializer,
@@ -41,32 +36,3 @@ async def enqueue(task: Callable[..., Awaitable[None]], *args: Any) -> str:
         raise QueueUnavailableError from error
     assert job is not None  # arq: the id was already there; it is random
     return job.job_id
-
-
-@asynccontextmanager
-async def watched() -> AsyncIterator[None]:
-    """Say once that Redis is away and once that it is back; close the client at the end."""
-    task = asyncio.create_task(_watch())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        await redis.aclose()
-
-
-async def _watch() -> None:
-    reachable = True
-    while True:
-        try:
-            await redis.ping()
-        except (RedisError, OSError) as error:
-            if reachable:
-                logger.warning("Redis is away (%s): %s; orders are taken, not fulfilled", REDIS, str(error).rstrip("."))
-            reachable = False
-        else:
-            if not reachable:
-                logger.warning("Redis is back")
-            reachable = True
-        await asyncio.sleep(PING_SECONDS)

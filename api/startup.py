@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from api.health import probe
-from api.queue import watched
-from worker.database import close_database, open_database
+from api.queue import redis
+from coord import Coordinator
+from worker.database import close_database, open_database, session_maker
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,8 +50,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         raise
     _log.release()
     try:
-        async with watched():
+        async with Coordinator(session_maker, redis=redis):
             yield
     finally:
+        await redis.aclose()
         await probe.dispose()
         await close_database()

@@ -177,7 +177,7 @@ async def test_without_redis_the_api_takes_orders_and_says_so_once(database_url:
         health = await http.get("/healthz")
         assert (health.status_code, health.json()) == (200, {"postgresql": "ok", "redis": "down"})
         await network.visited(2)
-        assert api.count("Redis is away .COORD_REDIS_URL") == 1
+        assert api.count("Redis is away") == 1
         network.up = True
         await api.says("Redis is back")
         await stack.enter_async_context(running(WORKER, url, redis_url))

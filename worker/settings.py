@@ -7,7 +7,8 @@ import socket
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from worker.database import MAX_JOBS, close_database
+from coord import Coordinator
+from worker.database import MAX_JOBS, close_database, session_maker
 from worker.environment import redis_settings
 from worker.fulfilment import fulfil_order
 from worker.retries import MAX_TRIES
@@ -18,7 +19,13 @@ def to_json(message: dict[str, Any]) -> bytes:
     return json.dumps(message, default=str).encode()  # arq puts exceptions in, too
 
 
+async def on_startup(ctx: dict[str, Any]) -> None:
+    """From now on the commits of this process wake whoever waits for their rows."""
+    ctx["coordinator"] = await Coordinator(session_maker, redis=ctx["redis"]).__aenter__()
+
+
 async def on_shutdown(ctx: dict[str, Any]) -> None:
+    await ctx["coordinator"].__aexit__(None, None, None)
     await close_database()
 
 
@@ -29,6 +36,7 @@ class Settings:
     redis_settings = replace(redis_settings(), retry=AtFirstConnection(open_shop))
     job_serializer = to_json
     job_deserializer = json.loads
+    on_startup = on_startup
     on_shutdown = on_shutdown
     max_jobs = MAX_JOBS
     max_tries = MAX_TRIES
