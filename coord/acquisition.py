@@ -7,22 +7,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from sqlalchemy import bindparam, select, text
+from sqlalchemy import bindparam, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ClauseElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-_KEEP = "SELECT set_config('coord.lock_timeout', current_setting('lock_timeout'), true)"
-_LIMIT = text("""SELECT set_config('lock_timeout', greatest(1,
-    :limit - extract(epoch FROM clock_timestamp() - statement_timestamp()) * 1000)::integer::text, true)""")
-_RESTORE = "SELECT set_config('lock_timeout', current_setting('coord.lock_timeout'), true)"
+    Settings = Mapping[str, str | int]
+
+_SAVE = """SELECT set_config('coord.lock_timeout', current_setting('lock_timeout'), true),
+    set_config('coord.statement_timeout', current_setting('statement_timeout'), true)"""
+_RESTORE = """SELECT set_config('lock_timeout', current_setting('coord.lock_timeout'), true),
+    set_config('statement_timeout', current_setting('coord.statement_timeout'), true)"""
 _UNDO = "ROLLBACK TO SAVEPOINT coord_lock; RELEASE SAVEPOINT coord_lock"
 
 _HOLDERS = """
@@ -37,38 +39,47 @@ _HOLDERS = """
 
 @dataclass(frozen=True, slots=True)
 class Acquisition:
-    """Locks to be taken one after another, in this order."""
+    """A lock to be taken, or several by one statement, which PostgreSQL takes in the order they are named."""
 
-    statements: Sequence[str]
+    statement: str
     subject: str
     """What is locked, for messages: `order, stock in EXCLUSIVE mode`."""
     limit: float | None
-    """Seconds for all of them together; None leaves it to the server's own `lock_timeout`."""
+    """Seconds for all of it together; 0 is in the statement, None leaves it to the server's own `lock_timeout`."""
     blockers: str
     """A condition on `pg_locks AS lock` that finds who is in the way."""
     blocked_by: Sequence[Any]
     """Its arguments."""
     tables: Sequence[str] = ()
 
-    def sql(self) -> str:
+    def sql(self, known: Settings | None) -> str:
         """One message of the simple protocol: PostgreSQL runs its statements without another round trip.
 
-        `statement_timestamp()` is when the message arrived, so each lock gets what is left of the limit;
-        `lock_timeout` alone counts anew for every lock (section 19.11 of the manual).
+        `lock_timeout` counts anew for every lock, `statement_timeout` for the statement (section 19.11 of the manual).
+        Afterwards both are as they were: `known`, or if None as they are found. Finding them takes a snapshot, which in
+        a transaction at REPEATABLE READ must not be older than the lock; LOCK and SET take none.
         """
-        if not self.limit:
-            return "; ".join(("SAVEPOINT coord_lock", *self.statements, "RELEASE SAVEPOINT coord_lock"))
-        limited = [part for statement in self.statements for part in (_limit(self.limit), statement)]
-        return "; ".join(("SAVEPOINT coord_lock", _KEEP, *limited, _RESTORE, "RELEASE SAVEPOINT coord_lock"))
+        parts = [self.statement]
+        if self.limit:
+            limit = max(1, round(self.limit * 1000))
+            limited = [*_set({"lock_timeout": limit, "statement_timeout": limit + 1}), self.statement]
+            parts = [_SAVE, *limited, _RESTORE] if known is None else [*limited, *_set(known)]
+        return "; ".join(("SAVEPOINT coord_lock", *parts, "RELEASE SAVEPOINT coord_lock"))
 
 
 async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None:
-    """Take the locks in the connection's transaction, which stays usable if they are not granted."""
-    driver = await _in_transaction(connection)
+    """Take the lock in the connection's transaction, which stays usable if it is not granted."""
+    driver, known = await _in_transaction(connection)
+    sql = acquisition.sql(known)
     try:
-        await driver.execute(acquisition.sql())
+        await driver.execute(sql)
     except asyncpg.LockNotAvailableError as error:
         await driver.execute(_UNDO)
+        raise await _timed_out(driver, acquisition) from error
+    except asyncpg.QueryCanceledError as error:
+        await driver.execute(_UNDO)
+        if not acquisition.limit or "statement timeout" not in str(error):
+            raise DBAPIError(sql, None, error) from error
         raise await _timed_out(driver, acquisition) from error
     except asyncpg.DeadlockDetectedError as error:
         await driver.execute(_UNDO)
@@ -80,17 +91,20 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None
         lost = driver.is_closed()
         if lost:
             await connection.invalidate(error)
-        raise DBAPIError(acquisition.sql(), None, error, connection_invalidated=lost) from error
+        raise DBAPIError(sql, None, error, connection_invalidated=lost) from error
 
 
-async def _in_transaction(connection: AsyncConnection) -> asyncpg.Connection:
+async def _in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, Settings | None]:
+    """The driver's connection, inside its transaction, and if that is only begun here, its settings."""
     raw = await connection.get_raw_connection()
     driver: Any = raw.driver_connection
-    if not driver.is_in_transaction():
-        await connection.execute(select(1))  # SQLAlchemy sends BEGIN with a transaction's first statement
+    if driver.is_in_transaction():
+        return driver, None
+    # SQLAlchemy sends BEGIN with a transaction's first statement; SHOW takes no snapshot.
+    known = {name: await connection.scalar(text(f"SHOW {name}")) for name in ("lock_timeout", "statement_timeout")}
     if not driver.is_in_transaction():
         raise InvalidRequestError("A lock lasts as long as a transaction, and this connection is in AUTOCOMMIT mode.")
-    return driver
+    return driver, known
 
 
 async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
@@ -108,5 +122,5 @@ def literal(statement: ClauseElement) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def _limit(limit: float) -> str:
-    return literal(_LIMIT.bindparams(bindparam("limit", max(1, round(limit * 1000)))))
+def _set(settings: Settings) -> list[str]:
+    return [f"SET LOCAL {name} = {literal(bindparam(None, value))}" for name, value in settings.items()]

@@ -89,7 +89,7 @@ class WaitTimeoutError(CoordError, TimeoutError):
 class UncommittedChangesError(CoordError):
     """The caller's transaction has written or holds locks, so nobody else could make or see the awaited change.
 
-    Commit first: `job = await enqueue(...)`, `await session.commit()`, `await wait_for_row_change(...)`.
+    Commit first: `await session.commit()`, then `await wait_for_row_change(...)`.
     """
 
 

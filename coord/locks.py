@@ -103,8 +103,10 @@ async def advisory_lock(
 ) -> AsyncIterator[AsyncSession]:
     """Hold a transaction-level advisory lock (section 13.3.5 of PostgreSQL's manual), on a number, a pair or a name.
 
-    It excludes only who asks for the same key, and no autovacuum. Transaction, deadline and errors are those of
-    `lock_tables`; a `timeout` of 0 waits a millisecond. A name is hashed to 64 bits, the same in every process.
+    It excludes only who asks for the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
+    a transaction at REPEATABLE READ or SERIALIZABLE, which then does not see what the last holder committed.
+    Transaction, deadline and errors are those of `lock_tables`; a `timeout` of 0 waits a millisecond. A name is hashed
+    to 64 bits, the same in every process.
 
         async with advisory_lock(session, "nightly-report"):
             ...
@@ -180,7 +182,7 @@ def _table_acquisition(
     nowait = " NOWAIT" if limit == 0 else ""
     names = [plain for _, plain in ordered]
     return Acquisition(
-        statements=[f"LOCK TABLE {sql} IN {mode} MODE{nowait}" for sql, _ in ordered],
+        statement=f"LOCK TABLE {', '.join(sql for sql, _ in ordered)} IN {mode} MODE{nowait}",
         subject=f"{', '.join(names)} in {mode} mode",
         limit=limit,
         blockers="lock.relation = ANY ($1::text[]::regclass[]) AND lock.mode = ANY ($2)",
@@ -211,7 +213,7 @@ def _advisory_acquisition(
     take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     high, low = words if len(words) == 2 else (words[0] >> 32, words[0])
     return Acquisition(
-        statements=[literal(select(take(*words)))],
+        statement=literal(select(take(*words))),
         subject=f"Advisory lock {key!r}",
         limit=0.001 if limit == 0 else limit,
         blockers="lock.locktype = 'advisory' AND (lock.classid, lock.objid, lock.objsubid) = ($1, $2, $3)",

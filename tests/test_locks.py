@@ -216,7 +216,7 @@ async def locked_in(session_maker: SessionMaker, engine: AsyncEngine, tables: li
 
     async def spy(connection: Any, acquisition: Any) -> None:
         await original(connection, acquisition)
-        seen.extend(statement.split(" IN ")[0].removeprefix("LOCK TABLE ") for statement in acquisition.statements)
+        seen.extend(acquisition.statement.split(" IN ")[0].removeprefix("LOCK TABLE ").split(", "))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coord.locks, "acquire", spy)
@@ -407,3 +407,52 @@ async def test_a_lock_works_under_the_context(session_maker: SessionMaker, obser
         async with lock_tables(session, [User]):
             session.add(User(id=1))
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+async def test_the_lock_comes_before_the_snapshot(
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection, level: str
+) -> None:
+    """Whoever waited for the lock sees what its last holder committed."""
+    async with AsyncExitStack() as stack:
+        holder = await stack.enter_async_context(session_maker())
+        holding = await stack.enter_async_context(AsyncExitStack())
+        await holding.enter_async_context(lock_tables(holder, [User, Item]))
+        holder.add(User(id=1))
+
+        async def count() -> int | None:
+            async with AsyncSession(engine.execution_options(isolation_level=level)) as session:
+                async with lock_tables(session, [User, Item], timeout=10):
+                    return await session.scalar(select(func.count()).select_from(User))
+
+        counting = asyncio.create_task(count())
+        await eventually(lambda: observer.fetch(WAITING))
+        await holding.aclose()
+        assert await counting == 1
+
+
+async def test_settings_of_the_connection_survive_a_lock(database_url: str) -> None:
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    async with AsyncSession(engine) as session:
+        await session.execute(text("SET lock_timeout = '11s'"))
+        await session.execute(text("SET statement_timeout = '12s'"))
+        await session.commit()
+        for explicit in (False, True):
+            if explicit:
+                await session.execute(text("SELECT 1"))
+            async with lock_tables(session, [User, Item], timeout=0.5):
+                shown = [await session.scalar(text(f"SHOW {name}")) for name in ("lock_timeout", "statement_timeout")]
+                assert shown == ["11s", "12s"]
+            await session.rollback()
+    await engine.dispose()
+
+
+async def test_the_servers_own_statement_timeout_is_no_lock_timeout(session_maker: SessionMaker) -> None:
+    async with AsyncExitStack() as stack:
+        await hold(stack, session_maker, User)
+        async with session_maker() as session, session.begin():
+            await session.execute(text("SET LOCAL statement_timeout = '50ms'"))
+            with pytest.raises(DBAPIError, match="statement timeout"):
+                async with lock_tables(session, [User], timeout=None):
+                    pytest.fail("not to be had")
+            await session.execute(text("SELECT 1"))
