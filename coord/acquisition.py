@@ -11,6 +11,7 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
+from coord.engine import note_failure
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 
 if TYPE_CHECKING:
@@ -73,25 +74,42 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None
     sql = acquisition.sql(known)
     try:
         await driver.execute(sql)
-    except asyncpg.LockNotAvailableError as error:
-        await driver.execute(_UNDO)
-        raise await _timed_out(driver, acquisition) from error
-    except asyncpg.QueryCanceledError as error:
-        await driver.execute(_UNDO)
-        if not acquisition.limit or "statement timeout" not in str(error):
-            raise DBAPIError(sql, None, error) from error
-        raise await _timed_out(driver, acquisition) from error
-    except asyncpg.DeadlockDetectedError as error:
-        await driver.execute(_UNDO)
-        raise DeadlockError(f"Deadlock while locking {acquisition.subject}: {error.detail or error}") from error
     except asyncio.CancelledError:
-        await driver.execute(_UNDO)  # asyncpg sends it once the server has confirmed that the wait has ended
+        await _undo(connection, driver)
         raise
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        lost = driver.is_closed()
-        if lost:
+        if driver.is_closed():
             await connection.invalidate(error)
-        raise DBAPIError(sql, None, error, connection_invalidated=lost) from error
+            raise DBAPIError(sql, None, error, connection_invalidated=True) from error
+        await _undo(connection, driver)
+        raise await _refusal(driver, acquisition, error) or DBAPIError(sql, None, error) from error
+
+
+async def _undo(connection: AsyncConnection, driver: asyncpg.Connection) -> None:
+    """Make the transaction usable again. A cancelled lock may have been granted after all, and then it is so already.
+
+    asyncpg sends the question once the server has confirmed that the statement has ended.
+    """
+    try:
+        await driver.execute("SELECT 1")
+    except asyncpg.InFailedSQLTransactionError:
+        try:
+            await driver.execute(_UNDO)
+        except asyncpg.PostgresError:  # it was stopped before the savepoint
+            note_failure(connection)
+
+
+async def _refusal(
+    driver: asyncpg.Connection, acquisition: Acquisition, error: Exception
+) -> LockTimeoutError | DeadlockError | None:
+    match error:
+        case asyncpg.LockNotAvailableError():
+            return await _timed_out(driver, acquisition)
+        case asyncpg.QueryCanceledError() if acquisition.limit and "statement timeout" in str(error):
+            return await _timed_out(driver, acquisition)
+        case asyncpg.DeadlockDetectedError():
+            return DeadlockError(f"Deadlock while locking {acquisition.subject}: {error.detail or error}")
+    return None
 
 
 async def _in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, Settings | None]:
@@ -110,7 +128,7 @@ async def _in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connecti
 async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
     rows = await driver.fetch(f"{_HOLDERS} AND {acquisition.blockers}", *acquisition.blocked_by)
     holders = [LockHolder(**row) for row in rows]
-    waited = "the server's lock_timeout" if acquisition.limit is None else f"{acquisition.limit:g} s"
+    waited = "the server's lock_timeout" if acquisition.limit is None else f"{acquisition.limit:.3g} s"
     seen = "; ".join(map(str, holders)) or "whoever held it is gone"
     message = f"{acquisition.subject} was not to be had within {waited}: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Ba
             raise ValueError(f"since is a mapping or a {target.mapper.class_.__name__}, not {since!r}")
         return _as_given(since, target)
     instance = session.sync_session.identity_map.get(target.mapper.identity_key_from_primary_key(target.key))
-    if instance is None:
+    if not isinstance(instance, target.mapper.class_):  # or it was another subclass's row
         return {}
     values = database_values(instance, target)
     if not values and inspect(instance).expired:
@@ -45,9 +46,9 @@ def database_values(instance: object, target: Target[Any]) -> Baseline:
     for name in target.columns:
         history = get_history(instance, name, PassiveFlag.PASSIVE_NO_INITIALIZE)
         if history.deleted:
-            values[name] = history.deleted[0]
+            values[name] = own_copy(history.deleted[0])
         elif history.unchanged:
-            values[name] = history.unchanged[0]
+            values[name] = own_copy(history.unchanged[0])
     return values
 
 
@@ -82,8 +83,17 @@ def differs(mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], 
         value = values[name]
         seen = baseline.setdefault(name, value)
         if seen is not value and not mapper.columns[name].type.compare_values(seen, value):
-            changed = changed or not _rounds_to(seen, value)
+            changed = changed or not (_both_nan(seen, value) or _rounds_to(seen, value))
     return changed
+
+
+def own_copy(value: Any) -> Any:
+    """A value that may be changed in place, as one of which that cannot be seen elsewhere."""
+    return copy.deepcopy(value) if isinstance(value, list | dict | set | bytearray) else value
+
+
+def _both_nan(seen: Any, value: Any) -> bool:
+    return all(isinstance(number, float | Decimal) and math.isnan(number) for number in (seen, value))
 
 
 def _rounds_to(seen: Any, value: Any) -> bool:

@@ -24,17 +24,24 @@ CLEANUP_LIMIT = 10.0
 """Seconds after which cleanup against a server that does not answer is given up."""
 
 
-async def interruptible(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving."""
+async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = None) -> T:
+    """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
+
+    `TimeoutError` after `limit` seconds; the work is then told to stop and not waited for, as its server may be gone.
+    """
     task = asyncio.create_task(work)
     task.add_done_callback(_retrieve)
     try:
-        return await asyncio.shield(task)
+        done, _ = await asyncio.wait([task], timeout=limit)
     except asyncio.CancelledError:
         task.cancel()
         with anyio.CancelScope(shield=True):
             await asyncio.wait([task], timeout=CLEANUP_LIMIT)
         raise
+    if not done:
+        task.cancel()
+        raise TimeoutError
+    return task.result()
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:

@@ -19,7 +19,7 @@ def seconds(name: str, value: object) -> float:
     if isinstance(value, timedelta):
         number = value.total_seconds()
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        number = float(value) if abs(value) < 1e300 else math.inf
     else:
         raise TypeError(f"{name} is seconds or a timedelta, not {value!r}")
     if not math.isfinite(number) or number < 0:

@@ -71,6 +71,11 @@ async def _set_connection_check(driver: asyncpg.Connection) -> None:
         logger.debug("client_connection_check_interval is not to be had here: %s", error)
 
 
+def note_failure(connection: AsyncConnection) -> None:
+    """Have the next commit make sure that PostgreSQL has not given the transaction up."""
+    connection.info[_FAILED] = True
+
+
 def _note_failure(context: ExceptionContext) -> None:
     if context.connection is not None and not context.is_disconnect and not context.connection.invalidated:
         context.connection.info[_FAILED] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from contextlib import asynccontextmanager
 from enum import StrEnum
@@ -15,6 +16,7 @@ from coord.acquisition import Acquisition, acquire, literal
 from coord.cancellation import interruptible, uninterrupted
 from coord.durations import postgres_timeout
 from coord.engine import engine_of
+from coord.errors import LockTimeoutError
 from coord.transaction import connection_in_use, end_transaction, holding_lock, is_explicit
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
     from coord.durations import Seconds
+
+    Plan = Callable[[AsyncConnection, float | None], Acquisition]
 
 
 class LockMode(StrEnum):
@@ -86,10 +90,10 @@ async def lock_tables(
     targets = _tables(tables)
     engine_of(session)
 
-    def plan(connection: AsyncConnection) -> Acquisition:
-        return _table_acquisition(connection, targets, lock_mode, limit)
+    def plan(connection: AsyncConnection, left: float | None) -> Acquisition:
+        return _table_acquisition(connection, targets, lock_mode, left)
 
-    async with _held(session, plan):
+    async with _held(session, plan, limit):
         yield session
 
 
@@ -114,17 +118,17 @@ async def advisory_lock(
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     engine_of(session)
-    async with _held(session, lambda _: _advisory_acquisition(key, words, shared, limit)):
+    async with _held(session, lambda _, left: _advisory_acquisition(key, words, shared, left), limit):
         yield session
 
 
 @asynccontextmanager
-async def _held(session: AsyncSession, plan: Callable[[AsyncConnection], Acquisition]) -> AsyncIterator[None]:
+async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> AsyncIterator[None]:
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_explicit(session) or connection_in_use(session)
     try:
-        connection = await session.connection()
-        await interruptible(acquire(connection, plan(connection)))
+        connection, left = await _connection(session, limit)
+        await interruptible(acquire(connection, plan(connection, left)))
     except BaseException:
         if not joins:
             await uninterrupted(end_transaction(session))
@@ -141,6 +145,19 @@ async def _held(session: AsyncSession, plan: Callable[[AsyncConnection], Acquisi
         if not joins:
             await uninterrupted(session.rollback())
         raise
+
+
+async def _connection(session: AsyncSession, limit: float | None) -> tuple[AsyncConnection, float | None]:
+    """The session's connection, and what of the limit is left when the pool has given it."""
+    if not limit:
+        return await session.connection(), limit
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        connection = await interruptible(session.connection(), limit=limit)
+    except TimeoutError as error:
+        raise LockTimeoutError(f"No connection was to be had within {limit:g} s, and so no lock") from error
+    return connection, max(0.001, limit - (loop.time() - began))
 
 
 def _tables(tables: Sequence[type[Any] | Table]) -> list[Table]:
@@ -171,13 +188,13 @@ def _table_acquisition(
     dialect = connection.dialect
     preparer = dialect.identifier_preparer
     schemas = connection.sync_connection.get_execution_options().get("schema_translate_map") or {}  # type: ignore[union-attr]
-    spelled: dict[tuple[str, str], tuple[str, str]] = {}
+    spelled: dict[tuple[str, str, str], tuple[str, str]] = {}
     for table in tables:
         schema = schemas.get(table.schema, table.schema)
         quoted = preparer.quote(table.name)
         sql = f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
         plain = f"{schema}.{table.name}" if schema else table.name
-        spelled.setdefault((schema or dialect.default_schema_name or "", table.name), (sql, plain))
+        spelled[schema or dialect.default_schema_name or "", table.name, sql] = (sql, plain)
     ordered = [spelled[key] for key in sorted(spelled)]
     nowait = " NOWAIT" if limit == 0 else ""
     names = [plain for _, plain in ordered]

@@ -92,17 +92,18 @@ async def _request_session(scope: MutableMapping[str, Any], session_maker: Sessi
     FastAPI (0.121 and later) leaves `fastapi_function_astack` after the handler and before the response, and
     `fastapi_inner_astack` after the response. The dependency's own generator would end on either, by its scope.
     """
-    sessions: dict[SessionMaker, AsyncSession] = scope.setdefault(_SESSIONS, {})
-    if session_maker not in sessions:
-        before, after = scope.get("fastapi_function_astack"), scope.get("fastapi_inner_astack")
-        if not isinstance(before, AsyncExitStack) or not isinstance(after, AsyncExitStack):
-            raise RuntimeError(
-                "coord cannot commit before the response: this request has no exit stack that ends before it. "
-                "FastAPI >= 0.121 and its own routes are needed."
-            )
+    before, after = scope.get("fastapi_function_astack"), scope.get("fastapi_inner_astack")
+    if not isinstance(before, AsyncExitStack) or not isinstance(after, AsyncExitStack):
+        raise RuntimeError(  # noqa: TRY004 - the request is of the right type
+            "coord cannot commit before the response: this request has no exit stack that ends before it. "
+            "FastAPI >= 0.121 and its own routes are needed."
+        )
+    sessions: dict[Any, AsyncSession] = scope.setdefault(_SESSIONS, {})
+    attempt = (session_maker, after)  # a middleware may run the application twice with one scope
+    if attempt not in sessions:
         session = await after.enter_async_context(_closing(session_maker()))
-        sessions[session_maker] = await before.enter_async_context(_committing(session))
-    return sessions[session_maker]
+        sessions[attempt] = await before.enter_async_context(_committing(session))
+    return sessions[attempt]
 
 
 @asynccontextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from uuid import UUID
 
-from sqlalchemy import Column, inspect
+from sqlalchemy import Column, Uuid, inspect
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper, QueryableAttribute
 
@@ -74,7 +75,14 @@ def key_of(mapper: Mapper[Any], pk_value: object) -> Key:
     assert isinstance(values, tuple)
     if len(values) != len(names) or not all(value is not None and isinstance(value, Hashable) for value in values):
         raise ValueError(f"pk_value {pk_value!r} does not give the key of {_name(mapper)}, which is {names}")
-    return values
+    return tuple(_as_loaded(column, value) for column, value in zip(mapper.primary_key, values, strict=True))
+
+
+def _as_loaded(column: Any, value: Any) -> Any:
+    """The value as a loaded row has it, so that the session's own instance is found by it."""
+    if isinstance(column.type, Uuid) and column.type.as_uuid and isinstance(value, str):
+        return UUID(value)
+    return value
 
 
 def _columns(mapper: Mapper[Any], columns: Sequence[Any] | None) -> ColumnNames:

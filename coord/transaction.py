@@ -61,12 +61,13 @@ async def has_written(session: AsyncSession) -> bool:
     without one the rows it has flushed and still refers to.
     """
     connection = await session.connection()
-    if not isinstance(session.bind, AsyncConnection):
+    if not isinstance(session.bind, AsyncConnection) or _owns_transaction(session):
         return bool(await connection.scalar(_WRITTEN))
-    if _savepoints(session.bind) == 0:
+    outside = _savepoints(session.bind) - _own_savepoints(session)
+    if outside == 0:
         return _orm_has_flushed(session)
     # Every level of savepoints that has written, and so each around it, holds a lock on a transaction id of its own.
-    return bool((await connection.scalar(_TRANSACTION_IDS) or 0) > _savepoints(session.bind))
+    return bool((await connection.scalar(_TRANSACTION_IDS) or 0) > outside)
 
 
 async def end_transaction(session: AsyncSession) -> None:
@@ -77,6 +78,22 @@ async def end_transaction(session: AsyncSession) -> None:
     transaction = session.sync_session.get_transaction()
     if transaction is not None:
         await session.run_sync(lambda _: transaction.close())
+
+
+def _owns_transaction(session: AsyncSession) -> bool:
+    """Whether the session itself began the transaction of the connection it is bound to."""
+    assert isinstance(session.bind, AsyncConnection)
+    assert session.bind.sync_connection is not None
+    root, own = session.bind.sync_connection.get_transaction(), session.sync_session.get_transaction()
+    return own is not None and any(begun is root and ours for _, begun, ours, _ in set(own._connections.values()))
+
+
+def _own_savepoints(session: AsyncSession) -> int:
+    depth, savepoint = 0, session.sync_session.get_nested_transaction()
+    while savepoint is not None:
+        depth += savepoint.nested
+        savepoint = savepoint.parent
+    return depth
 
 
 def _savepoints(connection: AsyncConnection) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
-from coord.baseline import differs
+from coord.baseline import differs, own_copy
 from coord.errors import RowNotFoundError
 from coord.target import M
 
@@ -94,7 +94,7 @@ class Waiter(Generic[M]):
             self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
         elif self.differs(values) or self.fresh:
             self.fresh = False
-            self.baseline = {name: values[name] for name in self.target.columns}
+            self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
             self.row, self.alone = row, alone
             self.wake()
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from coord.adoption import adopt
 from coord.baseline import baseline_of
+from coord.cancellation import interruptible
 from coord.durations import seconds
 from coord.engine import source_of
 from coord.errors import UncommittedChangesError, WaitTimeoutError
@@ -44,7 +46,7 @@ async def wait_for_row_change(
     Seen is `since` (values by attribute name, or an instance), else what the session has loaded or flushed for the row,
     else the row at the call; a row that differs already is returned at once. With `until`, a predicate on a detached
     instance, no change is required: the first row of which it is true is returned. The result is the session's own
-    instance, current, with unflushed changes kept.
+    instance, every column loaded and current, with unflushed changes kept; relationships are not loaded for it.
 
     No connection is held meanwhile: a transaction that the session began by itself and that has only read is ended; an
     explicit block that has only read is left as it is. Changes by anybody are seen within `interval` seconds; the last
@@ -60,6 +62,8 @@ async def wait_for_row_change(
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
     beat = _interval(interval)
+    if iscoroutinefunction(until):
+        raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target = Target.of(model, pk_value, columns)
     baseline = baseline_of(session, target, since)
     await _release(session, target, began, deadline)
@@ -69,7 +73,7 @@ async def wait_for_row_change(
         row = await _next(waiter, began, deadline)
         while until is not None and not until(row):
             row = await _next(waiter, began, deadline)
-    return await adopt(session, row, alone=waiter.alone)
+    return adopt(session, row, alone=waiter.alone)
 
 
 @asynccontextmanager
@@ -108,7 +112,7 @@ async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None)
         deadline = None if limit is None else began + limit
         await _release(session, waiter.target, began, deadline)
         row = await _next(waiter, began, deadline)
-        yield await adopt(session, row, alone=waiter.alone)
+        yield adopt(session, row, alone=waiter.alone)
 
 
 def _registered(
@@ -131,15 +135,11 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
         raise UncommittedChangesError("The wait is inside lock_tables or advisory_lock: leave the block first.")
     if not session.in_transaction():
         return
-    releasing = asyncio.create_task(_end_if_read_only(session))  # which may hang when the server is gone
     limit = None if deadline is None else max(0, deadline - asyncio.get_running_loop().time()) + LAST_LOOK
     try:
-        done, _ = await asyncio.wait([releasing], timeout=limit)
-    finally:
-        releasing.cancel()
-    if not done:
-        raise _timed_out(target, began)
-    releasing.result()
+        await interruptible(_end_if_read_only(session), limit=limit)
+    except TimeoutError as error:
+        raise _timed_out(target, began) from error
 
 
 async def _end_if_read_only(session: AsyncSession) -> None:

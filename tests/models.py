@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID  # noqa: TC003 - SQLAlchemy reads the annotations
+
 from sqlalchemy import ForeignKey, Table
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.ext.mutable import MutableDict
+from sqlalchemy.orm import DeclarativeBase, Mapped, composite, mapped_column, relationship
+
+
+@dataclass
+class Point:
+    x: int
+    y: int
 
 
 class Base(DeclarativeBase):
@@ -50,3 +62,17 @@ def table_of(model: type[Base]) -> Table:
     table = model.__table__
     assert isinstance(table, Table)
     return table
+
+
+class Document(Base):
+    """What is changed in place, made of parts, found by other rows, or no number."""
+
+    __tablename__ = "documents"
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    body: Mapped[dict[str, Any]] = mapped_column(MutableDict.as_mutable(JSONB()), default=dict)
+    x: Mapped[int] = mapped_column(default=0)
+    y: Mapped[int] = mapped_column(default=0)
+    weight: Mapped[float] = mapped_column(default=0.0)
+    owner_id: Mapped[int | None] = mapped_column(ForeignKey("users.id"))
+    owner: Mapped[User | None] = relationship(lazy="selectin")
+    place: Mapped[Point] = composite(Point, "x", "y")

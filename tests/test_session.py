@@ -333,3 +333,38 @@ def test_an_engine_that_is_not_asyncpg_is_refused() -> None:
             create(async_sessionmaker(other))
         with pytest.raises(ValueError, match="bound to one asynchronous engine"):
             create(async_sessionmaker())
+
+
+async def test_a_middleware_that_tries_again_gets_a_session_for_each_try(
+    session_maker: async_sessionmaker[AsyncSession], engine: AsyncEngine, observer: Connection
+) -> None:
+    app = shop(session_maker)
+    tries: list[int] = []
+    get_db = create_db_dependency(session_maker)
+
+    @app.post("/second-time-lucky")
+    async def second_time_lucky(session: AsyncSession = Depends(get_db)) -> None:
+        tries.append(1)
+        session.add(User(id=len(tries)))
+        await session.flush()
+        if len(tries) == 1:
+            raise KeyError
+
+    app.add_middleware(_Retrying)
+    async with served(app) as client:
+        assert (await client.post("/second-time-lucky")).status_code == 200
+    assert [row["id"] for row in await observer.fetch("SELECT id FROM users")] == [2]
+    assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+class _Retrying:
+    """Runs the application again, with the same scope, when its handler has raised."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except KeyError:
+            await self._app(scope, receive, send)

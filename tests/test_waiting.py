@@ -8,6 +8,7 @@ import time
 from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import anyio
 import pytest
@@ -26,7 +27,7 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
-from tests.models import Account, Item, Reserved, User
+from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import eventually
 from tests.waits import registered, waiting
 
@@ -372,6 +373,10 @@ async def test_a_cancelled_wait_leaves_nothing(
         assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
 
 
+async def asynchronous(_row: User) -> bool:
+    return False
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -388,6 +393,8 @@ async def test_a_cancelled_wait_leaves_nothing(
         ({"interval": -1}, "0 or more"),
         ({"timeout": math.nan}, "finite"),
         ({"timeout": -0.1}, "0 or more"),
+        ({"timeout": 10**400}, "finite"),
+        ({"until": asynchronous}, "plain function"),
         ({"since": {"colour": 1}}, "not watched"),
         ({"since": Item(id=1)}, "a mapping or a User"),
     ],
@@ -473,3 +480,104 @@ async def test_watching_refuses_what_could_never_end(session_maker: SessionMaker
         await session.flush()
         with pytest.raises(UncommittedChangesError):
             await anext(states)
+
+
+DOCUMENT = UUID("6f1f5a0c-0000-4000-8000-000000000001")
+
+
+@pytest.fixture
+async def document(tables: None, observer: Connection) -> UUID:
+    await observer.execute("INSERT INTO users VALUES (1, 'one'), (2, 'two')")
+    await observer.execute("""INSERT INTO documents VALUES ($1, '{"n": 1}', 1, 1, 'NaN', 1)""", DOCUMENT)
+    return DOCUMENT
+
+
+@pytest.mark.parametrize("pending", [False, True])
+async def test_the_sessions_own_instance_is_current_in_all_its_parts(
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection, document: UUID, pending: bool
+) -> None:
+    async with session_maker() as session:
+        own = await session.get(Document, document)
+        assert own is not None
+        assert own.place == Point(1, 1)
+        assert own.owner is not None
+        if pending:
+            own.weight = 7.0
+        task = waiting(session, Document, document, columns=[Document.x])
+        await registered()
+        await observer.execute("""UPDATE documents SET x = 5, y = 6, owner_id = 2, body = '{"n": 2}'""")
+        assert await task is own
+        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert own.place == Point(5, 6)
+        assert "owner" not in vars(own), "it is the one of before"
+        own.body["n"] += 1
+        await session.commit()
+    row = await observer.fetchrow("SELECT body ->> 'n' AS n, weight FROM documents")
+    assert row["n"] == "3"
+    assert row["weight"] == 7.0 if pending else math.isnan(row["weight"])
+
+
+async def test_a_row_is_the_same_by_any_spelling_of_its_key_and_not_a_number_is_no_change(
+    session_maker: SessionMaker, observer: Connection, document: UUID
+) -> None:
+    async with session_maker() as session:
+        own = await session.get(Document, document)
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, Document, str(document), timeout=0.2, interval=0.05)
+        await observer.execute("UPDATE documents SET x = 5")
+        assert await wait_for_row_change(session, Document, str(document), interval=60, timeout=5) is own
+
+
+async def test_watching_does_not_see_what_its_caller_changes_in_place(
+    session_maker: SessionMaker, document: UUID
+) -> None:
+    async with session_maker() as session, watch_row(session, Document, document, interval=0.05, timeout=0.2) as states:
+        row = await anext(states)
+        row.body["seen"] = True
+        with pytest.raises(WaitTimeoutError):
+            await anext(states)
+
+
+async def test_several_waits_for_one_row_share_nothing_that_can_change(
+    session_maker: SessionMaker, observer: Connection, document: UUID
+) -> None:
+    async with session_maker() as one, session_maker() as two:
+        tasks = [waiting(session, Document, document) for session in (one, two)]
+        await registered()
+        await observer.execute("UPDATE documents SET x = 5")
+        first, second = await asyncio.gather(*tasks)
+        first.body["n"] = 100
+        assert second.body == {"n": 1}
+        assert first is not second
+
+
+async def test_a_wait_cancelled_while_it_ends_a_transaction_is_cancelled_and_nothing_else(
+    session_maker: SessionMaker, user: int
+) -> None:
+    for n in range(60):
+        async with session_maker() as session:
+            await session.execute(select(User))
+            task = waiting(session, User, user)
+            for _ in range(n % 12):
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+
+async def test_a_session_that_began_the_transaction_of_its_connection(engine: AsyncEngine) -> None:
+    async with engine.connect() as connection:
+        async with AsyncSession(connection) as session:
+            await session.execute(text("INSERT INTO users VALUES (9, 'mine')"))
+            with pytest.raises(UncommittedChangesError):
+                await wait_for_row_change(session, User, 9, timeout=1)
+            await session.rollback()
+        async with connection.begin() as outer:
+            maker = async_sessionmaker(connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+            async with maker() as session:
+                await session.execute(text("INSERT INTO users VALUES (9, 'mine')"))
+                async with get_transaction(session):
+                    await session.execute(select(User))
+                    with pytest.raises(UncommittedChangesError):
+                        await wait_for_row_change(session, User, 9, timeout=1)
+            await outer.rollback()
