@@ -128,9 +128,8 @@ async def _in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connecti
 async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
     rows = await driver.fetch(f"{_HOLDERS} AND {acquisition.blockers}", *acquisition.blocked_by)
     holders = [LockHolder(**row) for row in rows]
-    waited = "the server's lock_timeout" if acquisition.limit is None else f"{acquisition.limit:.3g} s"
     seen = "; ".join(map(str, holders)) or "whoever held it is gone"
-    message = f"{acquisition.subject} was not to be had within {waited}: {seen}"
+    message = f"{acquisition.subject} was not to be had in time: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
 
 
