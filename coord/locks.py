@@ -156,6 +156,8 @@ async def _connection(session: AsyncSession, limit: float | None) -> tuple[Async
     try:
         connection = await interruptible(session.connection(), limit=limit)
     except TimeoutError as error:
+        if loop.time() - began < limit:  # the driver's own
+            raise
         raise LockTimeoutError(f"No connection was to be had within {limit:g} s, and so no lock") from error
     return connection, max(0.001, limit - (loop.time() - began))
 
