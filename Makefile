@@ -3,13 +3,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast check format pin clean
+.PHONY: help venv demo serve test test-fast bench-waiting check format pin clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
 
 venv: $(READY) ## the virtual environment, pinned by constraints.txt
 
@@ -25,6 +26,9 @@ test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 test-fast: $(READY) ## the suite without its slow tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
+bench-waiting: $(BENCH) ## measure how waits scale, in six minutes, and write docs/benchmarks.md
+	@$(BIN)/python -m benchmarks.waiting
+
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -34,9 +38,9 @@ format: $(READY) ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-pin: $(READY) ## write what is installed to constraints.txt
+pin: $(BENCH) ## write what is installed to constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable > constraints.txt
-	@touch $(READY)
+	@touch $(READY) $(BENCH)
 
 clean: ## delete the virtual environment, the caches and the data of coord dev
 	@rm -rf .venv .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
@@ -50,3 +54,8 @@ $(READY): pyproject.toml constraints.txt
 	@$(PIP) install --constraint constraints.txt --upgrade pip hatchling editables
 	@$(PIP) install --constraint constraints.txt --no-build-isolation --group dev --editable '.[embedded]'
 	@touch $(READY)
+
+# What only the benchmarks need, so that nobody else waits for it.
+$(BENCH): $(READY)
+	@$(PIP) install --constraint constraints.txt --group bench
+	@touch $(BENCH)

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.waiting`: what a wait costs, how soon it is woken, and what that costs the writers."""

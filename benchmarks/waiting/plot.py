@@ -1,0 +1,124 @@
+"""One figure with a panel for each section; the same figures make the same file."""
+
+from __future__ import annotations
+
+import statistics
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.waiting.figures import percentile
+from benchmarks.waiting.report import milliseconds
+from benchmarks.waiting.waves import FLUSH, LIMIT, RAW
+from benchmarks.waiting.writers import TARGET, Way, ratio
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from benchmarks.waiting.idle import Idle
+    from benchmarks.waiting.latency import Latencies
+    from benchmarks.waiting.waves import Waves
+    from benchmarks.waiting.writers import Throughput
+
+OURS, THEIRS, PLAIN = "#1f6f8b", "#d98f3d", "#8a8f98"
+POINTS = 40
+"""Of a curve."""
+WHISKER: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
+STYLE = {
+    "svg.hashsalt": "coord",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def draw(path: Path, latencies: Latencies, idle: dict[str, Idle], waves: Waves, throughput: Throughput) -> None:
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        panels = figure.subplots(2, 2)
+        _latencies(panels[0][0], latencies)
+        _idle(panels[0][1], idle)
+        _waves(panels[1][0], waves)
+        _throughput(panels[1][1], throughput)
+        figure.savefig(path, metadata={"Date": None, "Creator": None})
+    # matplotlib ends lines with blanks
+    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
+
+
+def _latencies(panel: Any, found: Latencies) -> None:
+    values = {_short(way): [second * 1_000 for second in found.all[way]] for way in reversed(found.all)}
+    middles = [statistics.median(each) for each in values.values()]
+    worst = [percentile(each, 0.99) for each in values.values()]
+    _bars(panel, [*values], middles, [milliseconds(middle / 1_000) for middle in middles])
+    panel.errorbar(middles, range(len(values)), xerr=[[0] * len(worst), _minus(worst, middles)], **WHISKER)
+    _logarithmic(panel)
+    panel.set(title="Commit → waiter returns", xlabel="milliseconds, p50 and p99", xlim=(0.1, 2_000))
+
+
+def _idle(panel: Any, found: dict[str, Idle]) -> None:
+    each = {f"{name.partition(',')[0]}, {idle.waiters:,} waiters": idle for name, idle in reversed(found.items())}
+    rates = [idle.statements_a_second for idle in each.values()]
+    notes = [f"{rate:.0f}" for rate in rates]
+    _bars(panel, [*each], rates, notes)
+    _logarithmic(panel)
+    panel.set(title="Idle, looked at every 0.5 s", xlabel="statements a second", xlim=(0.1, 2_000))
+
+
+def _waves(panel: Any, found: Waves) -> None:
+    for way, waves in found.items():
+        wave = sorted(waves, key=lambda answers: answers[-1])[len(waves) // 2]
+        shares = [point / POINTS for point in range(POINTS + 1)]
+        colour = {RAW: PLAIN}.get(way, OURS)
+        style = "--" if way == FLUSH else "-"
+        times = [percentile(wave, share) for share in shares]
+        panel.plot(times, shares, style, color=colour, label=way.partition(",")[0])
+    panel.axvline(LIMIT, color="black", linewidth=0.6, linestyle=":")
+    count = len(next(iter(found.values()))[0])
+    panel.set(title=f"All {count:,} rows changed at once", xlabel="seconds from the commit", ylabel="share answered")
+    panel.set(xlim=(0, 1.2 * LIMIT), ylim=(0, 1))
+    panel.legend(loc="center right", framealpha=1, edgecolor="none")
+
+
+def _throughput(panel: Any, found: Throughput) -> None:
+    bars = {
+        "asyncpg, NOTIFY trigger": ratio(found.plain, Way.TRIGGER),
+        "sessions, NOTIFY trigger": ratio(found.sessions, Way.TRIGGER),
+        "coord's sessions, the bell": ratio(found.sessions, Way.BELL),
+    }
+    values = [bar.value for bar in bars.values()]
+    below = [bar.value - bar.low for bar in bars.values()]
+    above = [bar.high - bar.value for bar in bars.values()]
+    _bars(panel, [*bars], values, [f"{value:.2f}" for value in values])
+    panel.errorbar(values, range(len(bars)), xerr=[below, above], **WHISKER)
+    panel.axvline(TARGET, color="black", linewidth=0.6, linestyle=":")
+    panel.set(title="Writers' throughput", xlabel="share of that with nothing rung", xlim=(0, 1.15))
+
+
+def _bars(panel: Any, names: list[str], values: list[float], notes: list[str]) -> None:
+    """Each with its note inside, where no whisker is."""
+    panel.barh(names, values, color=[_colour(name) for name in names], height=0.6)
+    for place, note in enumerate(notes):
+        panel.text(0.02, place, note, transform=panel.get_yaxis_transform(), color="white", va="center")
+
+
+def _logarithmic(panel: Any) -> None:
+    panel.set_xscale("log")
+    panel.minorticks_off()
+    panel.xaxis.set_major_formatter("{x:g}")
+
+
+def _minus(those: list[float], these: list[float]) -> list[float]:
+    return [mine - other for mine, other in zip(those, these, strict=True)]
+
+
+def _colour(name: str) -> str:
+    return OURS if name.startswith("coord") else THEIRS if "toolsets" in name or "NOTIFY" in name else PLAIN
+
+
+def _short(way: str) -> str:
+    return way.partition(":")[0].replace("interval ", "")
