@@ -45,6 +45,9 @@ def _update(session: AsyncSession, own: M, row: InstanceState[M]) -> None:
     changed = {name for name in unmodified if state.dict.get(name, row) != row.dict[name]}
     for name in unmodified:
         set_committed_value(own, name, own_copy(row.dict[name]))
+    for computed in state.mapper.column_attrs:
+        if computed.key in row.dict and computed.key not in column_names(state.mapper):
+            set_committed_value(own, computed.key, row.dict[computed.key])
     state.manager.dispatch.refresh(state, None, unmodified)  # composites and mutable values listen for it
     outdated = [
         relationship.key

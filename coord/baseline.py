@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
 from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
+
+from coord.stored import is_stored_as
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -82,28 +82,12 @@ def differs(mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], 
     for name in columns:
         value = values[name]
         seen = baseline.setdefault(name, value)
-        if seen is not value and not mapper.columns[name].type.compare_values(seen, value):
-            changed = changed or not (_both_nan(seen, value) or _rounds_to(seen, value))
+        kind = mapper.columns[name].type
+        if seen is not value and not kind.compare_values(seen, value) and not is_stored_as(kind, seen, value):
+            changed = True
     return changed
 
 
 def own_copy(value: Any) -> Any:
     """A value that may be changed in place, as one of which that cannot be seen elsewhere."""
     return copy.deepcopy(value) if isinstance(value, list | dict | set | bytearray) else value
-
-
-def _both_nan(seen: Any, value: Any) -> bool:
-    return all(isinstance(number, float | Decimal) and math.isnan(number) for number in (seen, value))
-
-
-def _rounds_to(seen: Any, value: Any) -> bool:
-    """A number that was flushed into NUMERIC as 9.9 comes back as Decimal("9.90")."""
-    if not isinstance(value, Decimal) or isinstance(seen, bool) or not isinstance(seen, int | float | Decimal):
-        return False
-    return math.isfinite(seen) and value.is_finite() and round(Decimal(str(seen)), -_exponent(value)) == value
-
-
-def _exponent(value: Decimal) -> int:
-    exponent = value.as_tuple().exponent
-    assert isinstance(exponent, int)
-    return exponent

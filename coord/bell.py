@@ -49,7 +49,7 @@ class Bell:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._listeners: dict[bytes, Listener] = {}
+        self._listeners: dict[bytes, list[Listener]] = {}
         self._unconfirmed: dict[bytes, None] = {}
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
@@ -84,14 +84,22 @@ class Bell:
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
-        self._listeners[channel] = listener
+        others = self._listeners.setdefault(channel, [])
+        others.append(listener)
+        if len(others) > 1 and channel not in self._unconfirmed:
+            listener.listening()
+            return
         self._unconfirmed[channel] = None
         self._command(channel, True)
 
-    def leave(self, channel: bytes) -> None:
-        self._listeners.pop(channel, None)
-        self._unconfirmed.pop(channel, None)
-        self._command(channel, False)
+    def leave(self, channel: bytes, listener: Listener) -> None:
+        others = self._listeners.get(channel, [])
+        if listener in others:
+            others.remove(listener)
+        if not others:
+            self._listeners.pop(channel, None)
+            self._unconfirmed.pop(channel, None)
+            self._command(channel, False)
 
     def _command(self, channel: bytes, wanted: bool) -> None:
         if self._connection is None:
@@ -115,7 +123,11 @@ class Bell:
     def _tell_unconfirmed(self, channels: Iterable[bytes]) -> None:
         for channel in channels:
             if channel in self._unconfirmed:
-                self._listeners[channel].listening()
+                self._tell_listening(channel)
+
+    def _tell_listening(self, channel: bytes) -> None:
+        for listener in self._listeners.get(channel, ()):
+            listener.listening()
 
     async def _hear(self) -> None:
         wait, longest = BACKOFF
@@ -130,14 +142,15 @@ class Bell:
     async def _hear_connection(self) -> None:
         connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         try:
-            await connection.connect()  # type: ignore[no-untyped-call]
+            async with asyncio.timeout(HEARTBEAT):
+                await connection.connect()  # type: ignore[no-untyped-call]
             self._commands.clear()
             self._unconfirmed = dict.fromkeys(self._listeners)
             self._connection = connection
             channels = list(self._listeners)
             for start in range(0, len(channels), BATCH):
                 await connection.send_command("SUBSCRIBE", *channels[start : start + BATCH], check_health=False)
-            self._report(None)
+            await connection.send_command("PING", check_health=False)  # its answer says that all of this was allowed
             await self._read(connection)
         finally:
             if self._connection is not None:
@@ -162,11 +175,13 @@ class Bell:
     def _handle(self, message: list[Any]) -> None:
         kind, channel = message[0], message[1]
         if kind == b"message":
-            if listener := self._listeners.get(channel):
+            for listener in self._listeners.get(channel, ()):
                 listener.rung()
         elif kind == b"subscribe" and channel in self._unconfirmed:
             del self._unconfirmed[channel]
-            self._listeners[channel].listening()
+            self._tell_listening(channel)
+        elif kind == b"pong":
+            self._report(None)
 
     async def _publish(self) -> None:
         while self._rings:

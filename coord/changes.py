@@ -41,6 +41,7 @@ class Changes:
             "do_orm_execute": self._do_orm_execute,
             "after_commit": self._after_commit,
             "after_soft_rollback": self._after_soft_rollback,
+            "after_transaction_end": self._after_transaction_end,
         }
         for name, listener in listeners.items():
             event.listen(Session, name, listener)
@@ -86,13 +87,15 @@ class Changes:
             self._tell(session, dict.fromkeys(change for per in changes.values() for change in per))
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
-        if rolled_back.parent is None:
-            session.info.pop(_CHANGES, None)
-            return
         changes: dict[SessionTransaction | None, Any] = session.info.get(_CHANGES, {})
         for transaction in [*changes]:
             if rolled_back in _with_parents(transaction):
                 del changes[transaction]
+
+    def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
+        """Closing a session ends its transaction without a rollback of its own."""
+        if ended.parent is None:
+            session.info.pop(_CHANGES, None)
 
 
 def _with_parents(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:

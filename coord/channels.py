@@ -41,7 +41,8 @@ class Channels:
         return f"{self.namespace}:{self.database}:{schema or ''}.{name}".encode()
 
     def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
-        name = "/".join(map(str, key)).encode()
+        parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
+        name = "/".join(parts).encode(errors="surrogatepass")
         if len(name) > LONGEST:
             name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
         return self.table(mapper, schemas) + b":" + name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
     from coord.changes import Change
     from coord.schemas import Schemas
+
+
+logger = logging.getLogger("coord.bell")
 
 
 class Coordinator:
@@ -68,9 +72,12 @@ class Coordinator:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        if self._loop is not None:
+            raise RuntimeError("This Coordinator is open already; it has one block at a time.")
         prepare(self._engine)
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
+            stack.callback(setattr, self, "_loop", None)
             if self._redis is not None:
                 if self._owns_redis:
                     stack.push_async_callback(self._redis.aclose)
@@ -109,7 +116,11 @@ class Coordinator:
     def _tell(self, session: Session, changes: Iterable[Change]) -> None:
         if self._bell is None or self._loop is None:
             return
-        channels = self._channels.of_changes(session, changes)
+        try:
+            channels = self._channels.of_changes(session, changes)
+        except Exception:
+            logger.exception("Changes could not be announced; they are seen by polling")
+            return
         if _running_loop() is self._loop:
             self._bell.ring(channels)
         elif not self._loop.is_closed():

@@ -63,8 +63,9 @@ class Group:
         self._watched[waiter.target.columns] += 1
         if self._hearing is None or len(others) > 1 or not self._hearing.listen(self, key):
             self.look(key)
-        if self._task is None:
+        if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
+            self._task.add_done_callback(self._ended)
 
     def remove(self, waiter: Waiter[Any]) -> None:
         key = waiter.target.key
@@ -73,7 +74,7 @@ class Group:
         if not others:
             del self.waiters[key]
             if self._hearing is not None:
-                self._hearing.leave(key)
+                self._hearing.leave(self, key)
         _discount(self._intervals, waiter.interval)
         _discount(self._watched, waiter.target.columns)
         if not self.waiters:
@@ -103,6 +104,12 @@ class Group:
             self._due.add(key)
             self._rung.add(key)
         self._awake.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """Somebody has cancelled every task there is: nobody may wait for reads that will not come."""
+        for waiters in self.waiters.values() if task.cancelled() else ():
+            for waiter in waiters:
+                waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

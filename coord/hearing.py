@@ -38,20 +38,23 @@ class Hearing:
         self._mapper = mapper
         self._schemas = schemas
         self._table = channels.table(mapper, schemas)
-        self._listens = False
+        self._ear: _Ear | None = None
 
     def listen(self, group: Group, key: Key) -> bool:
         """Hear the row from now on; whether the group will be told to look at it when that is so."""
-        if not self._listens:
-            self._listens = True
-            self._bell.listen(self._table, _Ear(group, None))
-        self._bell.listen(self._channels.row(self._mapper, self._schemas, key), _Ear(group, key))
+        if self._ear is None:
+            self._ear = _Ear(group, None)
+            self._bell.listen(self._table, self._ear)
+        self._bell.listen(self._row(key), _Ear(group, key))
         return self._bell.connected
 
-    def leave(self, key: Key) -> None:
-        self._bell.leave(self._channels.row(self._mapper, self._schemas, key))
+    def leave(self, group: Group, key: Key) -> None:
+        self._bell.leave(self._row(key), _Ear(group, key))
 
     def close(self) -> None:
         """Hear the table no more; the rows are left one by one."""
-        if self._listens:
-            self._bell.leave(self._table)
+        if self._ear is not None:
+            self._bell.leave(self._table, self._ear)
+
+    def _row(self, key: Key) -> bytes:
+        return self._channels.row(self._mapper, self._schemas, key)

@@ -125,7 +125,7 @@ async def advisory_lock(
 @asynccontextmanager
 async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> AsyncIterator[None]:
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
-    joins = is_explicit(session) or connection_in_use(session)
+    joins = is_explicit(session) or connection_in_use(session.sync_session)
     try:
         connection, left = await _connection(session, limit)
         await interruptible(acquire(connection, plan(connection, left)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from sqlalchemy import ARRAY, Integer, and_, bindparam, column, func, select
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
@@ -26,6 +27,9 @@ CHUNK = 5_000
 """Keys in one query."""
 READ_LIMIT = 5.0
 """Seconds after which a query is given up, to be tried again: the server may be gone without a word."""
+
+PASSING = {"40001", "40P01", "55P03"}
+"""What a role's own settings or somebody's table lock may answer to a plain SELECT."""
 
 
 class Reader:
@@ -104,4 +108,7 @@ def is_passing(error: Exception) -> bool:
         return True
     if isinstance(original, asyncpg.InterfaceError):
         return not isinstance(original, ValueError)  # a key that the driver cannot encode
-    return str(getattr(original, "sqlstate", ""))[:2] in {"08", "53", "57"}  # connection, resources, intervention
+    if isinstance(original, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
+        return True  # the table was altered; SQLAlchemy prepares anew the next time
+    state = str(getattr(original, "sqlstate", ""))
+    return state in PASSING or state[:2] in {"08", "53", "57"}  # connection, resources, intervention

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from coord.transaction import connection_in_use
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -17,4 +19,15 @@ def schemas_of(session: Session) -> Schemas:
     options: Mapping[str, Any] = getattr(session, "execution_options", {})
     if "schema_translate_map" not in options and session.bind is not None:
         options = session.bind.get_execution_options()
+    return _schemas(options)
+
+
+def schemas_in_use(session: Session) -> Schemas:
+    """That of the connection which the session's transaction has taken, else `schemas_of` it."""
+    if connection_in_use(session):
+        return _schemas(session.connection().get_execution_options()) or schemas_of(session)
+    return schemas_of(session)
+
+
+def _schemas(options: Mapping[str, Any]) -> Schemas:
     return tuple((options.get("schema_translate_map") or {}).items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
@@ -73,9 +73,17 @@ def key_of(mapper: Mapper[Any], pk_value: object) -> Key:
     elif not isinstance(pk_value, tuple):
         values = (pk_value,)
     assert isinstance(values, tuple)
-    if len(values) != len(names) or not all(value is not None and isinstance(value, Hashable) for value in values):
+    if len(values) != len(names) or any(value is None or not _is_hashable(value) for value in values):
         raise ValueError(f"pk_value {pk_value!r} does not give the key of {_name(mapper)}, which is {names}")
     return tuple(_as_loaded(column, value) for column, value in zip(mapper.primary_key, values, strict=True))
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _as_loaded(column: Any, value: Any) -> Any:

@@ -12,6 +12,8 @@ from sqlalchemy.orm import SessionTransactionOrigin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sqlalchemy.orm import Session
+
 _LOCKS = "coord.locks"
 
 _WRITTEN = text("""
@@ -24,9 +26,9 @@ _TRANSACTION_IDS = text("""
 """)
 
 
-def connection_in_use(session: AsyncSession) -> bool:
+def connection_in_use(session: Session) -> bool:
     """Whether the session's transaction has a connection; an autobegun one has none before its first statement."""
-    transaction = session.sync_session.get_transaction()
+    transaction = session.get_transaction()
     return transaction is not None and bool(transaction._connections)  # pinned by tests/test_transaction.py
 
 

@@ -67,10 +67,10 @@ class Waiter(Generic[M]):
         Raises `RowNotFoundError`, or what the database answered to the read of this row.
         """
         loop = asyncio.get_running_loop()
-        if self.row is None and self.error is None:
+        if self.row is None and self.error is None and not self.last:
             self._signal = loop.create_future()
             if deadline is not None:
-                self._timer = loop.call_at(deadline, self._look_last)
+                self._timer = loop.call_at(deadline, self._look_last, deadline)
             try:
                 await self._signal
             finally:
@@ -109,7 +109,14 @@ class Waiter(Generic[M]):
         if self._signal is not None and not self._signal.done():
             self._signal.set_result(None)
 
-    def _look_last(self) -> None:
+    def look_again(self) -> None:
+        """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
+        self.last = False
+        if self.row is not None:
+            self.row, self.fresh = None, True
+            self._group.look(self.target.key)
+
+    def _look_last(self, deadline: float) -> None:
         self.last = True
-        self._timer = asyncio.get_running_loop().call_later(LAST_LOOK, self.wake)
+        self._timer = asyncio.get_running_loop().call_at(deadline + LAST_LOOK, self.wake)
         self._group.look(self.target.key)

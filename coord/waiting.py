@@ -13,7 +13,7 @@ from coord.cancellation import interruptible
 from coord.durations import seconds
 from coord.engine import source_of
 from coord.errors import UncommittedChangesError, WaitTimeoutError
-from coord.schemas import schemas_of
+from coord.schemas import schemas_in_use
 from coord.target import Target
 from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.waiter import LAST_LOOK
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from coord.baseline import Baseline
     from coord.durations import Seconds
+    from coord.schemas import Schemas
     from coord.target import M
     from coord.waiter import Waiter
 
@@ -65,11 +66,11 @@ async def wait_for_row_change(
     if iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target = Target.of(model, pk_value, columns)
-    baseline = baseline_of(session, target, since)
+    baseline, schemas = baseline_of(session, target, since), schemas_in_use(session.sync_session)
     await _release(session, target, began, deadline)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
-    with _registered(session, target, baseline, interval=beat, fresh=until is not None) as waiter:
+    with _register(session, target, schemas, baseline, interval=beat, fresh=until is not None) as waiter:
         row = await _next(waiter, began, deadline)
         while until is not None and not until(row):
             row = await _next(waiter, began, deadline)
@@ -101,7 +102,8 @@ async def watch_row(
     beat = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
-    with _registered(session, target, baseline, interval=beat, fresh=since is None) as waiter:
+    schemas = schemas_in_use(session.sync_session)
+    with _register(session, target, schemas, baseline, interval=beat, fresh=since is None) as waiter:
         async with aclosing(_states(session, waiter, limit)) as states:
             yield states
 
@@ -111,15 +113,15 @@ async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None)
         began = asyncio.get_running_loop().time()
         deadline = None if limit is None else began + limit
         await _release(session, waiter.target, began, deadline)
+        waiter.look_again()
         row = await _next(waiter, began, deadline)
         yield adopt(session, row, alone=waiter.alone)
 
 
-def _registered(
-    session: AsyncSession, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool
+def _register(
+    session: AsyncSession, target: Target[M], schemas: Schemas, baseline: Baseline, *, interval: float, fresh: bool
 ) -> Waiter[M]:
-    watcher = Watcher.of(source_of(session))
-    return watcher.register(target, schemas_of(session.sync_session), baseline, interval=interval, fresh=fresh)
+    return Watcher.of(source_of(session)).register(target, schemas, baseline, interval=interval, fresh=fresh)
 
 
 async def _next(waiter: Waiter[M], began: float, deadline: float | None) -> M:
@@ -143,7 +145,7 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
 
 
 async def _end_if_read_only(session: AsyncSession) -> None:
-    if connection_in_use(session) and await has_written(session):
+    if connection_in_use(session.sync_session) and await has_written(session):
         raise UncommittedChangesError
     if not is_explicit(session):
         await end_transaction(session)

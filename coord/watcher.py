@@ -62,8 +62,8 @@ class Watcher:
             group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind), on_leave=self._left)
             self._groups[kind] = group
         waiter = Waiter(group, target, baseline, interval=interval, fresh=fresh)
-        self.waiters += 1
         group.add(waiter)
+        self.waiters += 1
         return waiter
 
     @contextmanager
