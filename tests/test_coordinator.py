@@ -22,7 +22,7 @@ from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_r
 from coord.channels import MANY, Channels
 from coord.embedded import PostgreSQL, Valkey
 from coord.target import mapper_of
-from tests.models import Account, Item, User
+from tests.models import Account, Base, Item, User
 from tests.serving import eventually, served
 from tests.waits import registered, waiting
 
@@ -368,3 +368,64 @@ async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
     assert watcher._groups == {}
     await eventually(lambda: _equal(redis.pubsub_channels, []))
     await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("users", "coordinator")
+async def test_two_classes_on_one_table_both_hear_it(session_maker: SessionMaker) -> None:
+    """One's wait may end without the other's going deaf."""
+    async with session_maker() as one, session_maker() as two, session_maker() as writer:
+        tasks = [waiting(one, User, 1, interval=NEVER), waiting(two, Person, 1, interval=NEVER)]
+        await registered()
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:])
+        await writer.execute(update(User).values(name="after"))
+        await writer.commit()
+        async with asyncio.timeout(1):
+            assert (await tasks[0]).name == "after"
+
+
+class Person(Base):
+    """Another class on the table of `User`."""
+
+    __table__ = User.__table__
+
+
+@pytest.mark.usefixtures("users")
+async def test_entering_it_twice_is_refused_and_harms_nothing(
+    coordinator: Coordinator, session_maker: SessionMaker
+) -> None:
+    with pytest.raises(RuntimeError, match="is open already"):
+        await coordinator.__aenter__()
+    async with session_maker() as session, session_maker() as writer:
+        task = waiting(session, User, 1, interval=NEVER)
+        await registered()
+        await writer.execute(update(User).values(name="after"))
+        await writer.commit()
+        async with asyncio.timeout(1):
+            assert (await task).name == "after"
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_what_a_closed_session_had_changed_is_never_rung(session_maker: SessionMaker, redis: Redis) -> None:
+    async with listening(redis) as heard, session_maker() as session:
+        session.add(User(id=1))
+        await session.flush()
+        await session.close()
+        session.add(User(id=2))
+        await session.commit()
+        await redis.publish("coord::marker", b"")
+        assert ".users:1" not in await heard.has(2)
+
+
+async def test_nothing_that_can_be_rung_fails_a_commit(
+    coordinator: Coordinator, session_maker: SessionMaker, observer: Connection
+) -> None:
+    async with session_maker() as session:
+        session.add(User(id=1))
+        await session.flush()
+        coordinator.ring(session, User, "\ud800")
+        coordinator.ring(session, Account, ("a/b", "\\"))
+        await session.commit()
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+    channels, mapper = Channels("n", "d"), mapper_of(Account)
+    assert channels.row(mapper, (), ("a/b", "c")) != channels.row(mapper, (), ("a", "b/c"))

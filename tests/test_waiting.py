@@ -7,12 +7,28 @@ import math
 import time
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import anyio
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    CHAR,
+    JSON,
+    REAL,
+    Column,
+    Float,
+    Integer,
+    MetaData,
+    Numeric,
+    String,
+    Table,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
@@ -27,6 +43,8 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
+from coord.stored import is_stored_as
+from coord.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import eventually
 from tests.waits import registered, waiting
@@ -581,3 +599,71 @@ async def test_a_session_that_began_the_transaction_of_its_connection(engine: As
                     with pytest.raises(UncommittedChangesError):
                         await wait_for_row_change(session, User, 9, timeout=1)
             await outer.rollback()
+
+
+async def test_a_row_that_never_rests_ends_an_until_by_its_deadline(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async def change() -> None:
+        n = 0
+        while True:
+            n += 1
+            await observer.execute("UPDATE users SET name = $1", str(n))
+
+    changing = asyncio.create_task(change())
+    async with session_maker() as session:
+        began = time.monotonic()
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(
+                session, User, user, until=lambda row: row.name == "never", interval=0.001, timeout=0.3
+            )
+        assert time.monotonic() - began < 1.3
+    changing.cancel()
+    await asyncio.wait([changing])
+
+
+async def test_watching_never_goes_behind_what_its_caller_has_read(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    async with session_maker() as session, watch_row(session, User, user, interval=0.02) as states:
+        row = await anext(states)
+        await observer.execute("UPDATE users SET name = 'older'")
+        group = next(iter(Watcher.of(session_maker.kw["bind"])._groups.values()))
+        (waiter,) = group.waiters[user,]
+        await eventually(lambda: asyncio.sleep(0, waiter.row is not None))  # read, and not yet asked for
+        await observer.execute("UPDATE users SET name = 'newest'")
+        await session.refresh(row)
+        assert row.name == "newest"
+        assert (await anext(states)).name == "newest"
+
+
+@pytest.mark.parametrize(
+    ("kind", "flushed", "read"),
+    [
+        (Numeric(10, 2), 9.9, Decimal("9.90")),
+        (Numeric(10, 2), 1, Decimal("1.00")),
+        (REAL(), 0.1, 0.10000000149011612),
+        (JSON(), {1: (2, 3)}, {"1": [2, 3]}),
+        (ARRAY(Integer), (1, 2), [1, 2]),
+        (CHAR(5), "ab", "ab   "),
+        (Float(), math.nan, math.nan),
+    ],
+)
+def test_what_postgresql_only_writes_otherwise_is_no_change(kind: Any, flushed: Any, read: Any) -> None:
+    assert is_stored_as(kind, flushed, read)
+
+
+@pytest.mark.parametrize(
+    ("kind", "flushed", "read"),
+    [
+        (Numeric(10, 2), 9.9, Decimal("9.91")),
+        (Numeric(10, 2), True, Decimal("1.00")),
+        (Float(), 0.1, 0.10000000149011612),
+        (JSON(), {1: 2}, {"1": 3}),
+        (ARRAY(Integer), (1, 2), [2, 1]),
+        (String(5), "ab", "ab "),
+        (Integer(), 1, None),
+    ],
+)
+def test_what_differs_in_postgresql_is_a_change(kind: Any, flushed: Any, read: Any) -> None:
+    assert not is_stored_as(kind, flushed, read)
