@@ -55,6 +55,7 @@ class Bell:
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
         self._rings: dict[bytes, None] = {}
         self._connection: Connection | None = None
+        self._publisher: Connection | None = None
         self._sending: asyncio.Task[None] | None = None
         self._ringing: asyncio.Task[None] | None = None
         self._away = False
@@ -71,6 +72,8 @@ class Bell:
             for sending in (self._sending, self._ringing):
                 if sending is not None:
                     await asyncio.wait([sending])
+            if self._publisher is not None:
+                await self._publisher.disconnect(nowait=True)
 
     @property
     def connected(self) -> bool:
@@ -187,14 +190,32 @@ class Bell:
         while self._rings:
             rings, self._rings = self._rings, {}
             try:
-                async with asyncio.timeout(PUBLISH_LIMIT), self._redis.pipeline(transaction=False) as pipeline:
-                    for channel in rings:
-                        pipeline.publish(channel, b"")
-                    await pipeline.execute()
-                if self.connected:
-                    self._report(None)
+                async with asyncio.timeout(PUBLISH_LIMIT):
+                    await self._send_rings(rings)
             except (RedisError, OSError) as error:
                 self._report(error)
+            else:
+                if self._away and self.connected:
+                    self._report(None)
+
+    async def _send_rings(self, rings: Iterable[bytes]) -> None:
+        """By a connection of its own: redis-py's pool and pipeline cost a writer more than the rest of the bell."""
+        if self._publisher is not None:
+            with suppress(RedisError, OSError):  # of a connection that Redis has closed meanwhile
+                return await self._send_by(self._publisher, rings)
+        self._publisher = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        return await self._send_by(self._publisher, rings)
+
+    async def _send_by(self, publisher: Connection, rings: Iterable[bytes]) -> None:
+        commands = [("PUBLISH", channel, b"") for channel in rings]
+        try:
+            await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
+            for _ in commands:
+                await publisher.read_response(disable_decoding=True)
+        except BaseException:
+            self._publisher = None
+            await publisher.disconnect(nowait=True)
+            raise
 
     def _report(self, error: Exception | None) -> None:
         if error is not None and not self._away:
