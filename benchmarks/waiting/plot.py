@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.waiting.figures import percentile
 from benchmarks.waiting.report import milliseconds
 from benchmarks.waiting.waves import FLUSH, LIMIT, RAW
-from benchmarks.waiting.writers import TARGET, Way, ratio
+from benchmarks.waiting.writer import Way
+from benchmarks.waiting.writers import TARGET, ratio
 
 if TYPE_CHECKING:
     from pathlib import Path

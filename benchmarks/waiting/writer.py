@@ -6,12 +6,13 @@ import asyncio
 import time
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from benchmarks.waiting.stage import Order, run
-from coord import Coordinator
+from coord import Coordinator, create_db_context
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -49,48 +50,65 @@ class Crew:
     """With asyncpg and one statement, rather than with SQLAlchemy's sessions."""
 
 
+class Way(StrEnum):
+    BARE = "the same without coord"
+    OFF = "nothing rung"
+    BELL = "coord's bell"
+    TRIGGER = "NOTIFY in a row trigger"
+
+
 def main(pipe: Connection, stage: Stage, crew: Crew, number: int) -> None:
-    """Answer whether to ring with "ready", and then a `Turn` with the commits in it, until the parent is gone."""
+    """Answer a `Way` with "ready", and then a `Turn` with the commits in it, until the parent is gone."""
     run(_main(pipe, stage, crew, number * crew.connections))
 
 
 async def _main(pipe: Connection, stage: Stage, crew: Crew, first: int) -> None:
     async with AsyncExitStack() as stack:
-        plain, silent, rung = await _writers(stack, stage, crew)
+        plain = [await stack.enter_async_context(stage.connection()) for _ in range(crew.connections * crew.plain)]
+        bare, silent, rung = [await _sessions(stack, stage, crew) for _ in range(3)]
+        one = {Way.BARE: _bare(bare), Way.BELL: _coord(rung)}
         while True:
             try:
-                ring = await asyncio.to_thread(pipe.recv)
+                way = await asyncio.to_thread(pipe.recv)
             except EOFError:
                 return
-            async with Coordinator(rung, redis=stage.redis_url) if ring else nullcontext():
-                commits = plain or [_session(rung if ring else silent)] * crew.connections
+            async with Coordinator(rung, redis=stage.redis_url) if way is Way.BELL else nullcontext():
+                commits = [*map(_plain, plain)] or [one.get(way, _coord(silent))] * crew.connections
                 pipe.send("ready")
                 turn = await asyncio.to_thread(pipe.recv)
                 done = await asyncio.gather(*(_write(commit, first + n, turn) for n, commit in enumerate(commits)))
                 pipe.send(sum(done))
 
 
-async def _writers(stack: AsyncExitStack, stage: Stage, crew: Crew) -> tuple[list[Commit], Sessions, Sessions]:
-    """An engine that a Coordinator has had is told apart from one that has never met any."""
-    plain = [await stack.enter_async_context(stage.connection()) for _ in range(crew.connections if crew.plain else 0)]
-    engines = [await stack.enter_async_context(stage.engine("writer", crew.connections)) for _ in range(2)]
-    silent, rung = (async_sessionmaker(engine, expire_on_commit=False) for engine in engines)
-    return [_plain(connection) for connection in plain], silent, rung
+async def _sessions(stack: AsyncExitStack, stage: Stage, crew: Crew) -> Sessions:
+    """With an engine of their own, since coord leaves its listeners on those that it has met."""
+    engine = await stack.enter_async_context(stage.engine("writer", crew.connections))
+    return async_sessionmaker(engine, expire_on_commit=False)
+
+
+def _bare(sessions: Sessions) -> Commit:
+    async def commit(key: int) -> None:
+        async with sessions.begin() as session:
+            order = await session.get_one(Order, key)
+            order.quantity += 1
+
+    return commit
+
+
+def _coord(sessions: Sessions) -> Commit:
+    context = create_db_context(sessions)
+
+    async def commit(key: int) -> None:
+        async with context() as session:
+            order = await session.get_one(Order, key)
+            order.quantity += 1
+
+    return commit
 
 
 def _plain(connection: asyncpg.Connection) -> Commit:
     async def commit(key: int) -> None:
         await connection.execute("UPDATE orders SET quantity = quantity + 1 WHERE id = $1", key)
-
-    return commit
-
-
-def _session(sessions: Sessions) -> Commit:
-    async def commit(key: int) -> None:
-        async with sessions() as session:
-            order = await session.get_one(Order, key)
-            order.quantity += 1
-            await session.commit()
 
     return commit
 

@@ -7,7 +7,6 @@ import statistics
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -15,7 +14,7 @@ from benchmarks.waiting.figures import estimate
 from benchmarks.waiting.process import PROCESSES, postgresql_seconds
 from benchmarks.waiting.report import Section, Table, Target
 from benchmarks.waiting.stage import run
-from benchmarks.waiting.writer import ROWS, Crew, Turn, main
+from benchmarks.waiting.writer import ROWS, Crew, Turn, Way, main
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -34,13 +33,6 @@ CREATE TRIGGER notify_order AFTER UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION
 NO_TRIGGER_SQL = "DROP TRIGGER notify_order ON orders; DROP FUNCTION notify_order"
 
 TARGET = 0.9
-
-
-class Way(StrEnum):
-    OFF = "nothing rung"
-    BELL = "coord's bell"
-    TRIGGER = "NOTIFY in a row trigger"
-
 
 Rates = dict[Way, list[float]]
 """Commits a second of each round."""
@@ -75,7 +67,7 @@ async def _measure(stage: Stage, scale: Scale) -> Throughput:
     async with stage.orders(largest * ROWS):
         steps = [await _step(stage, crew, scale) for crew in crews]
         crew = max(steps, key=lambda step: step.rate).crew
-        sessions = await _rounds(stage, crew, [Way.OFF, Way.BELL, Way.TRIGGER], scale, scale.rounds)
+        sessions = await _rounds(stage, crew, [*Way], scale, scale.rounds)
         plain = await _rounds(stage, plain_crew, [Way.OFF, Way.TRIGGER], scale, scale.plain_rounds)
     return Throughput(steps, crew, sessions, plain_crew, plain)
 
@@ -124,7 +116,7 @@ async def _at_work(stage: Stage, crew: Crew) -> AsyncIterator[list[Connection]]:
 async def _turn(stage: Stage, pipes: list[Connection], way: Way, scale: Scale) -> float:
     async with _heard(stage, way):
         for pipe in pipes:
-            pipe.send(way == Way.BELL)
+            pipe.send(way)
         await _answers(pipes)
         begin = time.monotonic() + 0.1
         count = begin + scale.warm_seconds
@@ -141,7 +133,7 @@ async def _answers(pipes: list[Connection]) -> list[int]:
 async def _heard(stage: Stage, way: Way) -> AsyncIterator[None]:
     """One connection hears everything that is rung or notified, and does nothing with it."""
     match way:
-        case Way.OFF:
+        case Way.BARE | Way.OFF:
             yield
         case Way.BELL:
             async with _all_bells(stage):
