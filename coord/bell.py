@@ -175,7 +175,10 @@ class Bell:
                 asked = True
                 await connection.send_command("PING", check_health=False)
 
-    def _handle(self, message: list[Any]) -> None:
+    def _handle(self, message: list[Any] | bytes) -> None:
+        if not isinstance(message, list):  # the answer to PING while nothing is subscribed to
+            self._report(None)
+            return
         kind, channel = message[0], message[1]
         if kind == b"message":
             for listener in self._listeners.get(channel, ()):
