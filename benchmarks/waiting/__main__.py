@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from benchmarks.waiting.scale import Scale
     from benchmarks.waiting.stage import Stage
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
 SECTIONS: list[tuple[Callable[[Stage, Scale], Any], Callable[[Any, Scale], Section]]] = [
     (latency.measure, latency.report),
     (idle.measure, idle.report),
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where benchmarks.md is")
     options = parser.parse_args(arguments)
-    began = monotonic()
+    began, sources = monotonic(), _sources()
     with opened() as stage:
         machine = _machine(stage)
         print(f"{machine}\n", flush=True)
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _try_drawing(found)
     elif missing:
         print(f"{PAGE} is not rewritten: it shows whole runs only")
+    elif _sources() != sources:
+        print(f"{PAGE} is not rewritten: processes of this run have started with different code")
     else:
         draw(options.docs / FIGURE, *found)
         parts = ["### Targets", targets.markdown(), machine, *(section.markdown() for section in sections)]
@@ -78,6 +81,12 @@ def _try_drawing(found: list[Any]) -> None:
     if installed("matplotlib"):
         with tempfile.TemporaryDirectory() as directory:
             draw(Path(directory) / FIGURE, *found)
+
+
+def _sources() -> dict[Path, int]:
+    """When each file was written."""
+    files = [path for name in ("benchmarks", "coord") for path in (ROOT / name).rglob("*.py")]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def _machine(stage: Stage) -> str:

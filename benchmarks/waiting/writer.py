@@ -69,7 +69,7 @@ async def _main(pipe: Connection, stage: Stage, crew: Crew, first: int) -> None:
         one = {Way.BARE: _bare(bare), Way.BELL: _coord(rung)}
         while True:
             try:
-                way = await asyncio.to_thread(pipe.recv)
+                way = Way(await asyncio.to_thread(pipe.recv))
             except EOFError:
                 return
             async with Coordinator(rung, redis=stage.redis_url) if way is Way.BELL else nullcontext():

@@ -7,7 +7,7 @@ import statistics
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from benchmarks.waiting.figures import estimate
@@ -33,6 +33,8 @@ CREATE TRIGGER notify_order AFTER UPDATE ON orders FOR EACH ROW EXECUTE FUNCTION
 NO_TRIGGER_SQL = "DROP TRIGGER notify_order ON orders; DROP FUNCTION notify_order"
 
 TARGET = 0.9
+SILENCE = 5.0
+"""Seconds without a ring after which those that are missing were never rung."""
 
 Rates = dict[Way, list[float]]
 """Commits a second of each round."""
@@ -114,7 +116,7 @@ async def _at_work(stage: Stage, crew: Crew) -> AsyncIterator[list[Connection]]:
 
 
 async def _turn(stage: Stage, pipes: list[Connection], way: Way, scale: Scale) -> float:
-    async with _heard(stage, way):
+    async with _heard(stage, way) as heard:
         for pipe in pipes:
             pipe.send(way)
         await _answers(pipes)
@@ -122,44 +124,67 @@ async def _turn(stage: Stage, pipes: list[Connection], way: Way, scale: Scale) -
         count = begin + scale.warm_seconds
         for pipe in pipes:
             pipe.send(Turn(begin, count, count + scale.write_seconds))
-        return sum(await _answers(pipes)) / scale.write_seconds
+        commits = sum(await _answers(pipes))
+        if way in (Way.BELL, Way.TRIGGER):
+            await heard.at_least(commits)
+    return commits / scale.write_seconds
 
 
 async def _answers(pipes: list[Connection]) -> list[int]:
     return list(await asyncio.gather(*(asyncio.to_thread(pipe.recv) for pipe in pipes)))
 
 
+class _Ear:
+    """Counts what is rung or notified, and does nothing with it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._stirred = asyncio.Event()
+
+    def hear(self, times: int = 1) -> None:
+        self.count += times
+        self._stirred.set()
+
+    async def at_least(self, times: int) -> None:
+        """Or what is said to have been measured was not."""
+        while self.count < times:
+            self._stirred.clear()
+            try:
+                await asyncio.wait_for(self._stirred.wait(), SILENCE)
+            except TimeoutError:
+                raise RuntimeError(f"of {times} changes {self.count} were announced") from None
+
+
 @asynccontextmanager
-async def _heard(stage: Stage, way: Way) -> AsyncIterator[None]:
-    """One connection hears everything that is rung or notified, and does nothing with it."""
+async def _heard(stage: Stage, way: Way) -> AsyncIterator[_Ear]:
+    """One connection hears all of it."""
+    ear = _Ear()
     match way:
         case Way.BARE | Way.OFF:
-            yield
+            yield ear
         case Way.BELL:
-            async with _all_bells(stage):
-                yield
+            async with _all_bells(stage, ear):
+                yield ear
         case Way.TRIGGER:
             async with stage.connection() as listener:
                 await listener.execute(TRIGGER_SQL)
-                await listener.add_listener("orders", _ignore)
-                yield
-                await listener.remove_listener("orders", _ignore)
+                await listener.add_listener("orders", lambda *_: ear.hear())
+                yield ear
+                await listener.reset()
                 await listener.execute(NO_TRIGGER_SQL)
 
 
-def _ignore(*_: Any) -> None:
-    pass
-
-
 @asynccontextmanager
-async def _all_bells(stage: Stage) -> AsyncIterator[None]:
+async def _all_bells(stage: Stage, ear: _Ear) -> AsyncIterator[None]:
     address = urlsplit(stage.redis_url)
     reader, writer = await asyncio.open_connection(address.hostname, address.port)
     writer.write(b"PSUBSCRIBE *\r\n")
 
     async def hear() -> None:
-        while await reader.read(1 << 16):
-            pass
+        rest = b""
+        while received := await reader.read(1 << 16):
+            *messages, rest = (rest + received).split(b"pmessage")
+            ear.hear(len(messages))
 
     hearing = asyncio.create_task(hear())
     try:
