@@ -71,8 +71,8 @@ def _given(target: Target[Any], since: Mapping[Any, Any]) -> Baseline:
 def _warn_expired(target: Target[Any]) -> None:
     warnings.warn(
         f"The session's {target} was expired by a commit or rollback, so the wait starts from the row as it is now and "
-        "may miss a change made since. Use expire_on_commit=False, since=, until= or job=.",
-        stacklevel=5,
+        "may miss a change made since. Use expire_on_commit=False, since= or until=.",
+        stacklevel=4,
     )
 
 

@@ -205,9 +205,10 @@ class Bell:
         """By a connection of its own: redis-py's pool and pipeline cost a writer more than the rest of the bell."""
         if self._publisher is not None:
             with suppress(RedisError, OSError):  # of a connection that Redis has closed meanwhile
-                return await self._send_by(self._publisher, rings)
+                await self._send_by(self._publisher, rings)
+                return
         self._publisher = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        return await self._send_by(self._publisher, rings)
+        await self._send_by(self._publisher, rings)
 
     async def _send_by(self, publisher: Connection, rings: Iterable[bytes]) -> None:
         commands = [("PUBLISH", channel, b"") for channel in rings]

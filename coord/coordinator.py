@@ -43,8 +43,8 @@ class Coordinator:
         coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0")
         app = FastAPI(lifespan=coordinator.lifespan)
 
-    Nothing connects before the block is entered, and Redis may be away then. It uses two connections to Redis: one
-    to publish (of the given `ArqRedis`, or its own) and one to subscribe.
+    Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
+    own, one to publish and one to subscribe; a given `ArqRedis` tells it how, and is not closed.
     """
 
     def __init__(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis.asyncio import Redis
 from sqlalchemy import select, text
@@ -66,6 +66,7 @@ class World:
     session_maker: SessionMaker
     redis: Redis
     waits: list[Wait] = field(default_factory=list)
+    sessions: list[AsyncSession] = field(default_factory=list)
     changes: list[tuple[float, int, int]] = field(default_factory=list)
     """When a commit had returned, the row, its version."""
     versions: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(1, ROWS + 1), 1))
@@ -104,6 +105,7 @@ class World:
     async def wait(self, row: int, kind: str, timeout: float) -> None:
         loop = asyncio.get_running_loop()
         session = self.session_maker()
+        self.sessions.append(session)
         version = self.versions[row]
         options: dict[str, Any] = {}
         loaded = None
@@ -130,7 +132,6 @@ class World:
             finally:
                 wait.ended = loop.time()
                 assert loaded is None or loaded.number == row
-                await session.close()
 
         seen = None if kind == "nothing" else version
         task = asyncio.create_task(run())
@@ -172,10 +173,12 @@ class World:
 @pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(script=st.lists(actions, min_size=6, max_size=30))
+@example(script=[("wait", 1, "loaded", 0.2), ("cancel", 0)])  # before its first step
 async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
     script: list[tuple[Any, ...]], engine: AsyncEngine, session_maker: SessionMaker, redis_url: str, schema: None
 ) -> None:
     async with engine.begin() as connection:
+        await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
         await connection.execute(text("TRUNCATE accounts"))
         await connection.execute(
             text("INSERT INTO accounts SELECT 'eu', n, 'open', 0, 1 FROM generate_series(1, :n) AS n"), {"n": ROWS}
@@ -202,6 +205,8 @@ async def play(world: World, script: list[tuple[Any, ...]]) -> None:
     world.release()
     if world.waits:
         await asyncio.wait([wait.task for wait in world.waits])
+    for session in world.sessions:  # also of a wait that was cancelled before it began
+        await session.close()
 
 
 def interpose(patch: pytest.MonkeyPatch, world: World) -> None:

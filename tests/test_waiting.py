@@ -114,9 +114,14 @@ async def test_a_row_that_a_commit_expired_has_no_baseline_and_the_wait_says_so(
     async with async_sessionmaker(engine, expire_on_commit=True)() as session:
         loaded = await session.get(User, user)
         await session.commit()
-        task = waiting(session, User, user)
-        with pytest.warns(UserWarning, match="was expired by a commit"):
+
+        async def call() -> User:
+            return await wait_for_row_change(session, User, user, interval=0.05, timeout=10)
+
+        task = asyncio.create_task(call())
+        with pytest.warns(UserWarning, match="was expired by a commit") as caught:
             await registered()
+        assert caught[0].filename == __file__, "it does not point at the caller"
         await observer.execute("UPDATE users SET name = 'after'")
         assert (await task) is loaded
         assert loaded is not None
