@@ -49,7 +49,7 @@ class Bell:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._listeners: dict[bytes, list[Listener]] = {}
+        self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
@@ -87,22 +87,21 @@ class Bell:
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
-        others = self._listeners.setdefault(channel, [])
-        others.append(listener)
-        if len(others) > 1 and channel not in self._unconfirmed:
+        others = self._listeners.get(channel, ())
+        self._listeners[channel] = (*others, listener)
+        if others and channel not in self._unconfirmed:
             listener.listening()
             return
         self._unconfirmed[channel] = None
         self._command(channel, True)
 
     def leave(self, channel: bytes, listener: Listener) -> None:
-        others = self._listeners.get(channel, [])
-        if listener in others:
-            others.remove(listener)
-        if not others:
-            self._listeners.pop(channel, None)
-            self._unconfirmed.pop(channel, None)
-            self._command(channel, False)
+        others = tuple(other for other in self._listeners.pop(channel, ()) if other != listener)
+        if others:
+            self._listeners[channel] = others
+            return
+        self._unconfirmed.pop(channel, None)
+        self._command(channel, False)
 
     def _command(self, channel: bytes, wanted: bool) -> None:
         if self._connection is None:

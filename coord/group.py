@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
 
+from coord.deadlines import Deadlines
 from coord.reading import is_passing
 from coord.target import column_names
 
@@ -43,6 +44,7 @@ class Group:
     def __init__(self, reader: Reader, hearing: Hearing | None, *, on_leave: Callable[[Group], None]) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Waiter[Any]]] = {}
+        self.deadlines = Deadlines()
         self.error: Exception | None = None
         """Why rows cannot be read at present."""
         self._hearing = hearing
@@ -153,9 +155,10 @@ class Group:
         """The watched columns of every row; the whole row of those that have changed, or are said to have."""
         whole = {key for key, waiters in due.items() if key in rung or any(waiter.fresh for waiter in waiters)}
         rest = [key for key in due if key not in whole]
-        found = await self.reader.columns(rest, self._columns) if rest else {}
+        names = self._columns
+        found = await self.reader.columns(rest, names) if rest else {}
         for key in rest:
-            values = found.get(key)
+            values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
             if values is None or _any_differs(due[key], values):
                 whole.add(key)
             for waiter in due[key]:

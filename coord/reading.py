@@ -43,25 +43,24 @@ class Reader:
         self.mapper = mapper
         self._schemas = schemas
 
-    async def columns(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, dict[str, Any]]:
-        """The named attributes of the rows that are there."""
-        rows = await self._rows(keys, _columns_statement(self.mapper, self._schemas, names))
-        return {key: dict(zip(names, row[1:], strict=True)) for key, row in rows}
+    async def columns(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, Sequence[Any]]:
+        """The named attributes of the rows that are there, after each row's position among the keys."""
+        return await self._rows(keys, _columns_statement(self.mapper, self._schemas, names))
 
     async def entities(self, keys: Sequence[Key]) -> dict[Key, Any]:
         """The rows that are there, as detached instances with every column loaded and no relationship."""
         rows = await self._rows(keys, _entity_statement(self.mapper, self._schemas))
-        return {key: row[1] for key, row in rows}
+        return {key: row[1] for key, row in rows.items()}
 
-    async def _rows(self, keys: Sequence[Key], statement: Select[Any]) -> list[tuple[Key, Sequence[Any]]]:
-        found: list[tuple[Key, Sequence[Any]]] = []
+    async def _rows(self, keys: Sequence[Key], statement: Select[Any]) -> dict[Key, Sequence[Any]]:
+        found: dict[Key, Sequence[Any]] = {}
         for start in range(0, len(keys), CHUNK):
             chunk = keys[start : start + CHUNK]
             parameters = {f"keys_{n}": list(values) for n, values in enumerate(zip(*chunk, strict=True))}
             session = AsyncSession(self.source, join_transaction_mode="rollback_only", autoflush=False)
             async with asyncio.timeout(READ_LIMIT):
                 rows = await session.run_sync(self._fetch, statement, parameters)
-            found += [(chunk[row[0] - 1], row) for row in rows]
+            found.update((chunk[row[0] - 1], row) for row in rows)
         return found
 
     def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from uuid import UUID
 
@@ -53,6 +54,7 @@ def mapper_of(model: type[M]) -> Mapper[M]:
     return mapper
 
 
+@lru_cache(maxsize=256)
 def column_names(mapper: Mapper[Any]) -> ColumnNames:
     """The attributes that stand for columns of the mapped tables; SQL expressions are left out."""
     return tuple(

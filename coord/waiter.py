@@ -6,13 +6,14 @@ import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from coord.baseline import differs, own_copy
-from coord.errors import RowNotFoundError
+from coord.errors import RowNotFoundError, WaitTimeoutError
 from coord.target import M
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from coord.baseline import Baseline
+    from coord.deadlines import Alarm
     from coord.group import Group
     from coord.target import Target
 
@@ -24,9 +25,9 @@ class Waiter(Generic[M]):
     """A place among those who wait for rows of one mapped class."""
 
     __slots__ = (
+        "_alarm",
         "_group",
         "_signal",
-        "_timer",
         "alone",
         "baseline",
         "error",
@@ -41,7 +42,7 @@ class Waiter(Generic[M]):
     def __init__(self, group: Group, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool) -> None:
         self._group = group
         self._signal: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self._alarm: Alarm | None = None
         self.target = target
         self.baseline = baseline
         self.interval = interval
@@ -61,31 +62,27 @@ class Waiter(Generic[M]):
     def __exit__(self, *_error: object) -> None:
         self._group.remove(self)
 
-    async def changed(self, deadline: float | None) -> M | None:
-        """The newest row that differs from the one before; None when the loop's clock has passed `deadline`.
+    async def changed(self, began: float, deadline: float | None) -> M:
+        """The newest row that differs from the one before; times are the loop's.
 
-        Raises `RowNotFoundError`, or what the database answered to the read of this row.
+        Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
         """
-        loop = asyncio.get_running_loop()
         if self.row is None and self.error is None and not self.last:
-            self._signal = loop.create_future()
+            self._signal = asyncio.get_running_loop().create_future()
             if deadline is not None:
-                self._timer = loop.call_at(deadline, self._look_last, deadline)
+                self._alarm = self._group.deadlines.set(deadline, self)
             try:
                 await self._signal
             finally:
-                if self._timer is not None:
-                    self._timer.cancel()
-                self._signal = self._timer = None
+                if self._alarm is not None:
+                    self._group.deadlines.cancel(self._alarm)
+                self._signal = self._alarm = None
         if self.error is not None:
             raise self.error
         row, self.row = self.row, None
+        if row is None:
+            raise timed_out(self.target, began) from self._group.error
         return row
-
-    @property
-    def trouble(self) -> Exception | None:
-        """Why rows cannot be read at present."""
-        return self._group.error
 
     def tell(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         """Look at the row as it is; it is kept if it is news."""
@@ -116,7 +113,18 @@ class Waiter(Generic[M]):
             self.row, self.fresh = None, True
             self._group.look(self.target.key)
 
-    def _look_last(self, deadline: float) -> None:
+    def overdue(self, when: float) -> None:
+        """Have one last look at the deadline, and wait for it no longer than `LAST_LOOK`."""
+        if self.last:
+            self.wake()
+            return
         self.last = True
-        self._timer = asyncio.get_running_loop().call_at(deadline + LAST_LOOK, self.wake)
+        self._alarm = self._group.deadlines.set(when + LAST_LOOK, self)
         self._group.look(self.target.key)
+
+
+def timed_out(target: Target[Any], began: float) -> WaitTimeoutError:
+    key = target.key if len(target.key) > 1 else target.key[0]
+    waited = asyncio.get_running_loop().time() - began
+    message = f"No change detected on {target} in {waited:.1f} s"
+    return WaitTimeoutError(message, model=target.mapper.class_, pk_value=key, waited=waited)

@@ -12,11 +12,11 @@ from coord.baseline import baseline_of
 from coord.cancellation import interruptible
 from coord.durations import seconds
 from coord.engine import source_of
-from coord.errors import UncommittedChangesError, WaitTimeoutError
+from coord.errors import UncommittedChangesError
 from coord.schemas import schemas_in_use
 from coord.target import Target
 from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.waiter import LAST_LOOK
+from coord.waiter import LAST_LOOK, timed_out
 from coord.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -71,9 +71,9 @@ async def wait_for_row_change(
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
     with _register(session, target, schemas, baseline, interval=beat, fresh=until is not None) as waiter:
-        row = await _next(waiter, began, deadline)
+        row = await waiter.changed(began, deadline)
         while until is not None and not until(row):
-            row = await _next(waiter, began, deadline)
+            row = await waiter.changed(began, deadline)
     return adopt(session, row, alone=waiter.alone)
 
 
@@ -114,7 +114,7 @@ async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None)
         deadline = None if limit is None else began + limit
         await _release(session, waiter.target, began, deadline)
         waiter.look_again()
-        row = await _next(waiter, began, deadline)
+        row = await waiter.changed(began, deadline)
         yield adopt(session, row, alone=waiter.alone)
 
 
@@ -122,13 +122,6 @@ def _register(
     session: AsyncSession, target: Target[M], schemas: Schemas, baseline: Baseline, *, interval: float, fresh: bool
 ) -> Waiter[M]:
     return Watcher.of(source_of(session)).register(target, schemas, baseline, interval=interval, fresh=fresh)
-
-
-async def _next(waiter: Waiter[M], began: float, deadline: float | None) -> M:
-    row = await waiter.changed(deadline)
-    if row is None:
-        raise _timed_out(waiter.target, began) from waiter.trouble
-    return row
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:
@@ -141,7 +134,7 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
     try:
         await interruptible(_end_if_read_only(session), limit=limit)
     except TimeoutError as error:
-        raise _timed_out(target, began) from error
+        raise timed_out(target, began) from error
 
 
 async def _end_if_read_only(session: AsyncSession) -> None:
@@ -156,10 +149,3 @@ def _interval(interval: Seconds) -> float:
     if beat == 0:
         raise ValueError("interval is more than 0 seconds")
     return beat
-
-
-def _timed_out(target: Target[Any], began: float) -> WaitTimeoutError:
-    key = target.key if len(target.key) > 1 else target.key[0]
-    waited = asyncio.get_running_loop().time() - began
-    message = f"No change detected on {target} in {waited:.1f} s"
-    return WaitTimeoutError(message, model=target.mapper.class_, pk_value=key, waited=waited)
