@@ -53,12 +53,10 @@ def prepare(engine: AsyncEngine) -> None:
     sync_engine = engine.sync_engine
     if not event.contains(sync_engine, "checkout", _check_client):
         event.listen(sync_engine, "checkout", _check_client)
-        event.listen(sync_engine, "handle_error", _note_failure)
-        event.listen(sync_engine, "commit", _refuse_failed)
+        event.listen(sync_engine, "handle_error", _note_error)
 
 
 def _check_client(dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-    record.info.pop(_FAILED, None)
     if record.info.get(_CHECKED) is not dbapi_connection:
         record.info[_CHECKED] = dbapi_connection
         dbapi_connection.run_async(_set_connection_check)
@@ -73,12 +71,19 @@ async def _set_connection_check(driver: asyncpg.Connection) -> None:
 
 def note_failure(connection: AsyncConnection) -> None:
     """Have the next commit make sure that PostgreSQL has not given the transaction up."""
-    connection.info[_FAILED] = True
+    assert connection.sync_connection is not None
+    _distrust(connection.sync_connection)
 
 
-def _note_failure(context: ExceptionContext) -> None:
+def _note_error(context: ExceptionContext) -> None:
     if context.connection is not None and not context.is_disconnect and not context.connection.invalidated:
-        context.connection.info[_FAILED] = True
+        _distrust(context.connection)
+
+
+def _distrust(connection: Connection) -> None:
+    """Listening to the commits of this connection alone: on an engine that is listened to every statement is slower."""
+    connection.info[_FAILED] = True
+    event.listen(connection, "commit", _refuse_failed)
 
 
 def _refuse_failed(connection: Connection) -> None:

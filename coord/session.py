@@ -111,7 +111,10 @@ async def _closing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
     try:
         yield session
     finally:
-        await uninterrupted(session.close())
+        if session.in_transaction():
+            await uninterrupted(session.close())
+        else:
+            await session.close()  # there is nothing to wait for, and so nothing that could be cancelled
 
 
 @asynccontextmanager

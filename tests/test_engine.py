@@ -1,0 +1,88 @@
+"""The engine: what it costs a transaction that coord does not trust a commit after an error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+
+from coord import get_transaction
+from coord.engine import prepare
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+ASKED = "SELECT 1"
+"""What makes sure that PostgreSQL has not given a transaction up."""
+
+
+@pytest.fixture
+async def prepared(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """With one connection, which all transactions share."""
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    prepare(engine)
+    yield engine
+    await engine.dispose()
+
+
+@pytest.fixture
+def statements(prepared: AsyncEngine) -> list[str]:
+    """Those sent so far."""
+    sent: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(statement)
+
+    event.listen(prepared.sync_engine, "before_cursor_execute", note)
+    return sent
+
+
+async def fail(session: AsyncSession) -> None:
+    """Inside a savepoint, so that the transaction goes on."""
+    await session.execute(text("SELECT 2"))
+    with pytest.raises(DBAPIError):
+        async with get_transaction(session):
+            await session.execute(text("SELECT 1 / 0"))
+
+
+async def test_a_commit_is_asked_about_once_however_many_statements_have_failed(
+    prepared: AsyncEngine, statements: list[str]
+) -> None:
+    async with AsyncSession(prepared) as session:
+        await fail(session)
+        await fail(session)
+        await session.commit()
+    assert statements.count(ASKED) == 1
+
+
+async def test_the_next_transaction_is_trusted_again(prepared: AsyncEngine, statements: list[str]) -> None:
+    async with prepared.connect() as connection, AsyncSession(connection) as session:
+        await fail(session)
+        await session.commit()
+        await connection.commit()
+        assert statements.count(ASKED) == 1
+        await session.execute(text("SELECT 2"))
+        await session.commit()
+        await connection.commit()
+        assert statements.count(ASKED) == 1
+        await fail(session)
+        await connection.commit()
+        assert statements.count(ASKED) == 2
+        await fail(session)  # and the connection goes back to the pool
+    async with AsyncSession(prepared) as session:
+        await session.execute(text("SELECT 2"))
+        await session.commit()
+    assert statements.count(ASKED) == 2
+
+
+async def test_an_engine_that_nothing_failed_on_is_not_listened_to(prepared: AsyncEngine) -> None:
+    """Listening to an engine's commits would slow every statement of it down."""
+    async with AsyncSession(prepared) as session:
+        await fail(session)
+        await session.commit()
+    assert not prepared.sync_engine.dispatch.commit
