@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
+from redis.asyncio import Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from api.deadline import in_time
-from api.queue import redis
 from worker.database import engine
+from worker.environment import redis_url
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -21,8 +22,14 @@ SECONDS = 2.0
 
 State = Literal["ok", "down"]
 router = APIRouter(tags=["health"])
-# A connection of its own: one that waits for a busy pool would call a busy process a sick one.
+# Connections of their own: one that waits for a busy pool would call a busy process a sick one.
 probe = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+redis = Redis.from_url(redis_url(), socket_connect_timeout=SECONDS, socket_timeout=SECONDS)
+
+
+async def close_probes() -> None:
+    await redis.aclose()
+    await probe.dispose()
 
 
 class Health(BaseModel):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from typing import Annotated
+from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
 
 from fastapi import APIRouter, HTTPException, Path, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.queue import enqueue
 from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
 from api.stock import Sku  # noqa: TC001
-from coord import WaitTimeoutError, wait_for_row_change
+from coord import Job, JobState, WaitTimeoutError, enqueue, get_job, task_options, wait_for_row_change
 from worker.fulfilment import fulfil_order
 from worker.models import Order, OrderStatus
 
@@ -38,13 +38,13 @@ class OrderAnswer(BaseModel):
     invoice_number: int | None
 
 
-class JobAnswer(BaseModel):
-    id: str
-    state: str
+class AcceptedJob(BaseModel):
+    id: UUID
+    state: JobState
 
 
 class Accepted(BaseModel):
-    job: JobAnswer
+    job: AcceptedJob
     order: OrderAnswer
 
 
@@ -67,14 +67,14 @@ async def fulfil(order_id: OrderId, session: Session) -> OrderAnswer | JSONRespo
     order = await _known(session, order_id)
     if order.status is not OrderStatus.PENDING:
         return OrderAnswer.model_validate(order)
+    job = await enqueue(session, task_options(fulfil_order, unique_key=f"order {order_id}"), order_id)
     await session.commit()
-    job_id = await enqueue(fulfil_order, order_id)
     try:
         order = await wait_for_row_change(
-            session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=WAIT_SECONDS
+            session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=WAIT_SECONDS, job=job
         )
     except WaitTimeoutError:
-        return _accepted(job_id, order)
+        return await _accepted(session, job, order)
     return OrderAnswer.model_validate(order)
 
 
@@ -85,8 +85,9 @@ async def _known(session: Session, order_id: int) -> Order:
     return order
 
 
-def _accepted(job_id: str, order: Order) -> JSONResponse:
-    """The job goes on: look at the order later, or ask again."""
-    answer = Accepted(job=JobAnswer(id=job_id, state="queued"), order=OrderAnswer.model_validate(order))
-    headers = {"Location": f"/orders/{order.id}", "Retry-After": "1"}
+async def _accepted(session: Session, job: Job, order: Order) -> JSONResponse:
+    """The job goes on: look at it later, or ask again."""
+    report = await get_job(session, job.id)
+    answer = Accepted(job=AcceptedJob(id=job.id, state=report.state), order=OrderAnswer.model_validate(order))
+    headers = {"Location": f"/jobs/{job.id}", "Retry-After": "1"}
     return JSONResponse(answer.model_dump(mode="json"), 202, headers)

@@ -12,8 +12,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
-from api.queue import QueueUnavailableError
-from coord import CoordError, RowNotFoundError, TooManyWaitersError
+from coord import CoordError, JobCancelledError, JobFailedError, RowNotFoundError, TooManyWaitersError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,13 +43,11 @@ async def _coord(_: Request, error: CoordError) -> JSONResponse:
     match error:
         case RowNotFoundError():
             return problem(404, str(error))
+        case JobFailedError() | JobCancelledError():
+            return problem(500, str(error))
         case TooManyWaitersError() | CoordError(retryable=True):
             return problem(503, str(error), RETRY_AFTER)
     raise error
-
-
-async def _queue(_: Request, error: QueueUnavailableError) -> JSONResponse:
-    return problem(503, "the queue cannot be reached; the order is kept, ask again", RETRY_AFTER)
 
 
 async def _database(_: Request, error: Exception) -> JSONResponse:
@@ -67,7 +64,6 @@ HANDLERS: dict[Any, Any] = {
     HTTPException: _refused,
     RequestValidationError: _invalid,
     CoordError: _coord,
-    QueueUnavailableError: _queue,
     PoolTimeoutError: _database,
     DBAPIError: _database,
     asyncpg.PostgresError: _database,  # not wrapped by SQLAlchemy: a server that refuses the connection

@@ -43,29 +43,52 @@ from coord.errors import (
     UniqueKeyConflictError,
     WaitTimeoutError,
 )
+from coord.jobs.enqueueing import enqueue
+from coord.jobs.ledger import Job, JobState
+from coord.jobs.operations import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
+from coord.jobs.options import TaskOptions, task_options
+from coord.jobs.schema import create_ledger
+from coord.jobs.transaction import JobSuperseded, job_transaction, set_result
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
 from coord.waiting import wait_for_row_change, watch_row
+from coord.worker.settings import worker_settings
 
 __all__ = [
     "CoordError",
     "Coordinator",
     "DeadlockError",
+    "Job",
     "JobCancelledError",
     "JobFailedError",
+    "JobReport",
+    "JobState",
+    "JobSuperseded",
     "LockHolder",
     "LockMode",
     "LockTimeoutError",
     "RowNotFoundError",
+    "TaskOptions",
     "TooManyWaitersError",
     "UncommittedChangesError",
     "UniqueKeyConflictError",
     "WaitTimeoutError",
     "advisory_lock",
+    "cancel_job",
     "create_db_context",
     "create_db_dependency",
+    "create_ledger",
+    "enqueue",
+    "get_job",
     "get_transaction",
+    "job_transaction",
+    "list_jobs",
     "lock_tables",
+    "retry_job",
+    "set_progress",
+    "set_result",
+    "task_options",
     "wait_for_row_change",
     "watch_row",
+    "worker_settings",
 ]

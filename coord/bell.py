@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from redis.exceptions import RedisError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from redis.asyncio import Redis
     from redis.asyncio.connection import Connection
 
-logger = logging.getLogger("coord.bell")
+    from coord.jobs.feed import Command
+    from coord.outage import Outage
 
 HEARTBEAT = 5.0
 """Seconds of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
@@ -47,18 +47,19 @@ class Bell:
     said in the log once, and once when it is over.
     """
 
-    def __init__(self, redis: Redis) -> None:
+    def __init__(self, redis: Redis, outage: Outage) -> None:
         self._redis = redis
+        self._outage = outage
         self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
         self._rings: dict[bytes, None] = {}
+        self._messages: list[Command] = []
         self._connection: Connection | None = None
         self._publisher: Connection | None = None
         self._sending: asyncio.Task[None] | None = None
         self._ringing: asyncio.Task[None] | None = None
-        self._away = False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
@@ -79,10 +80,11 @@ class Bell:
     def connected(self) -> bool:
         return self._connection is not None
 
-    def ring(self, channels: Iterable[bytes]) -> None:
-        """Publish soon, in one round trip with whatever else is rung by then."""
+    def ring(self, channels: Iterable[bytes], commands: Iterable[Command] = ()) -> None:
+        """Publish soon, after `commands`, in one round trip with whatever else there is by then."""
         self._rings.update(dict.fromkeys(channels))
-        if self._rings and (self._ringing is None or self._ringing.done()):
+        self._messages.extend(commands)
+        if (self._rings or self._messages) and (self._ringing is None or self._ringing.done()):
             self._ringing = asyncio.create_task(self._publish(), name="coord rings")
 
     def listen(self, channel: bytes, listener: Listener) -> None:
@@ -137,9 +139,9 @@ class Bell:
             try:
                 await self._hear_connection()
             except (RedisError, OSError) as error:
-                self._report(error)
+                self._outage.report(error)
             await asyncio.sleep(wait * random.uniform(0.5, 1))
-            wait = BACKOFF[0] if not self._away else min(2 * wait, longest)
+            wait = BACKOFF[0] if not self._outage.lasts else min(2 * wait, longest)
 
     async def _hear_connection(self) -> None:
         connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
@@ -176,7 +178,7 @@ class Bell:
 
     def _handle(self, message: list[Any] | bytes) -> None:
         if not isinstance(message, list):  # the answer to PING while nothing is subscribed to
-            self._report(None)
+            self._outage.report(None)
             return
         kind, channel = message[0], message[1]
         if kind == b"message":
@@ -186,31 +188,31 @@ class Bell:
             del self._unconfirmed[channel]
             self._tell_listening(channel)
         elif kind == b"pong":
-            self._report(None)
+            self._outage.report(None)
 
     async def _publish(self) -> None:
-        while self._rings:
-            rings, self._rings = self._rings, {}
+        while self._rings or self._messages:
+            commands = [*self._messages, *(("PUBLISH", channel, b"") for channel in self._rings)]
+            self._messages, self._rings = [], {}
             try:
                 async with asyncio.timeout(PUBLISH_LIMIT):
-                    await self._send_rings(rings)
+                    await self._send_commands(commands)
             except (RedisError, OSError) as error:
-                self._report(error)
+                self._outage.report(error)
             else:
-                if self._away and self.connected:
-                    self._report(None)
+                if self._outage.lasts and self.connected:
+                    self._outage.report(None)
 
-    async def _send_rings(self, rings: Iterable[bytes]) -> None:
+    async def _send_commands(self, commands: Sequence[Command]) -> None:
         """By a connection of its own: redis-py's pool and pipeline cost a writer more than the rest of the bell."""
         if self._publisher is not None:
             with suppress(RedisError, OSError):  # of a connection that Redis has closed meanwhile
-                await self._send_by(self._publisher, rings)
+                await self._send_by(self._publisher, commands)
                 return
         self._publisher = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        await self._send_by(self._publisher, rings)
+        await self._send_by(self._publisher, commands)
 
-    async def _send_by(self, publisher: Connection, rings: Iterable[bytes]) -> None:
-        commands = [("PUBLISH", channel, b"") for channel in rings]
+    async def _send_by(self, publisher: Connection, commands: Sequence[Command]) -> None:
         try:
             await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
             for _ in commands:
@@ -219,10 +221,3 @@ class Bell:
             self._publisher = None
             await publisher.disconnect(nowait=True)
             raise
-
-    def _report(self, error: Exception | None) -> None:
-        if error is not None and not self._away:
-            logger.warning("Redis is away, waits go on by polling: %s", error or type(error).__name__)
-        elif error is None and self._away:
-            logger.warning("Redis is back, waits are woken again")
-        self._away = error is not None

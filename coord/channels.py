@@ -7,8 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Table
+from sqlalchemy import Table, inspect
 
+from coord.jobs.ledger import Cancellation
 from coord.schemas import schemas_of
 
 if TYPE_CHECKING:
@@ -46,6 +47,11 @@ class Channels:
         if len(name) > LONGEST:
             name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
         return self.table(mapper, schemas) + b":" + name
+
+    @property
+    def cancellations(self) -> bytes:
+        """Heard by workers: a job was cancelled, perhaps one that runs."""
+        return self.table(inspect(Cancellation), ())
 
     def of_changes(self, session: Session, changes: Iterable[Change]) -> list[bytes]:
         schemas = schemas_of(session)

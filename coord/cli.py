@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from coord import dev
+from coord.jobs import schema
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "dev": Command("run an API, its workers, PostgreSQL and Valkey together", dev.configure, dev.run),
+    "schema": Command("print or apply the DDL of the ledger's tables", schema.configure, schema.run),
 }
 
 

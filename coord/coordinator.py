@@ -14,18 +14,21 @@ from coord.changes import Changes
 from coord.channels import Channels
 from coord.engine import engine_of, prepare
 from coord.hearing import Hearing
+from coord.jobs.feed import hand_over
+from coord.outage import Outage
 from coord.target import key_of, mapper_of
 from coord.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator
     from types import TracebackType
 
     from arq import ArqRedis
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.changes import Change
+    from coord.bell import Listener
+    from coord.changes import Changed
     from coord.schemas import Schemas
 
 
@@ -64,7 +67,11 @@ class Coordinator:
         self._engine = engine_of(session_maker)
         self._redis = Redis.from_url(redis, socket_connect_timeout=2) if isinstance(redis, str) else redis
         self._owns_redis = isinstance(redis, str)
-        self._channels = Channels(namespace, self._engine.url.database or "")
+        self._namespace = namespace
+        self.channels = Channels(namespace, self._engine.url.database or "")
+        self.outage = Outage(
+            logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
+        )
         self._changes = Changes(self._engine.dialect, self._tell)
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
@@ -81,7 +88,7 @@ class Coordinator:
             if self._redis is not None:
                 if self._owns_redis:
                     stack.push_async_callback(self._redis.aclose)
-                self._bell = await stack.enter_async_context(Bell(self._redis).open())
+                self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             stack.enter_context(Watcher.of(self._engine).coordinate(self._max_waiters, self._hear))
             stack.enter_context(self._changes.observed())
@@ -110,21 +117,27 @@ class Coordinator:
             raise ValueError("the session is of another engine than the coordinator's")
         self._changes.add(session.sync_session, (mapper, key))
 
-    def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
-        return None if self._bell is None else Hearing(self._bell, self._channels, mapper, schemas)
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Have a worker hear a channel as long as this is open; nothing without Redis."""
+        if self._bell is not None:
+            self._bell.listen(channel, listener)
 
-    def _tell(self, session: Session, changes: Iterable[Change]) -> None:
+    def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
+        return None if self._bell is None else Hearing(self._bell, self.channels, mapper, schemas)
+
+    def _tell(self, session: Session, changes: Changed) -> None:
         if self._bell is None or self._loop is None:
             return
         try:
-            channels = self._channels.of_changes(session, changes)
+            rings = self.channels.of_changes(session, [change for change, job in changes.items() if job is None])
+            commands = hand_over([job for job in changes.values() if job is not None], self._namespace)
         except Exception:
             logger.exception("Changes could not be announced; they are seen by polling")
             return
         if _running_loop() is self._loop:
-            self._bell.ring(channels)
+            self._bell.ring(rings, commands)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._bell.ring, channels)
+            self._loop.call_soon_threadsafe(self._bell.ring, rings, commands)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

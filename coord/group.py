@@ -41,10 +41,14 @@ class Group:
     who was waiting before it began, so nobody is shown a row older than what he has seen.
     """
 
-    def __init__(self, reader: Reader, hearing: Hearing | None, *, on_leave: Callable[[Group], None]) -> None:
+    def __init__(
+        self, reader: Reader, hearing: Hearing | None, *, on_leave: Callable[[Group, Waiter[Any]], None]
+    ) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Waiter[Any]]] = {}
         self.deadlines = Deadlines()
+        self.generation = 0
+        """The number of the look that is under way, or was the last."""
         self.error: Exception | None = None
         """Why rows cannot be read at present."""
         self._hearing = hearing
@@ -82,7 +86,7 @@ class Group:
         if not self.waiters:
             self.hear(None)
             self._awake.set()
-        self._on_leave(self)
+        self._on_leave(self, waiter)
 
     def hear(self, hearing: Hearing | None) -> None:
         """Be woken by another bell from now on, or by none."""
@@ -123,6 +127,7 @@ class Group:
             keys: Iterable[Key] = self._due
             if (now := loop.time()) >= tick + self._interval:
                 tick, keys = _next(tick, now, self._interval), self.waiters
+            self.generation += 1
             due = {key: [*self.waiters[key]] for key in keys if key in self.waiters}
             rung, self._due, self._rung = self._rung, set(), set()
             await self._look(due, rung)

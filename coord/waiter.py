@@ -24,12 +24,15 @@ LAST_LOOK = 0.8
 class Waiter(Generic[M]):
     """A place among those who wait for rows of one mapped class."""
 
+    counts = 1
+    """How many it is of those that a process may have."""
     __slots__ = (
         "_alarm",
         "_group",
         "_signal",
         "alone",
         "baseline",
+        "concluding",
         "error",
         "fresh",
         "interval",
@@ -46,8 +49,10 @@ class Waiter(Generic[M]):
         self.target = target
         self.baseline = baseline
         self.interval = interval
-        self.fresh = fresh
-        """Whether the next row is wanted although nothing differs."""
+        self.fresh = group.generation + 1 if fresh else 0
+        """The look from which on a row is wanted although nothing differs; 0 for none."""
+        self.concluding = False
+        """Whether that row is the last, whatever it is."""
         self.looked = False
         self.last = False
         """Whether the deadline has passed and the next look is the last."""
@@ -77,9 +82,9 @@ class Waiter(Generic[M]):
                 if self._alarm is not None:
                     self._group.deadlines.cancel(self._alarm)
                 self._signal = self._alarm = None
-        if self.error is not None:
-            raise self.error
         row, self.row = self.row, None
+        if row is None and self.error is not None:
+            raise self.error
         if row is None:
             raise timed_out(self.target, began) from self._group.error
         return row
@@ -89,8 +94,8 @@ class Waiter(Generic[M]):
         first, self.looked = not self.looked, True
         if values is None or row is None:
             self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
-        elif self.differs(values) or self.fresh:
-            self.fresh = False
+        elif self.differs(values) or 0 < self.fresh <= self._group.generation:
+            self.fresh = 0
             self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
             self.row, self.alone = row, alone
             self.wake()
@@ -110,8 +115,23 @@ class Waiter(Generic[M]):
         """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
         self.last = False
         if self.row is not None:
-            self.row, self.fresh = None, True
-            self._group.look(self.target.key)
+            self.row = None
+            self._want_fresh()
+
+    def conclude(self) -> None:
+        """Nothing is to be expected any more: the row as it is from now on is the answer."""
+        self.concluding = True
+        self._want_fresh()
+
+    @property
+    def concluded(self) -> bool:
+        """Whether the newest row is the last there will be."""
+        return self.concluding and not self.fresh
+
+    def _want_fresh(self) -> None:
+        """A look that has begun already may have read what was before."""
+        self.fresh = self._group.generation + 1
+        self._group.look(self.target.key)
 
     def overdue(self, when: float) -> None:
         """Have one last look at the deadline, and wait for it no longer than `LAST_LOOK`."""

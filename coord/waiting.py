@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import ExitStack, aclosing, asynccontextmanager
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from coord.cancellation import interruptible
 from coord.durations import seconds
 from coord.engine import source_of
 from coord.errors import UncommittedChangesError
+from coord.jobs.awaiting import job_id_of, job_waiter
 from coord.schemas import schemas_in_use
 from coord.target import Target
 from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
@@ -21,12 +22,12 @@ from coord.watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from coord.baseline import Baseline
     from coord.durations import Seconds
-    from coord.schemas import Schemas
+    from coord.jobs.ledger import Job
     from coord.target import M
     from coord.waiter import Waiter
 
@@ -41,6 +42,7 @@ async def wait_for_row_change(
     timeout: Seconds | None = 30.0,
     since: Mapping[str, Any] | M | None = None,
     until: Callable[[M], bool] | None = None,
+    job: Job | UUID | None = None,
 ) -> M:
     """Return the row once one of `columns` (all of them by default) differs from what the caller has seen.
 
@@ -49,16 +51,21 @@ async def wait_for_row_change(
     instance, no change is required: the first row of which it is true is returned. The result is the session's own
     instance, every column loaded and current, with unflushed changes kept; relationships are not loaded for it.
 
+    With `job` the wait also ends when the job does: done, and the row is returned as it is then, whether or not it has
+    changed or `until` is true of it; failed or cancelled, and that is raised.
+
     No connection is held meanwhile: a transaction that the session began by itself and that has only read is ended; an
     explicit block that has only read is left as it is. Changes by anybody are seen within `interval` seconds; the last
     look is taken when `timeout` seconds have passed, and no call lasts more than a second longer.
 
+        job = await enqueue(session, fulfil_order, 7)
         await session.commit()
-        order = await wait_for_row_change(session=session, model=Order, pk_value=7, columns=[Order.status])
+        order = await wait_for_row_change(session=session, model=Order, pk_value=7, columns=[Order.status], job=job)
 
     Raises `UncommittedChangesError` at once when the session's transaction has written or is inside a lock's block,
-    `RowNotFoundError` when the row is not there or is deleted meanwhile, `WaitTimeoutError`, `TooManyWaitersError`; a
-    `ValueError` for an unknown column, and whatever `until` raises.
+    `RowNotFoundError` when the row or the job is not there or is deleted meanwhile, `WaitTimeoutError`,
+    `JobFailedError`, `JobCancelledError`, `TooManyWaitersError`; a `ValueError` for an unknown column, and whatever
+    `until` raises.
     """
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
@@ -70,9 +77,15 @@ async def wait_for_row_change(
     await _release(session, target, began, deadline)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
-    with _register(session, target, schemas, baseline, interval=beat, fresh=until is not None) as waiter:
+    watcher = Watcher.of(source_of(session))
+    with ExitStack() as stack:
+        waiter = stack.enter_context(
+            watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None)
+        )
+        if job is not None:
+            stack.enter_context(job_waiter(watcher, waiter, job_id_of(job), schemas))
         row = await waiter.changed(began, deadline)
-        while until is not None and not until(row):
+        while until is not None and not until(row) and not waiter.concluded:
             row = await waiter.changed(began, deadline)
     return adopt(session, row, alone=waiter.alone)
 
@@ -103,7 +116,8 @@ async def watch_row(
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
     schemas = schemas_in_use(session.sync_session)
-    with _register(session, target, schemas, baseline, interval=beat, fresh=since is None) as waiter:
+    watcher = Watcher.of(source_of(session))
+    with watcher.register(target, schemas, baseline, interval=beat, fresh=since is None) as waiter:
         async with aclosing(_states(session, waiter, limit)) as states:
             yield states
 
@@ -116,12 +130,6 @@ async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None)
         waiter.look_again()
         row = await waiter.changed(began, deadline)
         yield adopt(session, row, alone=waiter.alone)
-
-
-def _register(
-    session: AsyncSession, target: Target[M], schemas: Schemas, baseline: Baseline, *, interval: float, fresh: bool
-) -> Waiter[M]:
-    return Watcher.of(source_of(session)).register(target, schemas, baseline, interval=interval, fresh=fresh)
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:

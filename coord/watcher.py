@@ -52,7 +52,14 @@ class Watcher:
         return watcher
 
     def register(
-        self, target: Target[M], schemas: Schemas, baseline: Baseline, *, interval: float, fresh: bool
+        self,
+        target: Target[M],
+        schemas: Schemas,
+        baseline: Baseline,
+        *,
+        interval: float,
+        fresh: bool = False,
+        make: Callable[..., Waiter[M]] = Waiter,
     ) -> Waiter[M]:
         """A place among the waiters from now until the waiter's block ends; `fresh` wants its first row in any case."""
         if self.waiters >= self._max_waiters:
@@ -61,9 +68,9 @@ class Watcher:
         if (group := self._groups.get(kind)) is None:
             group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind), on_leave=self._left)
             self._groups[kind] = group
-        waiter = Waiter(group, target, baseline, interval=interval, fresh=fresh)
+        waiter = make(group, target, baseline, interval=interval, fresh=fresh)
         group.add(waiter)
-        self.waiters += 1
+        self.waiters += waiter.counts
         return waiter
 
     @contextmanager
@@ -83,14 +90,14 @@ class Watcher:
         for kind, group in self._groups.items():
             group.hear(hear(*kind))
 
-    def _left(self, group: Group) -> None:
-        self.waiters -= 1
+    def _left(self, group: Group, waiter: Waiter[Any]) -> None:
+        self.waiters -= waiter.counts
         if not group.waiters:
             self._groups = {kind: other for kind, other in self._groups.items() if other is not group}
             self._forget_if_idle()
 
     def _forget_if_idle(self) -> None:
-        if not self.waiters and not self._coordinated:
+        if not self._groups and not self._coordinated:
             _watchers.get(asyncio.get_running_loop(), {}).pop(_key(self.source), None)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import advisory_lock, create_db_context
+from coord import create_ledger
 from worker.environment import DATABASE, database_url, refuse
 from worker.models import Base
 
@@ -20,14 +20,13 @@ engine = create_async_engine(
     connect_args={"timeout": CONNECT_SECONDS},
 )
 session_maker = async_sessionmaker(bind=engine, expire_on_commit=False)
-db_context = create_db_context(session_maker=session_maker)
 
 
 async def open_database() -> None:
     """Create the tables that are missing, however many processes start at once; end the process when that fails."""
     try:
-        async with session_maker() as session, advisory_lock(session, "shop tables", timeout=30):
-            connection = await session.connection()
+        async with engine.begin() as connection:
+            await create_ledger(connection)  # under a lock, which lasts until the commit
             await connection.run_sync(Base.metadata.create_all)
     except Exception as error:  # noqa: BLE001 - whatever it is, the operator needs one line
         shown = engine.url.set(query={}).render_as_string(hide_password=True)

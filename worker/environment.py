@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Never
-from urllib.parse import unquote
 
 from arq.connections import RedisSettings
 from sqlalchemy import make_url
@@ -31,17 +30,12 @@ def database_url() -> URL:
 
 
 def redis_url() -> str:
-    return os.environ.get(REDIS, DEFAULT_REDIS_URL)
-
-
-def redis_settings() -> RedisSettings:
+    url = os.environ.get(REDIS, DEFAULT_REDIS_URL)
     try:
-        settings = RedisSettings.from_dsn(redis_url().rstrip("/"))
+        RedisSettings.from_dsn(url.rstrip("/"))
     except (RuntimeError, ValueError):
         refuse(REDIS, "malformed; it looks like redis://user:password@host:6379/0")
-    settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
-    settings.password = settings.password and unquote(settings.password)
-    return settings
+    return url
 
 
 def refuse(variable: str, reason: str) -> Never:

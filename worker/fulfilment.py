@@ -6,22 +6,19 @@ from typing import Any
 
 from sqlalchemy import func, select
 
-from coord import lock_tables
-from worker.database import db_context
+from coord import job_transaction, lock_tables
 from worker.models import Order, OrderStatus, Stock
-from worker.retries import retried
 
 _last_invoice = select(func.coalesce(func.max(Order.invoice_number), 0)).correlate(None).scalar_subquery()
 _statement = select(Order, Stock, _last_invoice).outerjoin(Stock, Stock.sku == Order.sku)
 
 
-@retried
 async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
     """Fulfil or reject a pending order, once however often it is asked for: the lock makes the status the truth.
 
     Everything between the lock and the commit is what all other orders wait for: one read, two writes.
     """
-    async with db_context() as session, lock_tables(session, [Stock, Order]):
+    async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
         found = (await session.execute(_statement.where(Order.id == order_id))).one_or_none()
         if found is None or found.Order.status is not OrderStatus.PENDING:
             return

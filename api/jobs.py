@@ -1,0 +1,28 @@
+"""What has become of a job."""
+
+from __future__ import annotations
+
+from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+
+from fastapi import APIRouter
+from pydantic import BaseModel, ConfigDict
+
+from api.sessions import Session  # noqa: TC001
+from coord import JobState, get_job
+
+router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+
+class JobAnswer(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    task: str
+    state: JobState
+    attempt: int
+    error: str | None
+
+
+@router.get("/{job_id}")
+async def read(job_id: UUID, session: Session) -> JobAnswer:
+    return JobAnswer.model_validate(await get_job(session, job_id))

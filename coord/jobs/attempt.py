@@ -1,0 +1,40 @@
+"""One attempt at a job, as its task's context carries it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from coord.jobs.feed import Message
+
+ATTEMPT = "coord.attempt"
+"""Where it is in arq's `ctx` and in its session's `info`."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Attempt:
+    job_id: UUID
+    message: Message
+    session_maker: async_sessionmaker[AsyncSession]
+    attempts: int
+    """How many there are in all, if the ledger does not say."""
+    worker_lock: int
+    """The second half of the advisory lock of its worker."""
+    idle_limit: float
+    """Seconds that its transaction may do nothing."""
+    began: datetime = field(default_factory=lambda: datetime.now(UTC))
+    entered: bool = False
+    applied: bool = False
+    """Whether its transaction has committed."""
+    progress: Any = None
+
+    def enter(self) -> None:
+        if self.entered:
+            raise RuntimeError("An attempt has one job_transaction, and this one has had its.")
+        self.entered = True

@@ -1,0 +1,61 @@
+"""A wait's job: it ends the wait when it is over."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
+from coord.jobs.ledger import Job, JobState
+from coord.target import Target
+from coord.waiter import Waiter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from coord.schemas import Schemas
+    from coord.watcher import Watcher
+
+
+class JobWaiter(Waiter[Job]):
+    """Waits for the job's row on behalf of another waiter, whose end it may be."""
+
+    __slots__ = ("_owner",)
+    counts = 0
+
+    def __init__(self, owner: Waiter[Any], *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._owner = owner
+
+    def tell(self, row: Job | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
+        self.looked = True
+        if row is None or values is None:
+            self._owner.fail(RowNotFoundError(f"{self.target} not found"))
+            return
+        self.baseline = {"state": values["state"]}
+        match row.state:
+            case JobState.DONE:
+                self._owner.conclude()
+            case JobState.FAILED:
+                self._owner.fail(JobFailedError(job_id=row.id, reason=row.error or "no reason was recorded"))
+            case JobState.CANCELLED:
+                self._owner.fail(JobCancelledError(job_id=row.id))
+
+    def fail(self, error: BaseException) -> None:
+        self._owner.fail(error)
+
+
+def job_waiter(watcher: Watcher, owner: Waiter[Any], job_id: UUID, schemas: Schemas) -> Waiter[Job]:
+    """To be left when the wait ends."""
+    target = Target.of(Job, job_id, [Job.state])
+    baseline = {"state": JobState.QUEUED}
+    return watcher.register(target, schemas, baseline, interval=owner.interval, make=partial(JobWaiter, owner))
+
+
+def job_id_of(job: Job | UUID) -> UUID:
+    if isinstance(job, Job):
+        return job.id
+    if isinstance(job, UUID):
+        return job
+    raise ValueError(f"job is what enqueue returned, or its id, a UUID; not {job!r}")

@@ -1,0 +1,114 @@
+"""Enqueue: one ledger row in the caller's transaction, and nothing else until that has committed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, overload
+
+from sqlalchemy import JSON, Text, bindparam, cast, inspect, select
+from sqlalchemy.dialects.postgresql import insert
+
+from coord.changes import collect
+from coord.engine import engine_of
+from coord.errors import UniqueKeyConflictError
+from coord.jobs.arguments import encoded, to_json
+from coord.jobs.feed import DEFAULT_QUEUE
+from coord.jobs.ledger import Job, JobState, is_queued, jobs, new_id
+from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.trace import current_trace
+from coord.schemas import schemas_in_use
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+_given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", "trace")
+# The text itself, and not what a serializer of the engine's would make of it: the claim compares it.
+_values: dict[str, Any] = {name: bindparam(name) for name in _given} | {
+    "arguments": cast(bindparam("text", type_=Text), JSON)
+}
+_unfinished = is_queued & jobs.c.unique_key.is_not(None)
+_insert = insert(jobs).values(_values)
+_insert_unique = _insert.on_conflict_do_nothing(
+    index_elements=[jobs.c.task, jobs.c.unique_key], index_where=_unfinished
+).returning(jobs.c.id)
+_find_unique = select(jobs).where(
+    _unfinished, jobs.c.task == bindparam("task"), jobs.c.unique_key == bindparam("unique_key")
+)
+
+
+@overload
+async def enqueue(session: AsyncSession, task: str, *args: Any, **kwargs: Any) -> Job: ...
+@overload
+async def enqueue(session: AsyncSession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs) -> Job: ...
+async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
+    """Have `task(ctx, *args, **kwargs)` run once this session's transaction has committed; the caller commits.
+
+    Writes one row of the ledger in the caller's transaction (in its savepoint, if it is in one): rolled back, there is
+    no job; committed, there is one, whatever happens to this process or to Redis next. Nothing pending is flushed. The
+    job is handed to a worker right after the commit by this process's `Coordinator`, else within five seconds by a
+    worker's reconciler. Delivery is at least once; see `job_transaction` for effects that apply once.
+
+        job = await enqueue(session, fulfil_order, order_id)
+        await session.commit()
+
+    Returns a snapshot of the row, whose `id` is readable after the commit too. A task may be given by its name. With
+    `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
+    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON would change are a `TypeError`, before SQL.
+    """
+    engine_of(session)
+    options = task if isinstance(task, TaskOptions) else TaskOptions(task)
+    job = _new_job(options, args, kwargs)
+    text = encoded(job.task, args, kwargs)
+    return await session.run_sync(_write, job, text)
+
+
+def _new_job(options: TaskOptions[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
+    now = datetime.now(UTC)
+    match options.delay:
+        case None:
+            due = now
+        case datetime():
+            due = max(options.delay, now)
+        case seconds:
+            due = now + timedelta(seconds=seconds)
+    return Job(
+        id=new_id(),
+        task=options.name,
+        queue=options.queue or DEFAULT_QUEUE,
+        arguments=[[*args], kwargs],
+        state=JobState.QUEUED,
+        attempt=1,
+        attempts=options.attempts,
+        timeout=options.timeout,
+        unique_key=options.unique_key,
+        due_at=due,
+        trace=current_trace(),
+    )
+
+
+def _write(session: Session, job: Job, text: str) -> Job:
+    schemas = dict(schemas_in_use(session))
+    connection = session.connection(execution_options={"schema_translate_map": schemas} if schemas else None)
+    values = {name: getattr(job, name) for name in _given} | {"text": text}
+    if job.unique_key is None:
+        connection.execute(_insert, values)
+    else:
+        # Looked for first: to an insert, a job that runs just now is a conflict to wait for.
+        while (found := connection.execute(_find_unique, values).mappings().one_or_none()) is None:
+            if connection.execute(_insert_unique, values).one_or_none() is not None:
+                break
+        else:
+            return _joined(dict(found), text)
+    collect(session, (inspect(Job), (job.id,)), job)
+    return job
+
+
+def _joined(found: dict[str, Any], text: str) -> Job:
+    job = Job(**found)
+    if to_json(job.arguments) != text:
+        raise UniqueKeyConflictError(
+            f"{job} is unfinished under the unique key {job.unique_key!r} with the arguments {job.arguments}"
+        )
+    job.joined = True
+    return job

@@ -1,0 +1,148 @@
+"""The feed: how a job is written in Redis, under arq's own keys, and how that is read again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from arq.constants import default_queue_name, job_key_prefix
+
+from coord.jobs.arguments import to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy import Row
+
+    from coord.jobs.ledger import Job
+
+DEFAULT_QUEUE = "default"
+NAMESPACE = "coord"
+KEPT = 7 * 86_400_000
+"""Milliseconds after its time that Redis keeps a job nobody runs; the ledger keeps it longer."""
+SKEW = 1_000
+"""Milliseconds by which a job that is due counts as due longer, so that no difference of clocks delays it."""
+
+Command = tuple[str | bytes | int | float, ...]
+
+
+def queue_key(namespace: str, queue: str) -> str:
+    """The sorted set of a queue. The default one is arq's, so that what arq itself enqueues is run as well."""
+    if (namespace, queue) == (NAMESPACE, DEFAULT_QUEUE):
+        return default_queue_name
+    return f"{default_queue_name}:{namespace}:{queue}"
+
+
+def queue_bell(key: str) -> bytes:
+    """The channel that says that a queue has something new."""
+    return f"{key}:bell".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What Redis holds of a job: enough to run it, and the number of the attempt that it is for."""
+
+    task: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    attempt: int
+    attempts: int | None
+    timeout: float | None
+    trace: dict[str, str] | None
+    enqueued: int
+    """Milliseconds since 1970."""
+    unknown_since: int | None = None
+    """When a worker first did not know the task, in milliseconds since 1970."""
+
+    @classmethod
+    def of(cls, job: Job | Row[Any]) -> Message:
+        args, kwargs = job.arguments
+        created = milliseconds(job.created_at or datetime.now(UTC))
+        return cls(job.task, args, kwargs, job.attempt, job.attempts, job.timeout, job.trace, created)
+
+    @classmethod
+    def read(cls, text: bytes) -> Message | None:
+        """None of what arq has enqueued without a ledger; `ValueError` if it is not a job at all."""
+        try:
+            found = json.loads(text, parse_constant=_refuse)
+            if found.get("c") is None:
+                return None
+            attempts, timeout, trace = found["c"]
+            message = cls(
+                task=found["f"],
+                args=found["a"],
+                kwargs=found["k"],
+                attempt=found["t"],
+                attempts=attempts,
+                timeout=timeout,
+                trace=trace,
+                enqueued=found["et"],
+                unknown_since=found.get("u"),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a job: {text[:80]!r}") from error
+        if not message._is_sound():
+            raise ValueError(f"not a job: {text[:80]!r}")
+        return message
+
+    def text(self) -> str:
+        """As arq's JSON would have it, and under "c" what the ledger adds."""
+        own = [self.attempts, self.timeout, self.trace]
+        fields = {"t": self.attempt, "f": self.task, "a": self.args, "k": self.kwargs, "et": self.enqueued, "c": own}
+        return to_json(fields if self.unknown_since is None else fields | {"u": self.unknown_since})
+
+    @property
+    def arguments(self) -> str:
+        """As the ledger has them."""
+        return to_json([self.args, self.kwargs])
+
+    def _is_sound(self) -> bool:
+        """Whoever can write to Redis may have written anything."""
+        return (
+            isinstance(self.task, str)
+            and isinstance(self.args, list)
+            and isinstance(self.kwargs, dict)
+            and all(isinstance(number, int) and abs(number) < 2**53 for number in (self.attempt, self.enqueued))
+            and isinstance(self.attempts, int | None)
+            and isinstance(self.timeout, int | float | None)
+            and isinstance(self.trace, dict | None)
+            and isinstance(self.unknown_since, int | None)
+        )
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def hand_over(jobs: Iterable[Job], namespace: str) -> list[Command]:
+    """The commands that give new jobs, or new attempts of old ones, to the workers of their queues."""
+    now = milliseconds(datetime.now(UTC))
+    commands: list[Command] = []
+    queues: dict[str, list[str | int]] = {}
+    for job in jobs:
+        due = milliseconds(job.due_at)
+        commands.append(("SET", f"{job_key_prefix}{job.id}", Message.of(job).text(), "PX", max(0, due - now) + KEPT))
+        queues.setdefault(queue_key(namespace, job.queue), []).extend((score(due, now), str(job.id)))
+    for key, members in queues.items():
+        commands += [("ZADD", key, *members), ("PUBLISH", queue_bell(key), b"")]
+    return commands
+
+
+def score(due: int, now: int) -> int:
+    return due if due > now else due - SKEW
+
+
+def milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
+
+
+def id_of(text: str) -> UUID | None:
+    """The id of a job of the ledger, or of a worker, if it can be one: arq's own have no dashes, or are names."""
+    try:
+        found = UUID(text)
+    except ValueError:
+        return None
+    return found if str(found) == text else None

@@ -1,0 +1,139 @@
+"""The ledger: a job exists because its row is committed, and is done because its row says so with its effect."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
+from enum import StrEnum
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import JSON, CheckConstraint, DateTime, Enum, Index, Text, func, literal_column, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+
+class JobState(StrEnum):
+    """A job's state. `running` is never stored: it is what the heartbeat of a living worker says of a queued job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+_QUEUED = text("state = 'queued'")
+_Time = DateTime(timezone=True)
+# Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
+_BUSY = {
+    "autovacuum_vacuum_scale_factor": "0",
+    "autovacuum_vacuum_threshold": "5000",
+    "autovacuum_analyze_scale_factor": "0.02",
+}
+
+
+class Ledger(DeclarativeBase):
+    """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
+
+
+class Job(Ledger):
+    """One call of a task, from the commit that made it on. What `enqueue` returns is a snapshot, in no session."""
+
+    __tablename__ = "coord_jobs"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """Ordered by time (RFC 9562, version 7), so that new rows lie together."""
+    task: Mapped[str] = mapped_column(Text)
+    queue: Mapped[str] = mapped_column(Text)
+    """The sorted set in Redis that it is handed to."""
+    arguments: Mapped[Any] = mapped_column(JSON)
+    """`[args, kwargs]`, as text: an attempt that was given others applies nothing."""
+    state: Mapped[JobState] = mapped_column(
+        Enum(JobState, native_enum=False, values_callable=lambda states: [*states], length=9),
+        server_default=JobState.QUEUED,
+    )
+    attempt: Mapped[int] = mapped_column(server_default="1")
+    """The number of the attempt that may apply its effect; each one that ends without it raises the number."""
+    attempts: Mapped[int | None]
+    """How many there may be; None leaves it to the worker."""
+    timeout: Mapped[float | None]
+    """Seconds an attempt may take; None leaves it to the worker."""
+    unique_key: Mapped[str | None] = mapped_column(Text)
+    due_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    started_at: Mapped[datetime | None] = mapped_column(_Time)
+    """When the attempt that ended it began, by the worker's clock."""
+    finished_at: Mapped[datetime | None] = mapped_column(_Time)
+    """Of a job done in a `job_transaction`, when that began: nothing is written between its effect and its commit."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """The last failure in one line, also of a job that was done afterwards."""
+    traceback: Mapped[str | None] = mapped_column(Text)
+    result: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
+    trace: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
+    """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
+
+    joined = False
+    """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
+
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'done', 'failed', 'cancelled')", name="coord_jobs_state"),
+        Index("coord_jobs_queued", "id", postgresql_where=_QUEUED),
+        Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
+        Index(
+            "coord_jobs_unique",
+            "task",
+            "unique_key",
+            unique=True,
+            postgresql_where=text("state = 'queued' AND unique_key IS NOT NULL"),
+        ),
+        {"postgresql_with": _BUSY},
+    )
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.task} {self.state}>"
+
+
+class Worker(Ledger):
+    """A living worker's heartbeat, and the jobs it runs: the one place that says so, since their rows are locked."""
+
+    __tablename__ = "coord_workers"
+    __table_args__ = {"postgresql_with": {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}}  # noqa: RUF012
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    queue: Mapped[str] = mapped_column(Text)
+    host: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int]
+    started_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    beat_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    beats: Mapped[int] = mapped_column(server_default="1")
+    jobs: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """By job id: `{"attempt": 1, "progress": …}`."""
+
+
+class Cancellation(Ledger):
+    """A wish to cancel a job whose row its worker has locked; gone with the job's end."""
+
+    __tablename__ = "coord_cancellations"
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    requested_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+
+
+jobs = Job.metadata.tables[Job.__tablename__]
+"""For statements that are no business of the unit of work's."""
+is_queued = jobs.c.state == literal_column("'queued'")
+"""Written out, since a parameter would hide from PostgreSQL that a partial index will do (section 11.8)."""
+workers = Worker.metadata.tables[Worker.__tablename__]
+cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
+
+
+def new_id() -> UUID:
+    """A UUID of version 7: 48 bits of milliseconds, then 74 random ones."""
+    stamp = time.time_ns() // 1_000_000 << 80
+    chance = int.from_bytes(os.urandom(10))
+    return UUID(int=(stamp | chance) & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)

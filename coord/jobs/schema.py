@@ -1,0 +1,98 @@
+"""The ledger's tables: printed, applied, and brought up to date, by `coord schema` or by an application's start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Connection, Integer, MetaData, Table, create_mock_engine, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+
+from coord.jobs.ledger import Ledger
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+
+_versions = Table("coord_schema", MetaData(), Column("version", Integer, primary_key=True, autoincrement=False))
+_KEY = 0x636F6F7264
+"""The advisory lock under which the tables are changed; spells "coord"."""
+
+
+def _first(connection: Connection) -> None:
+    Ledger.metadata.create_all(connection)
+
+
+STEPS: Sequence[Callable[[Connection], None]] = (_first,)
+"""What each version adds to the one before; never changed once it was released."""
+
+
+async def create_ledger(connection: AsyncConnection) -> None:
+    """Make the ledger's tables, or bring those of an earlier version up to date; joins the connection's transaction.
+
+    Under an advisory lock until the transaction ends, so that any number of processes may start at once.
+
+        async with engine.begin() as connection:
+            await create_ledger(connection)
+    """
+    await connection.run_sync(_upgrade)
+
+
+def ddl() -> str:
+    """The statements that make the tables of this version in an empty database."""
+    statements: list[str] = []
+
+    def note(statement: Any, *_: Any, **__: Any) -> None:
+        compiled = statement.compile(dialect=engine.dialect, compile_kwargs={"literal_binds": True})
+        statements.append(f"{str(compiled).strip()};")
+
+    engine = create_mock_engine("postgresql+asyncpg://", note)
+    Ledger.metadata.create_all(engine, checkfirst=False)
+    _versions.create(engine, checkfirst=False)
+    note(insert(_versions).values(version=len(STEPS)))
+    return "\n\n".join(statements)
+
+
+def _upgrade(connection: Connection) -> None:
+    connection.execute(select(func.pg_advisory_xact_lock(_KEY)))
+    _versions.create(connection, checkfirst=True)
+    version = connection.scalar(select(_versions.c.version))
+    if version is not None and version > len(STEPS):
+        raise RuntimeError(f"The ledger is of version {version}; this coord knows {len(STEPS)} and would harm it.")
+    for step in STEPS[version or 0 :]:
+        step(connection)
+    if version is None:
+        connection.execute(insert(_versions).values(version=len(STEPS)))
+    elif version < len(STEPS):
+        connection.execute(update(_versions).values(version=len(STEPS)))
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--apply", action="store_true", help="make or upgrade the tables instead of printing them")
+    parser.add_argument("--url", default=os.environ.get("COORD_DATABASE_URL"), help="COORD_DATABASE_URL unless given")
+
+
+def run(options: argparse.Namespace) -> int:
+    if not options.apply:
+        print(ddl())
+        return 0
+    if not options.url:
+        print("coord schema: say where with --url or COORD_DATABASE_URL", file=sys.stderr)
+        return 1
+    try:
+        asyncio.run(_apply(options.url))
+    except Exception as error:  # noqa: BLE001 - whatever it is, one line says it
+        print(f"coord schema: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    return 0
+
+
+async def _apply(url: str) -> None:
+    engine = create_async_engine(url)
+    try:
+        async with engine.begin() as connection:
+            await create_ledger(connection)
+    finally:
+        await engine.dispose()

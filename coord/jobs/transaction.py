@@ -1,0 +1,128 @@
+"""The transaction in which a job applies its effect: its first statement says that the job is done."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import JSON, Text, bindparam, cast, func, inspect, update
+
+from coord.cancellation import settled, uninterrupted
+from coord.changes import collect
+from coord.jobs.arguments import encoded_value
+from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.ledger import Job, JobState, is_queued, jobs
+from coord.schemas import schemas_in_use
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+CLASS = 0x636F6F72
+"""The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
+CONNECTION_CHECK = 1.0
+"""Seconds until the backend of a killed worker notices, also while it waits for a lock."""
+IDLE_LIMIT = 8.0
+"""Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
+
+
+class JobSuperseded(BaseException):
+    """This attempt may not apply its effect: the job is done, cancelled, or another attempt's."""
+
+
+@asynccontextmanager
+async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]:
+    """A session whose commit, at the end of the block, makes the task's effect and the job's completion true together.
+
+    The first statement claims, fences and completes: it marks the job done if this attempt is the one that may run it,
+    with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
+    what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
+    `idle_in_transaction_session_timeout` 8 s (`worker_settings(idle_limit=…)`): between two statements the task may not
+    do anything else for longer. While it is open nobody else writes the job's row.
+
+        async def fulfil_order(ctx, order_id):
+            async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
+                ...
+
+    One block an attempt; a second is a `RuntimeError`, and so is a task that `worker_settings` does not run. Raises
+    `JobSuperseded`, which is for the worker and not to be caught. Lock timeouts, deadlocks, serialization failures and
+    lost connections run the whole task again.
+    """
+    attempt = ctx.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
+    attempt.enter()
+    session = attempt.session_maker()
+    session.info[ATTEMPT] = attempt
+    try:
+        async with settled(session.begin()):
+            await session.run_sync(_claim, attempt)
+            yield session
+        attempt.applied = True
+    finally:
+        await uninterrupted(session.close())
+
+
+async def set_result(session: AsyncSession, value: Any) -> None:
+    """Keep `value`, JSON, as the job's result, in the `job_transaction` of this session; one more statement in it.
+
+    Raises `TypeError` for what JSON would change, `RuntimeError` in any other session.
+    """
+    attempt = session.info.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("set_result needs the session of a job_transaction.")  # noqa: TRY004 - of its context
+    text = encoded_value("the result", value)
+    await session.run_sync(lambda sync: _connection(sync).execute(_set_result, {"job": attempt.job_id, "text": text}))
+
+
+def ours(attempt: Attempt) -> dict[str, Any]:
+    """The parameters of `is_ours`."""
+    return {
+        "job": attempt.job_id,
+        "task_name": attempt.message.task,
+        "number": attempt.message.attempt,
+        "given": attempt.message.arguments,
+        "limit": attempt.message.timeout,
+    }
+
+
+is_ours = (
+    (jobs.c.id == bindparam("job"))
+    & is_queued
+    & (jobs.c.attempt == bindparam("number"))
+    & (jobs.c.task == bindparam("task_name"))
+    & (cast(jobs.c.arguments, Text) == bindparam("given"))
+    & jobs.c.timeout.is_not_distinct_from(bindparam("limit"))
+)
+"""Whether a row is the unfinished job that an attempt is for: Redis, which told of it, may hold anything."""
+
+_done = (
+    update(jobs)
+    .where(is_ours)
+    .values(state=JobState.DONE, started_at=bindparam("began"), finished_at=func.now())
+    .returning(
+        func.set_config("client_connection_check_interval", bindparam("check"), True),
+        func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
+        func.pg_advisory_xact_lock_shared(CLASS, bindparam("lock")),
+    )
+)
+_set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=cast(bindparam("text", type_=Text), JSON))
+
+
+def _claim(session: Session, attempt: Attempt) -> None:
+    settings = {
+        "began": attempt.began,
+        "check": f"{CONNECTION_CHECK:g}s",
+        "idle": f"{attempt.idle_limit * 1000:.0f}ms",
+        "lock": attempt.worker_lock,
+    }
+    if _connection(session).execute(_done, ours(attempt) | settings).first() is None:
+        raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
+    collect(session, (inspect(Job), (attempt.job_id,)))
+
+
+def _connection(session: Session) -> Any:
+    schemas = dict(schemas_in_use(session))
+    return session.connection(execution_options={"schema_translate_map": schemas} if schemas else None)

@@ -1,0 +1,62 @@
+"""Pruning: jobs that have ended long ago leave the ledger, in batches small enough for nobody to notice."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from sqlalchemy import delete, exists, select
+
+from coord.jobs.ledger import cancellations, is_queued, jobs
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+EVERY = 60.0
+"""Seconds between two prunings."""
+BATCH = 1_000
+BATCHES = 20
+"""At once; what is left waits for the next time."""
+
+
+class Pruning:
+    """Deletes jobs that ended `keep` seconds ago. Ids are ordered by time, so the primary key finds the eldest."""
+
+    def __init__(self, engine: AsyncEngine, *, keep: float) -> None:
+        self._engine = engine
+        self._keep = timedelta(seconds=keep)
+        self._next = 0.0
+
+    async def when_due(self) -> None:
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + EVERY
+        await self.prune()
+
+    async def prune(self) -> int:
+        """How many jobs it has deleted."""
+        limit = datetime.now(UTC) - self._keep
+        old = (
+            select(jobs.c.id)
+            .where(jobs.c.id < _first_id_of(limit), ~is_queued, jobs.c.finished_at < limit)
+            .order_by(jobs.c.id)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        deleted = 0
+        for _ in range(BATCHES):
+            async with self._engine.begin() as connection:
+                gone = (await connection.execute(delete(jobs).where(jobs.c.id.in_(old)))).rowcount
+            deleted += gone
+            if gone < BATCH:
+                break
+        unfinished = exists().where(jobs.c.id == cancellations.c.job_id, is_queued)
+        async with self._engine.begin() as connection:
+            await connection.execute(delete(cancellations).where(~unfinished))
+        return deleted
+
+
+def _first_id_of(moment: datetime) -> UUID:
+    return UUID(int=int(moment.timestamp() * 1000) << 80)

@@ -1,0 +1,168 @@
+"""One worker's shift: everything that is open while it runs, and who closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import ProgrammingError
+
+from coord.coordinator import Coordinator
+from coord.engine import engine_of
+from coord.jobs.ledger import new_id
+from coord.worker.claims import Claims
+from coord.worker.endings import Endings
+from coord.worker.keeper import Identity, Keeper
+from coord.worker.link import Link
+from coord.worker.pickup import Pickup
+from coord.worker.rescue import lock_of
+from coord.worker.running import UNLIMITED, Limits, Runner
+from coord.worker.shutdown import Shutdown
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from arq.worker import Function
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from coord.worker.address import Address
+    from coord.worker.redis import WorkerRedis
+
+    Hook = Callable[[dict[Any, Any]], Awaitable[None]] | None
+
+logger = logging.getLogger("coord.worker")
+
+LEASE = 60.0
+"""Seconds that a claim lasts beyond what its attempt may take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Terms:
+    """What a worker was told, as `worker_settings` has checked it."""
+
+    queue: str
+    """Its name in the ledger."""
+    key: str
+    """Its sorted set in Redis."""
+    namespace: str
+    slots: int
+    limits: Limits
+    grace: float
+    keep: float
+    health_key: str
+    on_startup: Hook
+    on_shutdown: Hook
+    handles_signals: bool
+
+
+class Shift:
+    """Begun and ended by arq's own hooks, any number of times, but not twice at once."""
+
+    def __init__(
+        self, session_maker: async_sessionmaker[AsyncSession], redis: WorkerRedis, address: Address, terms: Terms
+    ) -> None:
+        self._session_maker = session_maker
+        self._redis = redis
+        self._address = address
+        self._terms = terms
+        self._tasks: set[str] = set()
+        self._longest = terms.limits.timeout
+        self._runner: Runner | None = None
+        self._stack = AsyncExitStack()
+
+    def wrapped(self, function: Function) -> Function:
+        """The function as arq is given it: its limits are kept here, and its end is told to the ledger."""
+        self._tasks.add(function.name)
+        self._longest = max(self._longest, function.timeout_s or 0)
+
+        async def run(ctx: dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
+            if self._runner is None:
+                raise RuntimeError("the worker has not begun its shift")
+            return await self._runner.run(function, ctx, args, kwargs)
+
+        return replace(function, coroutine=run, timeout_s=UNLIMITED, max_tries=int(UNLIMITED))
+
+    async def begin(self, ctx: dict[Any, Any]) -> None:
+        """arq's `on_startup`: first the application's own, which may make the tables."""
+        async with AsyncExitStack() as stack:
+            if self._terms.on_shutdown is not None:
+                stack.push_async_callback(self._terms.on_shutdown, ctx)
+            if self._terms.on_startup is not None:
+                await self._terms.on_startup(ctx)
+            await self._open(stack)
+            self._stack = stack.pop_all()
+
+    async def end(self, ctx: dict[Any, Any]) -> None:
+        """arq's `on_shutdown`, when no job runs any more: last the application's own."""
+        await self._stack.aclose()
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        terms = self._terms
+        coordinator = Coordinator(self._session_maker, redis=self._redis, namespace=terms.namespace)
+        await stack.enter_async_context(coordinator)
+        claims = Claims(terms.slots)
+        link = Link(self._redis.connection_pool, coordinator.outage)
+        stack.push_async_callback(link.close)
+        worker = new_id()
+        pickup = Pickup(link, claims, queue=terms.key, worker=worker, lease=self._longest + LEASE)
+        runner = Runner(self._session_maker, pickup, Endings(self._session_maker), terms.limits, lock_of(worker))
+        pickup.known, pickup.give_up = self._tasks, runner.give_up
+        loop = asyncio.get_running_loop()
+        identity = Identity(
+            id=worker,
+            queue=terms.queue,
+            key=terms.key,
+            health_key=terms.health_key,
+            channels=coordinator.channels,
+            attempts=terms.limits.attempts,
+            keep=terms.keep,
+        )
+        keeper = Keeper(
+            identity,
+            engine_of(self._session_maker),
+            self._address.pool,
+            claims,
+            cancel=lambda job_id: _call(loop, runner.cancel, job_id),
+            polled=lambda: pickup.polled,
+        )
+        await _enrolled(keeper)
+        stack.push_async_callback(keeper.stop)
+        coordinator.listen(pickup.bell, pickup)
+        coordinator.listen(coordinator.channels.cancellations, _Nudge(keeper))
+        stack.push_async_callback(pickup.flush)
+        self._redis.pickup, self._runner = pickup, runner
+        stack.callback(setattr, self._redis, "pickup", None)
+        main = asyncio.current_task()
+        if terms.handles_signals and main is not None:
+            shutdown = Shutdown(pickup, grace=terms.grace)
+            shutdown.handle_signals(main)
+            stack.callback(shutdown.forget_signals)
+
+
+class _Nudge:
+    """Somebody has cancelled a job: perhaps one that runs here."""
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+
+    def listening(self) -> None:
+        self._keeper.nudge()
+
+    rung = listening
+
+
+async def _enrolled(keeper: Keeper) -> None:
+    try:
+        await keeper.start()
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", None) != "42P01":
+            raise
+        raise SystemExit("The ledger's tables are missing: `coord schema --apply` makes them") from None
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *arguments)
