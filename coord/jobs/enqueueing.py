@@ -54,7 +54,7 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
 
     Returns a snapshot of the row, whose `id` is readable after the commit too. A task may be given by its name. With
     `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
-    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON would change are a `TypeError`, before SQL.
+    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
     """
     engine_of(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)

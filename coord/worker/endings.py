@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from coord.jobs.attempt import Attempt
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 PAUSE = (0.1, 30.0)
 """Seconds before the second attempt, and before any later one at most."""

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from coord.channels import Channels
     from coord.worker.claims import Claims
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 ROUND = 0.5
 """Seconds between two looks at who lives."""
@@ -135,7 +135,7 @@ class Keeper:
                 await self._guarded(self._round(engine, redis, beats=rounds % BEAT == 0))
                 rounds += 1
                 await self._pause()
-            await self._guarded(self._leave(engine))
+            await self._guarded(self._leave(engine, redis))
 
     async def _look_after(self, reconciler: Reconciler) -> None:
         """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily."""
@@ -183,9 +183,13 @@ class Keeper:
             logger.warning("This worker was taken for dead and its jobs were given to others; it goes on with new ones")
             await connection.execute(insert(workers), self._row())
 
-    async def _leave(self, engine: AsyncEngine) -> None:
+    async def _leave(self, engine: AsyncEngine, redis: Any) -> None:
+        here = (workers.c.queue == self.identity.queue) & (workers.c.host == socket.gethostname())
         async with engine.begin() as connection:
             await connection.execute(delete(workers).where(workers.c.id == self.identity.id))
+            others = await connection.scalar(select(func.count()).select_from(workers).where(here))
+        if not others:
+            await redis.delete(self.identity.health_key)
 
     def _row(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from coord.worker.link import Link
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 POLL = 0.5
 """Seconds after which the queue is looked at although no bell rang, and arq gets to its own chores."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from coord.worker.census import Census
     from coord.worker.keeper import Identity
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 PAGE = 1_000
 """Jobs compared at once."""

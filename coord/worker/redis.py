@@ -114,7 +114,7 @@ class ClaimPipeline(Pipeline):
         except AWAY:
             match commands:
                 case [("INFO", *_), *_]:
-                    return [{} for _ in commands]
+                    return [{} if command[0] == "INFO" else "?" for command in commands]
                 case [("ZRANGE", key, *_), *_] if key == abort_jobs_ss:
                     return [[] for _ in commands]
             raise

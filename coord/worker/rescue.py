@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 _locks = table(
     "pg_locks",

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from coord.worker.endings import Endings
     from coord.worker.pickup import Pickup
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 UNLIMITED = 10.0**9
 """Seconds, and tries, that arq itself allows: an attempt's limits are coord's to keep."""

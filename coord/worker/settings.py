@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 KEPT = 7 * 86_400
 """Seconds that the ledger keeps jobs that have ended."""
+NEVER = 10.0**12
+"""Seconds since 1970 that arq will not live to see."""
 
 
 def worker_settings(
@@ -95,7 +97,7 @@ def worker_settings(
         "redis_settings": address.settings(),
         "queue_name": key,
         "health_check_key": pool.health_check_key,
-        "health_check_interval": UNLIMITED,  # the keeper writes it
+        "health_check_interval": NEVER,  # the keeper writes it
         "job_serializer": pool.job_serializer,
         "job_deserializer": pool.job_deserializer,
         "on_startup": shift.begin,

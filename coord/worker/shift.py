@@ -13,6 +13,7 @@ from sqlalchemy.exc import ProgrammingError
 from coord.coordinator import Coordinator
 from coord.engine import engine_of
 from coord.jobs.ledger import new_id
+from coord.outage import Outage
 from coord.worker.claims import Claims
 from coord.worker.endings import Endings
 from coord.worker.keeper import Identity, Keeper
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     Hook = Callable[[dict[Any, Any]], Awaitable[None]] | None
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 LEASE = 60.0
 """Seconds that a claim lasts beyond what its attempt may take."""
@@ -102,6 +103,7 @@ class Shift:
     async def _open(self, stack: AsyncExitStack) -> None:
         terms = self._terms
         coordinator = Coordinator(self._session_maker, redis=self._redis, namespace=terms.namespace)
+        coordinator.outage = Outage(logger, away="Redis is away, jobs wait", back="Redis is back")
         await stack.enter_async_context(coordinator)
         claims = Claims(terms.slots)
         link = Link(self._redis.connection_pool, coordinator.outage)

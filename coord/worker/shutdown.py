@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from coord.worker.pickup import Pickup
 
-logger = logging.getLogger("coord.worker")
+logger = logging.getLogger("arq.coord")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 LAST = 5.0
