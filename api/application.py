@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from api import health, jobs, orders, problems, stock
+from api import events, health, jobs, orders, stock
+from api.sessions import get_db
 from api.startup import lifespan
+from coord.http import RequestLimits, job_routes, problem_handlers
+from worker.environment import admin_token, is_development
 
-app = FastAPI(title="coord's shop", lifespan=lifespan, exception_handlers=problems.HANDLERS)
-app.include_router(orders.router)
-app.include_router(jobs.router)
-app.include_router(stock.router)
-app.include_router(health.router)
+app = FastAPI(title="coord's shop", lifespan=lifespan, exception_handlers=problem_handlers())
+app.add_middleware(RequestLimits)
+for module in (orders, jobs, events, stock, health):
+    app.include_router(module.router)
+if (token := admin_token()) is not None or is_development():
+    app.include_router(job_routes(get_db, token=token))

@@ -9,8 +9,14 @@ from pydantic import BaseModel, ConfigDict
 
 from api.sessions import Session  # noqa: TC001
 from coord import JobState, get_job
+from coord.http import problems
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
+
+
+class AcceptedJob(BaseModel):
+    id: UUID
+    state: JobState
 
 
 class JobAnswer(BaseModel):
@@ -23,6 +29,6 @@ class JobAnswer(BaseModel):
     error: str | None
 
 
-@router.get("/{job_id}")
+@router.get("/{job_id}", responses=problems(404, 422, 503))
 async def read(job_id: UUID, session: Session) -> JobAnswer:
     return JobAnswer.model_validate(await get_job(session, job_id))

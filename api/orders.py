@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Path, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, HTTPException, Path, Response
+from pydantic import BaseModel, ConfigDict
 
-from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
-from api.stock import Sku  # noqa: TC001
-from coord import Job, JobState, WaitTimeoutError, enqueue, get_job, task_options, wait_for_row_change
+from api.jobs import AcceptedJob  # noqa: TC001 - FastAPI reads the annotations
+from api.sessions import Session  # noqa: TC001
+from api.stock import Quantity, Sku  # noqa: TC001
+from coord import task_options
+from coord.http import Idempotency, Poll, Reply, idempotency, poll, problems, reply
 from worker.fulfilment import fulfil_order
 from worker.models import Order, OrderStatus
 
-WAIT_SECONDS = 25.0  # below what proxies allow a request
+router = APIRouter(prefix="/orders", tags=["orders"])
 
 OrderId = Annotated[int, Path(ge=-(2**63), lt=2**63)]
-Quantity = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
-
-router = APIRouter(prefix="/orders", tags=["orders"])
 
 
 class NewOrder(BaseModel):
@@ -38,17 +35,25 @@ class OrderAnswer(BaseModel):
     invoice_number: int | None
 
 
-class AcceptedJob(BaseModel):
-    id: UUID
-    state: JobState
-
-
 class Accepted(BaseModel):
+    """The job goes on: look at it later, or ask again."""
+
     job: AcceptedJob
     order: OrderAnswer
 
 
-@router.post("", status_code=201)
+async def known(order_id: OrderId, session: Session) -> Order:
+    """The order of the path."""
+    order = await session.get(Order, order_id)
+    if order is None:
+        raise HTTPException(404, f"there is no order {order_id}")
+    return order
+
+
+KnownOrder = Annotated[Order, Depends(known)]
+
+
+@router.post("", status_code=201, responses=problems(422, 503))
 async def place(new: NewOrder, session: Session, response: Response) -> OrderAnswer:
     order = Order(sku=new.sku, quantity=new.quantity, invoice_number=None)
     session.add(order)
@@ -57,37 +62,31 @@ async def place(new: NewOrder, session: Session, response: Response) -> OrderAns
     return OrderAnswer.model_validate(order)
 
 
-@router.get("/{order_id}")
-async def read(order_id: OrderId, session: Session) -> OrderAnswer:
-    return OrderAnswer.model_validate(await _known(session, order_id))
+@router.get("/{order_id}", response_model=OrderAnswer, responses=problems(404, 422, 503))
+async def read(order: KnownOrder, session: Session, poll: Annotated[Poll, Depends(poll)]) -> Any:
+    """The order; with `If-None-Match` and `Prefer: wait=N`, once it is no longer what the client has."""
+    return await poll.changed(session, order) or poll.not_modified()
 
 
-@router.post("/{order_id}/fulfil", response_model=OrderAnswer, responses={202: {"model": Accepted}})
-async def fulfil(order_id: OrderId, session: Session) -> OrderAnswer | JSONResponse:
-    order = await _known(session, order_id)
+@router.post(
+    "/{order_id}/fulfil",
+    response_model=OrderAnswer,
+    responses={202: {"model": Accepted}, **problems(400, 404, 409, 422, 500, 503)},
+)
+async def fulfil(
+    order: KnownOrder,
+    session: Session,
+    once: Annotated[Idempotency, Depends(idempotency())],
+    reply: Annotated[Reply, Depends(reply)],
+) -> Any:
+    """Take stock and assign the next invoice number; answers when that has happened, or in `Prefer: wait=N` seconds."""
     if order.status is not OrderStatus.PENDING:
-        return OrderAnswer.model_validate(order)
-    job = await enqueue(session, task_options(fulfil_order, unique_key=f"order {order_id}"), order_id)
+        return order
+    task = task_options(fulfil_order, unique_key=f"order {order.id}")
+    job = await once.enqueue(session, task, order.id)
     await session.commit()
-    try:
-        order = await wait_for_row_change(
-            session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=WAIT_SECONDS, job=job
-        )
-    except WaitTimeoutError:
-        return await _accepted(session, job, order)
-    return OrderAnswer.model_validate(order)
-
-
-async def _known(session: Session, order_id: int) -> Order:
-    order = await session.get(Order, order_id)
-    if order is None:
-        raise HTTPException(404, f"there is no order {order_id}")
-    return order
-
-
-async def _accepted(session: Session, job: Job, order: Order) -> JSONResponse:
-    """The job goes on: look at it later, or ask again."""
-    report = await get_job(session, job.id)
-    answer = Accepted(job=AcceptedJob(id=job.id, state=report.state), order=OrderAnswer.model_validate(order))
-    headers = {"Location": f"/jobs/{job.id}", "Retry-After": "1"}
-    return JSONResponse(answer.model_dump(mode="json"), 202, headers)
+    settled = await reply.row(session, Order, order.id, columns=[Order.status], job=job)
+    if settled is None:
+        answer = OrderAnswer.model_validate(order).model_dump(mode="json")
+        return await reply.accepted(session, job, location=f"/jobs/{job.id}", order=answer)
+    return settled

@@ -6,6 +6,7 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from api.events import streams
 from api.health import close_probes
 from coord import Coordinator
 from worker.database import close_database, open_database, session_maker
@@ -29,7 +30,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         raise
     log.release()
     try:
-        async with Coordinator(session_maker, redis=redis_url()):
+        async with Coordinator(session_maker, redis=redis_url()), streams.lifespan(app):
             yield
     finally:
         await close_probes()

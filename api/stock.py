@@ -9,9 +9,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.dialects.postgresql import insert
 
 from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
+from coord.http import problems
 from worker.models import Stock
 
 Sku = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+
+Quantity = Annotated[int, Field(strict=True, ge=1, le=1_000_000)]
 
 router = APIRouter(prefix="/stock", tags=["stock"])
 
@@ -27,7 +30,7 @@ class StockAnswer(BaseModel):
     quantity: int
 
 
-@router.put("/{sku}")
+@router.put("/{sku}", responses=problems(422, 503))
 async def put(sku: Sku, level: Level, session: Session) -> StockAnswer:
     """One statement, which waits for whoever is fulfilling an order and then sets the level."""
     new = insert(Stock).values(sku=sku, quantity=level.quantity)
@@ -36,7 +39,7 @@ async def put(sku: Sku, level: Level, session: Session) -> StockAnswer:
     return StockAnswer(sku=sku, quantity=level.quantity)
 
 
-@router.get("/{sku}")
+@router.get("/{sku}", responses=problems(404, 422, 503))
 async def read(sku: Sku, session: Session) -> StockAnswer:
     stock = await session.get(Stock, sku)
     if stock is None:

@@ -73,7 +73,7 @@ class Development:
         self.commands = _commands(options, port)
         self.terminal = Terminal(["coord", *self.commands])
         self.servers = _servers(options.data)
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1"}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.readers: list[threading.Thread] = []
         self.stop_began: float | None = None

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 DATABASE = "COORD_DATABASE_URL"
 REDIS = "COORD_REDIS_URL"
+ADMIN_TOKEN = "COORD_ADMIN_TOKEN"
+SHORTEST_TOKEN = 16
 # The ports that docker-compose.yml publishes.
 DEFAULT_DATABASE_URL = "postgresql+asyncpg://coord:coord@127.0.0.1:5432/coord"
 DEFAULT_REDIS_URL = "redis://127.0.0.1:6379/0"
@@ -36,6 +38,19 @@ def redis_url() -> str:
     except (RuntimeError, ValueError):
         refuse(REDIS, "malformed; it looks like redis://user:password@host:6379/0")
     return url
+
+
+def admin_token() -> str | None:
+    """Who has it may look after jobs over HTTP; without one nobody may, but in development."""
+    token = os.environ.get(ADMIN_TOKEN) or None
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        refuse(ADMIN_TOKEN, f"needs at least {SHORTEST_TOKEN} characters")
+    return token
+
+
+def is_development() -> bool:
+    """As `coord dev` says."""
+    return os.environ.get("COORD_DEVELOPMENT") == "1"
 
 
 def refuse(variable: str, reason: str) -> Never:

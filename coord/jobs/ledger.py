@@ -124,12 +124,28 @@ class Cancellation(Ledger):
     requested_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
 
 
+class IdempotencyKey(Ledger):
+    """A key that a client has sent with a request, and the job it was for."""
+
+    __tablename__ = "coord_idempotency_keys"
+    __table_args__ = (Index("coord_idempotency_keys_expiry", "expires_at"),)
+
+    scope: Mapped[str] = mapped_column(Text, primary_key=True)
+    """A digest of who sent it, and by which route."""
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(Text)
+    """A digest of what was asked for."""
+    job_id: Mapped[UUID | None]
+    expires_at: Mapped[datetime] = mapped_column(_Time)
+
+
 jobs = Job.metadata.tables[Job.__tablename__]
 """For statements that are no business of the unit of work's."""
 is_queued = jobs.c.state == literal_column("'queued'")
 """Written out, since a parameter would hide from PostgreSQL that a partial index will do (section 11.8)."""
 workers = Worker.metadata.tables[Worker.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
+keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 
 
 def new_id() -> UUID:

@@ -1,0 +1,107 @@
+"""Routes to look after jobs, for whoever has the token: list, cancel, run again."""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+
+from fastapi import APIRouter, Depends, HTTPException, Query, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import AwareDatetime, BaseModel, ConfigDict
+from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
+
+from coord.http.problem import problems
+from coord.jobs.ledger import JobState  # noqa: TC001
+from coord.jobs.operations import cancel_job, get_job, list_jobs, retry_job
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+SHORTEST_TOKEN = 16
+_bearer = HTTPBearer(auto_error=False)
+
+
+class JobDetails(BaseModel):
+    """A job as its administrator sees it."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    id: UUID
+    task: str
+    queue: str
+    state: JobState
+    attempt: int
+    arguments: list[Any]
+    unique_key: str | None
+    created_at: AwareDatetime
+    due_at: AwareDatetime
+    started_at: AwareDatetime | None
+    finished_at: AwareDatetime | None
+    error: str | None
+    traceback: str | None
+    result: Any
+    progress: Any
+    worker: UUID | None
+
+
+class StateAnswer(BaseModel):
+    """The state that an operation has found or made."""
+
+    state: JobState
+
+
+def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
+    """A dependency that lets through who sends `token`, compared in constant time, or with None everybody.
+
+    Raises `ValueError` for a token of less than 16 characters.
+    """
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters")
+
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
+        offered = b"" if given is None else given.credentials.encode(errors="replace")
+        if token is not None and not secrets.compare_digest(offered, token.encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
+
+    return check
+
+
+def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
+    """`GET /jobs`, `GET /jobs/{id}/details`, `POST /jobs/{id}/cancel` and `/retry`, for who has the bearer token.
+
+    With `token=None` they are open to everybody who can reach them: for development.
+    """
+    router = APIRouter(prefix="/jobs", tags=["job administration"], dependencies=[Depends(bearer_token(token))])
+    database = Depends(get_db)
+
+    @router.get("", responses=problems(401, 422, 503))
+    async def jobs(
+        session: AsyncSession = database,
+        state: JobState | None = None,
+        task: Annotated[str | None, Query(max_length=200)] = None,
+        before: UUID | None = None,
+        limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+    ) -> list[JobDetails]:
+        """Jobs, the newest first; `before` is the last of the page before."""
+        found = await list_jobs(session, state=state, task=task, before=before, limit=limit)
+        return [JobDetails.model_validate(job) for job in found]
+
+    @router.get("/{job_id}/details", responses=problems(401, 404, 422, 503))
+    async def details(job_id: UUID, session: AsyncSession = database) -> JobDetails:
+        return JobDetails.model_validate(await get_job(session, job_id))
+
+    @router.post("/{job_id}/cancel", responses=problems(401, 404, 422, 503))
+    async def cancel(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+        """`cancelled`, or `running` while its worker is asked to, or what the job has already come to."""
+        return StateAnswer(state=await cancel_job(session, job_id))
+
+    @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422, 503))
+    async def retry(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+        """Have a failed or cancelled job run again."""
+        try:
+            return StateAnswer(state=(await retry_job(session, job_id)).state)
+        except ValueError as error:
+            raise HTTPException(409, str(error)) from error
+
+    return router
