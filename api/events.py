@@ -14,17 +14,18 @@ from api.orders import KnownOrder, OrderAnswer
 from api.sessions import Session  # noqa: TC001
 from coord import Job
 from coord.http import EventStreams, Stream, problems
+from worker.database import session_maker
 from worker.models import Order  # noqa: TC001
 
 router = APIRouter(tags=["events"])
-streams = EventStreams()
+streams = EventStreams(session_maker)
 Events = Annotated[Stream, Depends(streams.stream)]
 
 
 @router.get("/orders/{order_id}/events", response_class=EventSourceResponse, responses=problems(404, 422, 503))
-async def order_events(order: KnownOrder, session: Session, stream: Events) -> AsyncIterable[ServerSentEvent]:
+async def order_events(order: KnownOrder, stream: Events) -> AsyncIterable[ServerSentEvent]:
     """The order now, unless its version is `Last-Event-ID`, and its newest state after each change."""
-    async for state in stream.rows(session, order, id=_version):
+    async for state in stream.rows(order, id=_version):
         yield ServerSentEvent(event="order", data=OrderAnswer.model_validate(state), id=_version(state))
 
 
@@ -36,12 +37,10 @@ async def known_job(job_id: UUID, session: Session) -> Job:
 
 
 @router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=problems(404, 422, 503))
-async def job_events(
-    job: Annotated[Job, Depends(known_job)], session: Session, stream: Events
-) -> AsyncIterable[ServerSentEvent]:
+async def job_events(job: Annotated[Job, Depends(known_job)], stream: Events) -> AsyncIterable[ServerSentEvent]:
     """The job now, and its newest state after each change, until it has ended."""
     columns = [Job.state, Job.attempt, Job.error]
-    async for state in stream.rows(session, job, id=_attempt, columns=columns, final=lambda job: job.state.is_final):
+    async for state in stream.rows(job, id=_attempt, columns=columns, final=lambda job: job.state.is_final):
         yield ServerSentEvent(event="job", data=JobAnswer.model_validate(state), id=_attempt(state))
 
 

@@ -12,6 +12,7 @@ from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
 from sqlalchemy import inspect
 
 from coord.cancellation import uninterrupted
+from coord.engine import engine_of, prepare
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.disconnect import ended
 from coord.waiting import watch_row
@@ -19,7 +20,7 @@ from coord.waiting import watch_row
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.target import M
 
@@ -29,16 +30,20 @@ MAX_STREAMS = 1_000
 class EventStreams:
     """The event streams of one process: a cap on them, and their end when the server is told to stop.
 
-    streams = EventStreams(max_streams=1_000)
+    Each reads through a session of its own: FastAPI lets a stream begin while the request's session still commits.
+
+    streams = EventStreams(session_maker, max_streams=1_000)
     app = FastAPI(lifespan=streams.lifespan)
 
     @app.get("/orders/{order_id}/events", response_class=EventSourceResponse)
-    async def events(order: Known, session: Session, stream: Annotated[Stream, Depends(streams.stream)]):
-        async for order in stream.rows(session, order, id=lambda order: order.version):
+    async def events(order: KnownOrder, stream: Annotated[Stream, Depends(streams.stream)]):
+        async for order in stream.rows(order, id=lambda order: str(order.version)):
             yield ServerSentEvent(data=order, id=str(order.version))
     """
 
-    def __init__(self, *, max_streams: int = MAX_STREAMS) -> None:
+    def __init__(self, session_maker: async_sessionmaker[AsyncSession], *, max_streams: int = MAX_STREAMS) -> None:
+        prepare(engine_of(session_maker))
+        self._session_maker = session_maker
         self._max = max_streams
         self._open = 0
         self._closing: asyncio.Event | None = None
@@ -60,7 +65,7 @@ class EventStreams:
             raise TooManyWaitersError(f"{self._open} event streams are as many as this process serves")
         self._open += 1
         try:
-            yield Stream(request, self._closing or asyncio.Event())
+            yield Stream(request, self._session_maker, self._closing or asyncio.Event())
         finally:
             self._open -= 1
 
@@ -68,13 +73,15 @@ class EventStreams:
 class Stream:
     """One client's stream, resumed after `Last-Event-ID`."""
 
-    def __init__(self, request: Request, closing: asyncio.Event) -> None:
+    def __init__(
+        self, request: Request, session_maker: async_sessionmaker[AsyncSession], closing: asyncio.Event
+    ) -> None:
         self.last_id = request.headers.get("last-event-id")
+        self._session_maker = session_maker
         self._closing = closing
 
     async def rows(
         self,
-        session: AsyncSession,
         row: M,
         *,
         id: Callable[[M], str],
@@ -92,7 +99,10 @@ class Stream:
             return
         mapper = inspect(type(row))
         key = tuple(mapper.primary_key_from_instance(row))
-        async with watch_row(session, type(row), key, columns=columns, since=row) as states:
+        async with (
+            self._session_maker() as session,
+            watch_row(session, type(row), key, columns=columns, since=row) as states,
+        ):
             while (state := await self._next(states)) is not None:
                 yield state
                 if final is not None and final(state):
