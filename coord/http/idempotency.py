@@ -70,14 +70,14 @@ class Idempotency:
             job = await enqueue(session, task, *args, **kwargs)
             await session.execute(update(keys).where(mine).values(job_id=job.id))
             return job
-        found = (
-            (await session.execute(select(keys.c.fingerprint, jobs).join(jobs).where(mine))).mappings().one_or_none()
-        )
-        if found is None:
-            raise IdempotencyError(422, "the job of this Idempotency-Key is no longer known", "idempotency-key-expired")
-        if found["fingerprint"] != self._fingerprint:
+        with_job = keys.outerjoin(jobs, jobs.c.id == keys.c.job_id)
+        found = select(keys.c.fingerprint, jobs).select_from(with_job).where(mine)
+        row = dict((await session.execute(found)).mappings().one())
+        if row.pop("fingerprint") != self._fingerprint:
             raise IdempotencyError(422, "another request has used this Idempotency-Key", "idempotency-key-reused")
-        job = Job(**{name: value for name, value in found.items() if name != "fingerprint"})
+        if row["id"] is None:
+            raise IdempotencyError(422, "the job of this Idempotency-Key is no longer known", "idempotency-key-expired")
+        job = Job(**row)
         job.joined = True
         return job
 
