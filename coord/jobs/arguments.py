@@ -5,28 +5,35 @@ from __future__ import annotations
 import json
 from typing import Any
 
+DEEPEST = 100
+"""Lists and objects within one another; whoever reads them may have less of a stack left than whoever wrote them."""
+
 
 def to_json(value: Any) -> str:
     """ASCII without spaces, and the same again for what is read back from it; raises `TypeError` or `ValueError`."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False)
 
 
-def encoded(task: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """`[args, kwargs]` as JSON; a `TypeError` if the task would not be called with equal ones."""
-    given = [[*args], kwargs]
-    return _as_it_arrives(f"{task}: the arguments", given)
-
-
-def encoded_value(what: str, value: Any) -> str:
-    return _as_it_arrives(what, value)
-
-
-def _as_it_arrives(what: str, value: Any) -> str:
+def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
+    """`value` as JSON, and as it is read from that, which nobody else can change; a `TypeError` if it is not equal."""
     try:
         text = to_json(value)
+        arriving = json.loads(text)
+        equal = arriving == value
+        depth = _depth(arriving) if text.count("[") + text.count("{") > DEEPEST else 0
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{what} must be JSON: {error}") from error
-    arriving = json.loads(text)
-    if arriving != value:
+    if not equal:
         raise TypeError(f"{what} would arrive as {arriving!r} and not as {value!r}: JSON has no tuples and text keys")
-    return text
+    if depth > DEEPEST:
+        raise TypeError(f"{what} must be JSON that is at most {DEEPEST} lists and objects deep, not {depth}")
+    return text, arriving
+
+
+def _depth(value: Any) -> int:
+    match value:
+        case list():
+            return 1 + max(map(_depth, value), default=0)
+        case dict():
+            return 1 + max(map(_depth, value.values()), default=0)
+    return 0

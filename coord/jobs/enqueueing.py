@@ -11,19 +11,19 @@ from sqlalchemy.dialects.postgresql import insert
 from coord.changes import collect
 from coord.engine import engine_of
 from coord.errors import UniqueKeyConflictError
-from coord.jobs.arguments import encoded, to_json
+from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
-from coord.jobs.ledger import Job, JobState, is_queued, jobs, new_id
+from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
-from coord.schemas import schemas_in_use
 
 if TYPE_CHECKING:
+    from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
-_given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", "trace")
-# The text itself, and not what a serializer of the engine's would make of it: the claim compares it.
+_given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", "created_at", "trace")
+# The text itself, which was made to see that it can be: the claim compares it.
 _values: dict[str, Any] = {name: bindparam(name) for name in _given} | {
     "arguments": cast(bindparam("text", type_=Text), JSON)
 }
@@ -38,7 +38,7 @@ _find_unique = select(jobs).where(
 
 
 @overload
-async def enqueue(session: AsyncSession, task: str, *args: Any, **kwargs: Any) -> Job: ...
+async def enqueue(session: AsyncSession, task: str | Function, *args: Any, **kwargs: Any) -> Job: ...
 @overload
 async def enqueue(session: AsyncSession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs) -> Job: ...
 async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
@@ -58,12 +58,11 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     """
     engine_of(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
-    job = _new_job(options, args, kwargs)
-    text = encoded(job.task, args, kwargs)
-    return await session.run_sync(_write, job, text)
+    text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
+    return await session.run_sync(_write, _new_job(options, arguments), text)
 
 
-def _new_job(options: TaskOptions[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
+def _new_job(options: TaskOptions[Any], arguments: Any) -> Job:
     now = datetime.now(UTC)
     match options.delay:
         case None:
@@ -76,27 +75,26 @@ def _new_job(options: TaskOptions[Any], args: tuple[Any, ...], kwargs: dict[str,
         id=new_id(),
         task=options.name,
         queue=options.queue or DEFAULT_QUEUE,
-        arguments=[[*args], kwargs],
+        arguments=arguments,
         state=JobState.QUEUED,
         attempt=1,
         attempts=options.attempts,
         timeout=options.timeout,
         unique_key=options.unique_key,
         due_at=due,
+        created_at=now,
         trace=current_trace(),
     )
 
 
 def _write(session: Session, job: Job, text: str) -> Job:
-    schemas = dict(schemas_in_use(session))
-    connection = session.connection(execution_options={"schema_translate_map": schemas} if schemas else None)
     values = {name: getattr(job, name) for name in _given} | {"text": text}
     if job.unique_key is None:
-        connection.execute(_insert, values)
+        execute(session, _insert, values)
     else:
         # Looked for first: to an insert, a job that runs just now is a conflict to wait for.
-        while (found := connection.execute(_find_unique, values).mappings().one_or_none()) is None:
-            if connection.execute(_insert_unique, values).one_or_none() is not None:
+        while (found := execute(session, _find_unique, values).mappings().one_or_none()) is None:
+            if execute(session, _insert_unique, values).one_or_none() is not None:
                 break
         else:
             return _joined(dict(found), text)

@@ -60,7 +60,7 @@ class Message:
     @classmethod
     def of(cls, job: Job | Row[Any]) -> Message:
         args, kwargs = job.arguments
-        created = milliseconds(job.created_at or datetime.now(UTC))
+        created = milliseconds(job.created_at)
         return cls(job.task, args, kwargs, job.attempt, job.attempts, job.timeout, job.trace, created)
 
     @classmethod

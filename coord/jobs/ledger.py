@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from sqlalchemy import JSON, CheckConstraint, DateTime, Enum, Index, Text, func, literal_column, text
+from sqlalchemy import (
+    JSON,
+    CheckConstraint,
+    DateTime,
+    Enum,
+    Index,
+    Text,
+    TypeDecorator,
+    cast,
+    func,
+    literal_column,
+    text,
+    type_coerce,
+)
+from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from coord.jobs.arguments import to_json
+from coord.schemas import schemas_in_use
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy.orm import Session
 
 
 class JobState(StrEnum):
@@ -37,6 +61,22 @@ _BUSY = {
 }
 
 
+class _Json(TypeDecorator[Any]):
+    """PostgreSQL's `json`, which keeps a text as it is; written and read by coord's rules and not the engine's."""
+
+    impl = JSON
+    cache_ok = True
+
+    def bind_processor(self, dialect: Any) -> Callable[[Any], str | None]:
+        return lambda value: None if value is None else to_json(value)
+
+    def result_processor(self, dialect: Any, coltype: Any) -> Callable[[str | None], Any]:
+        return lambda stored: None if stored is None else json.loads(stored)
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return type_coerce(cast(column, Text), self)
+
+
 class Ledger(DeclarativeBase):
     """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
 
@@ -51,7 +91,7 @@ class Job(Ledger):
     task: Mapped[str] = mapped_column(Text)
     queue: Mapped[str] = mapped_column(Text)
     """The sorted set in Redis that it is handed to."""
-    arguments: Mapped[Any] = mapped_column(JSON)
+    arguments: Mapped[Any] = mapped_column(_Json)
     """`[args, kwargs]`, as text: an attempt that was given others applies nothing."""
     state: Mapped[JobState] = mapped_column(
         Enum(JobState, native_enum=False, values_callable=lambda states: [*states], length=9),
@@ -73,8 +113,8 @@ class Job(Ledger):
     error: Mapped[str | None] = mapped_column(Text)
     """The last failure in one line, also of a job that was done afterwards."""
     traceback: Mapped[str | None] = mapped_column(Text)
-    result: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
-    trace: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
+    result: Mapped[Any] = mapped_column(_Json, nullable=True)
+    trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
     """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
 
     joined = False
@@ -111,7 +151,7 @@ class Worker(Ledger):
     started_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
     beat_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
     beats: Mapped[int] = mapped_column(server_default="1")
-    jobs: Mapped[dict[str, Any]] = mapped_column(JSON)
+    jobs: Mapped[dict[str, Any]] = mapped_column(_Json)
     """By job id: `{"attempt": 1, "progress": …}`."""
 
 
@@ -146,6 +186,20 @@ is_queued = jobs.c.state == literal_column("'queued'")
 workers = Worker.metadata.tables[Worker.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
+
+MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
+
+
+def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
+    """On the session's own connection, under its `schema_translate_map`; nothing pending is flushed."""
+    schemas = schemas_in_use(session)
+    options: Any = {"schema_translate_map": dict(schemas)} if schemas else None
+    try:
+        return session.connection().execute(statement, values, execution_options=options)
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", None) == "42P01":
+            error.add_note(MISSING)
+        raise
 
 
 def new_id() -> UUID:

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from coord.changes import collect
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
-from coord.jobs.arguments import encoded_value
+from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.ledger import Cancellation, Job, JobState, cancellations, is_queued, jobs, workers
 
@@ -140,8 +140,7 @@ def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
     attempt = ctx.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
-    encoded_value("progress", value)
-    attempt.progress = value
+    _, attempt.progress = as_it_arrives("progress", value)
 
 
 async def _running(session: AsyncSession) -> list[UUID]:

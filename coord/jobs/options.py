@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Concatenate, Generic, ParamSpec
+from datetime import UTC, datetime
+from typing import Any, Concatenate, Generic, ParamSpec, overload
 
 from arq.worker import Function
 
@@ -15,8 +15,11 @@ P = ParamSpec("P")
 
 Task = Callable[Concatenate[Any, P], Awaitable[Any]]
 
-LONGEST_KEY = 500
-"""Characters of a unique key; PostgreSQL refuses an index entry of a third of a page."""
+LONGEST_NAME, LONGEST_KEY = 500, 2_000
+"""Bytes of a task's or queue's name, and of a unique key; PostgreSQL refuses an index entry of a third of a page."""
+MOST_ATTEMPTS = 1_000_000
+LONGEST = 100 * 365 * 86_400
+"""Seconds; clocks, calendars and Redis agree on what is nearer than that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,14 +36,20 @@ class TaskOptions(Generic[P]):
     @property
     def name(self) -> str:
         """The name under which arq's workers know the task: what it is called in its module."""
-        match self.task:
-            case str():
-                return self.task
-            case Function():
-                return self.task.name
-        return self.task.__qualname__
+        return name_of(self.task)
 
 
+@overload
+def task_options(
+    task: str | Function,
+    *,
+    unique_key: str | None = None,
+    delay: Seconds | datetime | None = None,
+    queue: str | None = None,
+    attempts: int | None = None,
+    timeout: Seconds | None = None,
+) -> TaskOptions[...]: ...
+@overload
 def task_options(
     task: Task[P],
     *,
@@ -49,7 +58,16 @@ def task_options(
     queue: str | None = None,
     attempts: int | None = None,
     timeout: Seconds | None = None,
-) -> TaskOptions[P]:
+) -> TaskOptions[P]: ...
+def task_options(
+    task: Any,
+    *,
+    unique_key: str | None = None,
+    delay: Seconds | datetime | None = None,
+    queue: str | None = None,
+    attempts: int | None = None,
+    timeout: Seconds | None = None,
+) -> TaskOptions[Any]:
     """`task` for `enqueue`, with options.
 
     `unique_key`: while a job of this task with this key is unfinished, enqueueing gives that job. `delay`: seconds from
@@ -60,23 +78,59 @@ def task_options(
 
     Raises `ValueError` or `TypeError` here, at once, for what makes no sense.
     """
-    if unique_key is not None and (not isinstance(unique_key, str) or not 0 < len(unique_key) <= LONGEST_KEY):
-        raise ValueError(f"unique_key is a text of 1 to {LONGEST_KEY} characters, not {unique_key!r}")
-    if unique_key is not None and "\0" in unique_key:
-        raise ValueError("unique_key has a null character, which PostgreSQL's text cannot hold")
-    if queue is not None and (not isinstance(queue, str) or not queue):
-        raise ValueError(f"queue is a queue's name, not {queue!r}")
-    if attempts is not None and (not isinstance(attempts, int) or isinstance(attempts, bool) or attempts < 1):
-        raise ValueError(f"attempts is a whole number, 1 or more, not {attempts!r}")
-    limit = None if timeout is None else seconds("timeout", timeout)
+    name_of(task)
+    limit = None if timeout is None else _span("timeout", timeout)
     if limit == 0:
         raise ValueError("timeout is more than 0 seconds")
-    return TaskOptions(task, unique_key, _delay(delay), queue, attempts, limit)
+    if attempts is not None and (
+        not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= MOST_ATTEMPTS
+    ):
+        raise ValueError(f"attempts is a whole number, 1 to {MOST_ATTEMPTS}, not {attempts!r}")
+    return TaskOptions(
+        task,
+        None if unique_key is None else _text("unique_key", unique_key, LONGEST_KEY),
+        None if delay is None else _delay(delay),
+        None if queue is None else _text("queue", queue, LONGEST_NAME),
+        attempts,
+        limit,
+    )
 
 
-def _delay(delay: Seconds | datetime | None) -> float | datetime | None:
-    if isinstance(delay, datetime):
-        if delay.tzinfo is None:
-            raise ValueError(f"delay is an aware datetime, and {delay!r} says no time zone")
-        return delay
-    return None if delay is None else seconds("delay", delay)
+def name_of(task: object) -> str:
+    name = task.name if isinstance(task, Function) else task
+    if callable(task) and not isinstance(task, type | Function):
+        name = getattr(task, "__qualname__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"task is a function, what arq's func makes of one, or a task's name; not {task!r}")
+    return _text("task", name, LONGEST_NAME)
+
+
+def _text(what: str, value: object, longest: int) -> str:
+    """`value` if PostgreSQL and Redis can keep it."""
+    if not isinstance(value, str):
+        raise TypeError(f"{what} is a text, not {value!r}")
+    if not 0 < len(value.encode(errors="replace")) <= longest or "\0" in value or not _is_unicode(value):
+        raise ValueError(f"{what} is a text of 1 to {longest} bytes, without null characters, not {value!r}")
+    return value
+
+
+def _is_unicode(value: str) -> bool:
+    """A lone half of a surrogate pair is none."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _delay(delay: Seconds | datetime) -> float | datetime:
+    if not isinstance(delay, datetime):
+        return _span("delay", delay)
+    if delay.utcoffset() is None:
+        raise ValueError(f"delay is an aware datetime, and {delay!r} says no time zone")
+    if (delay - datetime.now(UTC)).total_seconds() > LONGEST:
+        raise ValueError(f"delay is at most a hundred years, not until {delay}")
+    return delay
+
+
+def _span(what: str, value: object) -> float:
+    number = seconds(what, value)
+    if number > LONGEST:
+        raise ValueError(f"{what} is at most a hundred years, not {value!r}")
+    return number

@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Connection, Integer, MetaData, Table, create_mock_engine, func, insert, select, update
+from sqlalchemy import Column, Connection, Integer, Table, create_mock_engine, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from coord.jobs.ledger import Ledger
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
 
-_versions = Table("coord_schema", MetaData(), Column("version", Integer, primary_key=True, autoincrement=False))
+_versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 _KEY = 0x636F6F7264
 """The advisory lock under which the tables are changed; spells "coord"."""
 
@@ -50,7 +50,6 @@ def ddl() -> str:
 
     engine = create_mock_engine("postgresql+asyncpg://", note)
     Ledger.metadata.create_all(engine, checkfirst=False)
-    _versions.create(engine, checkfirst=False)
     note(insert(_versions).values(version=len(STEPS)))
     return "\n\n".join(statements)
 

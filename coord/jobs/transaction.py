@@ -9,10 +9,9 @@ from sqlalchemy import JSON, Text, bindparam, cast, func, inspect, update
 
 from coord.cancellation import settled, uninterrupted
 from coord.changes import collect
-from coord.jobs.arguments import encoded_value
+from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Job, JobState, is_queued, jobs
-from coord.schemas import schemas_in_use
+from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -73,8 +72,8 @@ async def set_result(session: AsyncSession, value: Any) -> None:
     attempt = session.info.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("set_result needs the session of a job_transaction.")  # noqa: TRY004 - of its context
-    text = encoded_value("the result", value)
-    await session.run_sync(lambda sync: _connection(sync).execute(_set_result, {"job": attempt.job_id, "text": text}))
+    text, _ = as_it_arrives("the result", value)
+    await session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text})
 
 
 def ours(attempt: Attempt) -> dict[str, Any]:
@@ -118,11 +117,6 @@ def _claim(session: Session, attempt: Attempt) -> None:
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
     }
-    if _connection(session).execute(_done, ours(attempt) | settings).first() is None:
+    if execute(session, _done, ours(attempt) | settings).first() is None:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
     collect(session, (inspect(Job), (attempt.job_id,)))
-
-
-def _connection(session: Session) -> Any:
-    schemas = dict(schemas_in_use(session))
-    return session.connection(execution_options={"schema_translate_map": schemas} if schemas else None)

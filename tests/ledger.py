@@ -1,0 +1,120 @@
+"""The ledger under test: its tables, attempts at its jobs without a worker, and what goes over the wire for them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, make_url
+
+from coord import Job, create_ledger, enqueue
+from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.feed import Message
+from coord.jobs.ledger import Ledger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+WORKER_LOCK = 77_777
+
+
+@pytest.fixture
+async def ledger(engine: AsyncEngine) -> AsyncIterator[None]:
+    """The ledger's tables, empty; emptied again afterwards, which also shows that a test left no lock behind."""
+    async with engine.begin() as connection:
+        await create_ledger(connection)
+    await _empty(engine)
+    yield
+    await _empty(engine)
+
+
+async def _empty(engine: AsyncEngine) -> None:
+    names = [name for name in Ledger.metadata.tables if name != "coord_schema"]
+    async with engine.begin() as connection:
+        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
+        await connection.exec_driver_sql(f"TRUNCATE {', '.join(names)}")
+
+
+async def a_task(ctx: Any, *args: Any, **kwargs: Any) -> None:
+    """Never run: these tests are about the ledger."""
+
+
+async def committed(session_maker: SessionMaker, task: Any = a_task, *args: Any, **kwargs: Any) -> Job:
+    """A job that is in the ledger."""
+    async with session_maker() as session:
+        job = await enqueue(session, task, *args, **kwargs)
+        await session.commit()
+    return job
+
+
+def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0, **changes: Any) -> dict[str, Any]:
+    """What a task's ctx is when a worker has taken the job out of Redis; `changes` are what Redis says otherwise."""
+    job_id = changes.pop("job_id", job.id)
+    attempt = Attempt(
+        job_id=job_id,
+        message=replace(Message.of(job), **changes),
+        session_maker=session_maker,
+        attempts=10,
+        worker_lock=WORKER_LOCK,
+        idle_limit=idle_limit,
+    )
+    return {ATTEMPT: attempt}
+
+
+@contextlib.contextmanager
+def statements(engine: AsyncEngine) -> Iterator[list[str]]:
+    """What the engine's connections are told to execute until the block ends."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(engine.sync_engine, "before_cursor_execute", note)
+
+
+class Wire:
+    """A port that leads to a server and counts its answers: how often somebody there had to wait for it."""
+
+    def __init__(self, url: str) -> None:
+        self._target = make_url(url)
+        self.url = ""
+        self.round_trips = 0
+        self._asked = False
+        self._open: set[asyncio.StreamWriter] = set()
+
+    @contextlib.asynccontextmanager
+    async def opened(self) -> AsyncIterator[Wire]:
+        server = await asyncio.start_server(self._lead, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
+        try:
+            yield self
+        finally:
+            server.close()
+            for writer in self._open:
+                writer.transport.abort()
+
+    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._target.host, self._target.port)
+        self._open |= {writer, back}
+        with contextlib.suppress(OSError, asyncio.CancelledError):
+            await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer, asks=False))
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool) -> None:
+        while data := await reader.read(65536):
+            self.round_trips += self._asked and not asks
+            self._asked = asks
+            writer.write(data)
+            await writer.drain()
+        writer.close()
