@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Text, bindparam, cast, func, inspect, update
+from sqlalchemy import JSON, Text, bindparam, cast, event, func, inspect, update
 
 from coord.cancellation import settled, uninterrupted
 from coord.changes import collect
@@ -45,22 +45,25 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
                 ...
 
-    One block an attempt; a second is a `RuntimeError`, and so is a task that `worker_settings` does not run. Raises
-    `JobSuperseded`, which is for the worker and not to be caught. Lock timeouts, deadlocks, serialization failures and
+    One block an attempt; a second is a `RuntimeError`, and so are a `commit()` or `rollback()` inside it, and a task that
+    `worker_settings` does not run. Raises `JobSuperseded`, for the worker and not to be caught. Lock timeouts, deadlocks, serialization failures and
     lost connections run the whole task again.
     """
     attempt = ctx.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session = attempt.session_maker()
+    session = attempt.session_maker(close_resets_only=False)  # used after the block, it would begin another transaction
     session.info[ATTEMPT] = attempt
+    event.listen(session.sync_session, "after_commit", attempt.note_commit)
     try:
         async with settled(session.begin()):
             await session.run_sync(_claim, attempt)
             yield session
-        attempt.applied = True
+            if not session.in_transaction():
+                raise RuntimeError("job_transaction was ended by a commit() or rollback() inside its block.")
     finally:
+        del session.info[ATTEMPT]
         await uninterrupted(session.close())
 
 
