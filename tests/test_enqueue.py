@@ -223,7 +223,7 @@ async def ledger_in_a_schema(engine: AsyncEngine) -> AsyncIterator[None]:
         yield
     finally:
         async with engine.begin() as connection:
-            for name in ("coord_jobs", "coord_workers", "coord_cancellations", "coord_schema"):
+            for name in Job.metadata.tables:
                 await connection.exec_driver_sql(f'DROP TABLE "Other Shop".{name}')
 
 
