@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from sqlalchemy import bindparam, text
+from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError
 
+from coord.driver import in_transaction, keeps_its_snapshot
 from coord.engine import note_failure
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 
@@ -70,7 +72,8 @@ class Acquisition:
 
 async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None:
     """Take the lock in the connection's transaction, which stays usable if it is not granted."""
-    driver, known = await _in_transaction(connection)
+    driver, begun = await in_transaction(connection)
+    known = await _settings(driver) if begun and keeps_its_snapshot(connection) else None
     sql = acquisition.sql(known)
     try:
         await driver.execute(sql)
@@ -112,17 +115,9 @@ async def _refusal(
     return None
 
 
-async def _in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, Settings | None]:
-    """The driver's connection, inside its transaction, and if that is only begun here, its settings."""
-    raw = await connection.get_raw_connection()
-    driver: Any = raw.driver_connection
-    if driver.is_in_transaction():
-        return driver, None
-    # SQLAlchemy sends BEGIN with a transaction's first statement; SHOW takes no snapshot.
-    known = {name: await connection.scalar(text(f"SHOW {name}")) for name in ("lock_timeout", "statement_timeout")}
-    if not driver.is_in_transaction():
-        raise InvalidRequestError("A lock lasts as long as a transaction, and this connection is in AUTOCOMMIT mode.")
-    return driver, known
+async def _settings(driver: asyncpg.Connection) -> Settings:
+    """As they are; SHOW takes no snapshot."""
+    return {name: await driver.fetchval(f"SHOW {name}") for name in ("lock_timeout", "statement_timeout")}
 
 
 async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
@@ -140,4 +135,9 @@ def literal(statement: ClauseElement) -> str:
 
 
 def _set(settings: Settings) -> list[str]:
-    return [f"SET LOCAL {name} = {literal(bindparam(None, value))}" for name, value in settings.items()]
+    return [_set_local(name, value) for name, value in settings.items()]
+
+
+@lru_cache(maxsize=256)  # a deadline's rest is another number each time; the usual ones are few
+def _set_local(name: str, value: str | int) -> str:
+    return f"SET LOCAL {name} = {literal(bindparam(None, value))}"

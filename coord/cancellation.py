@@ -9,13 +9,14 @@ Work in a task of its own is outside the caller's scopes and is cancelled once, 
 from __future__ import annotations
 
 import asyncio
+import types
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Coroutine, Generator
     from contextlib import AbstractAsyncContextManager
 
 T = TypeVar("T")
@@ -29,19 +30,51 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
 
     `TimeoutError` after `limit` seconds; the work is then told to stop and not waited for, as its server may be gone.
     """
+    if limit is None:
+        return await _driven(work)
     task = asyncio.create_task(work)
     task.add_done_callback(_retrieve)
     try:
         done, _ = await asyncio.wait([task], timeout=limit)
     except asyncio.CancelledError:
         task.cancel()
-        with anyio.CancelScope(shield=True):
-            await asyncio.wait([task], timeout=CLEANUP_LIMIT)
+        await _seen_to_end(task)
         raise
     if not done:
         task.cancel()
         raise TimeoutError
     return task.result()
+
+
+@types.coroutine
+def _driven(work: Coroutine[Any, Any, T], struck_by: BaseException | None = None) -> Generator[Any, Any, T]:
+    """Run work in the caller's own task, and only from the moment that this is cancelled in a task apart.
+
+    Who holds a lock lets everybody wait for each turn of the event loop: a task takes one to begin and one to be heard.
+    Work that is apart already goes on from where an error has struck it.
+    """
+    try:
+        awaited = work.send(None) if struck_by is None else work.throw(struck_by)
+        while True:
+            try:
+                value = yield awaited
+            except BaseException as error:
+                if struck_by is None and isinstance(error, asyncio.CancelledError):
+                    task = asyncio.ensure_future(_driven(work, error))
+                    task.add_done_callback(_retrieve)
+                    yield from _seen_to_end(task).__await__()
+                    raise
+                awaited = work.throw(error)
+            else:
+                awaited = work.send(value)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+async def _seen_to_end(task: asyncio.Task[Any]) -> None:
+    with anyio.CancelScope(shield=True):
+        await asyncio.wait([task], timeout=CLEANUP_LIMIT)
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:

@@ -67,7 +67,8 @@ class Group:
         others.append(waiter)
         self._intervals[waiter.interval] += 1
         self._watched[waiter.target.columns] += 1
-        if self._hearing is None or len(others) > 1 or not self._hearing.listen(self, key):
+        heard = self._hearing is not None and (len(others) > 1 or self._hearing.listen(self, key))
+        if not heard or (len(others) > 1 and not waiter.patient):
             self.look(key)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
@@ -102,10 +103,20 @@ class Group:
         self._due.add(key)
         self._awake.set()
 
+    def heard(self, key: Key) -> None:
+        """Have the row read, since what was rung until now was not heard; but for who knows that nothing was."""
+        waiters = self.waiters.get(key, ())
+        if not all([waiter.patient for waiter in waiters]):
+            self.look(key)
+        for waiter in waiters:
+            waiter.patient = False
+
     def rung(self, key: Key | None) -> None:
         """Have the row read, or all of them, since somebody says that it has changed."""
         if key is None:
             self._due.update(self.waiters)
+        elif all([waiter.passes_on() for waiter in self.waiters.get(key, ())]):
+            return
         else:
             self._due.add(key)
             self._rung.add(key)
@@ -166,8 +177,8 @@ class Group:
             values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
             if values is None or _any_differs(due[key], values):
                 whole.add(key)
-            for waiter in due[key]:
-                waiter.looked = waiter.looked or values is not None
+            for waiter in () if key in whole else due[key]:
+                waiter.seen()
         rows = await self.reader.entities([*whole]) if whole else {}
         for key in whole:
             row = rows.get(key)

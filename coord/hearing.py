@@ -23,7 +23,7 @@ class _Ear(NamedTuple):
     def listening(self) -> None:
         """Whatever was rung before was not heard."""
         if self.key is not None:
-            self.group.look(self.key)
+            self.group.heard(self.key)
 
     def rung(self) -> None:
         self.group.rung(self.key)

@@ -38,8 +38,10 @@ class Waiter(Generic[M]):
         "interval",
         "last",
         "looked",
+        "patient",
         "row",
         "target",
+        "then",
     )
 
     def __init__(self, group: Group, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool) -> None:
@@ -54,6 +56,10 @@ class Waiter(Generic[M]):
         self.concluding = False
         """Whether that row is the last, whatever it is."""
         self.looked = False
+        self.patient = False
+        """Whether nothing can have happened to the row before its bell is heard."""
+        self.then: tuple[int, Waiter[Any]] | None = None
+        """Whose row to look at after the look with this number, if that is no news."""
         self.last = False
         """Whether the deadline has passed and the next look is the last."""
         self.row: M | None = None
@@ -99,6 +105,27 @@ class Waiter(Generic[M]):
             self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
             self.row, self.alone = row, alone
             self.wake()
+        else:
+            self.seen()
+
+    def seen(self) -> None:
+        """A look at the row was no news."""
+        self.looked = True
+        if self.then is not None and self.then[0] <= self._group.generation:
+            self.then[1].look()
+            self.then = None
+
+    def look(self) -> None:
+        self._group.look(self.target.key)
+
+    def look_first(self, other: Waiter[Any]) -> None:
+        """Look at this row, and at the other's only if that is no news."""
+        self.then = (self._group.generation + 1, other)
+        self.look()
+
+    def passes_on(self) -> bool:
+        """Whether somebody else looks first when the row's bell rings."""
+        return False
 
     def differs(self, values: Mapping[str, Any]) -> bool:
         return differs(self.target.mapper, self.baseline, values, self.target.columns)
@@ -131,7 +158,7 @@ class Waiter(Generic[M]):
     def _want_fresh(self) -> None:
         """A look that has begun already may have read what was before."""
         self.fresh = self._group.generation + 1
-        self._group.look(self.target.key)
+        self.look()
 
     def overdue(self, when: float) -> None:
         """Have one last look at the deadline, and wait for it no longer than `LAST_LOOK`."""
@@ -140,7 +167,7 @@ class Waiter(Generic[M]):
             return
         self.last = True
         self._alarm = self._group.deadlines.set(when + LAST_LOOK, self)
-        self._group.look(self.target.key)
+        self.look()
 
 
 def timed_out(target: Target[Any], began: float) -> WaitTimeoutError:

@@ -42,6 +42,11 @@ class JobWaiter(Waiter[Job]):
             case JobState.CANCELLED:
                 self._owner.fail(JobCancelledError(job_id=row.id))
 
+    def passes_on(self) -> bool:
+        """The job's commit is its effect's as well, which is all that a wait mostly wants to know."""
+        self._owner.look_first(self)
+        return True
+
     def fail(self, error: BaseException) -> None:
         self._owner.fail(error)
 
