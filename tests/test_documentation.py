@@ -2,7 +2,7 @@
 
 A Python block whose first line is a comment with a file's name is that file of the page's project. The others of a page
 run in order in one namespace, where `await` is allowed. They are given the shop's `Order` and `Stock`, `session_maker`,
-`database_url`, `redis_url`, and `queue` with a worker that fulfils orders; and each for itself a new `session` and a
+`database_url`, `redis_url`, and the task `fulfil_order`, which a worker runs; and each for itself a new `session` and a
 pending order, `order_id`, that nobody has looked at.
 """
 
@@ -16,22 +16,21 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import arq.worker
 import httpx
 import pytest
-from arq import create_pool
-from arq.connections import RedisSettings
+from arq.worker import create_worker
 from fastapi import Depends, FastAPI
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import coord
 import coord.cli
-from coord import LockMode, lock_tables, wait_for_row_change
+from coord import LockMode, create_ledger, enqueue, job_transaction, lock_tables, wait_for_row_change, worker_settings
 from coord.engine import CONNECTION_CHECK
 from coord.watcher import MAX_WAITERS
 from tests.project import Dev
@@ -49,7 +48,6 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
-QUEUE = "documentation"
 
 Namespace = dict[str, Any]
 
@@ -80,6 +78,7 @@ async def database(database_url: str) -> AsyncIterator[str]:
 async def session_maker(database: str) -> AsyncIterator[async_sessionmaker[AsyncSession]]:
     engine = create_async_engine(database, pool_size=5, max_overflow=0)
     async with engine.begin() as connection:
+        await create_ledger(connection)
         await connection.run_sync(Base.metadata.create_all)
     maker = async_sessionmaker(bind=engine, expire_on_commit=False)
     async with maker() as session, session.begin():
@@ -92,7 +91,7 @@ async def session_maker(database: str) -> AsyncIterator[async_sessionmaker[Async
 async def namespace(
     session_maker: async_sessionmaker[AsyncSession], database: str, redis_url: str
 ) -> AsyncIterator[Namespace]:
-    async with working(session_maker, redis_url) as queue:
+    async with working(database, redis_url) as fulfil_order:
         yield {
             "__name__": "page",
             "Order": Order,
@@ -100,28 +99,33 @@ async def namespace(
             "session_maker": session_maker,
             "database_url": database,
             "redis_url": redis_url,
-            "queue": queue,
+            "fulfil_order": fulfil_order,
         }
 
 
 @asynccontextmanager
-async def working(session_maker: async_sessionmaker[AsyncSession], redis_url: str) -> AsyncIterator[arq.ArqRedis]:
-    """A queue and its worker, in this event loop."""
+async def working(database: str, redis_url: str) -> AsyncIterator[Any]:
+    """A task, and a worker that runs it, in this event loop."""
 
     async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
-        async with session_maker() as session, lock_tables(session, [Order]):
+        async with job_transaction(ctx) as session, lock_tables(session, [Order]):
             order = await session.get_one(Order, order_id)
             order.status = OrderStatus.FULFILLED
 
     await emptied(redis_url)
-    queue = await create_pool(RedisSettings.from_dsn(redis_url), default_queue_name=QUEUE)
-    functions = [arq.worker.func(fulfil_order, name="fulfil_order")]
-    worker = arq.worker.Worker(functions, redis_pool=queue, handle_signals=False, poll_delay=0.02, queue_name=QUEUE)
+    engine = create_async_engine(database, pool_size=5)
+    fulfil_order.__qualname__ = "fulfil_order"
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    settings = worker_settings([fulfil_order], session_maker=sessions, redis=redis_url, handle_signals=False)
+    worker = create_worker(settings)
     task = asyncio.create_task(worker.async_run())
-    yield queue
-    task.cancel()  # Worker.close() calls what redis-py has deprecated
-    await asyncio.wait([task, *worker.tasks.values()])
-    await queue.aclose(close_connection_pool=True)
+    yield fulfil_order
+    task.cancel()
+    await asyncio.wait([task])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # arq calls what redis-py has deprecated
+        await worker.close()
+    await engine.dispose()
 
 
 async def run(page: Path, namespace: Namespace) -> None:
@@ -210,7 +214,9 @@ async def test_the_coordinator_of_the_waiting_page_wakes_a_wait(namespace: Names
             wait_for_row_change(session, Order, order_id, until=fulfilled, interval=60, timeout=10)
         )
         await looked.wait()
-        await namespace["queue"].enqueue_job("fulfil_order", order_id)
+        async with namespace["session_maker"]() as enqueuing:
+            await enqueue(enqueuing, namespace["fulfil_order"], order_id)
+            await enqueuing.commit()
         async with asyncio.timeout(5):
             await waiting
 
