@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -17,22 +19,30 @@ STATES = {"40001", "40P01", "55P03"}
 """Serialization failure, deadlock, lock not available (appendix A of PostgreSQL's manual)."""
 CLASSES = {"08", "53"}
 """Connection exceptions, insufficient resources."""
-SHUTDOWNS = {"57P01", "57P02", "57P03", "25P03", "25P04"}
-"""The server stops, crashed or starts; it ended a transaction that did nothing, or too much, for too long."""
+SHUTDOWNS = {"57P01", "57P02", "57P03", "57P05", "25P03", "25P04"}
+"""The server stops, crashed or starts; it ended what did nothing, or too much, for too long."""
+NETWORK = {errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH}
+INVALIDATED = "8s2b"
+"""SQLAlchemy's code for a transaction whose connection was lost before."""
 
 
 def is_transient(error: BaseException) -> bool:
     """Lock timeouts, deadlocks, serialization failures, lost connections, and an exhausted pool."""
-    if isinstance(error, BaseExceptionGroup):
-        return all(is_transient(part) for part in error.exceptions)
     return any(_passes(cause) for cause in _chain(error))
 
 
 def _passes(error: BaseException) -> bool:
     match error:
+        case BaseExceptionGroup():
+            return all(is_transient(part) for part in error.exceptions)
         case CoordError():
             return error.retryable
-        case ConnectionError() | PoolTimeoutError():
+        case ConnectionError() | PoolTimeoutError() | socket.gaierror():
+            return True
+        case OSError():
+            # The last is asyncio's, of a host with several addresses.
+            return error.errno in NETWORK or str(error).startswith("Multiple exceptions: ")
+        case PendingRollbackError() if error.code == INVALIDATED:
             return True
         case DBAPIError() if error.connection_invalidated:
             return True
@@ -45,8 +55,10 @@ def _passes(error: BaseException) -> bool:
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it says it came from: SQLAlchemy and drivers wrap what PostgreSQL has said."""
     seen: BaseException | None = error
-    while seen is not None:
+    known: list[BaseException] = []
+    while seen is not None and seen not in known:
+        known.append(seen)
         yield seen
         if isinstance(seen, DBAPIError) and isinstance(seen.orig, BaseException):
             yield seen.orig
-        seen = seen.__cause__ or (seen.__context__ if isinstance(seen, PendingRollbackError) else None)
+        seen = seen.__cause__

@@ -303,21 +303,35 @@ async def test_a_commit_inside_the_block_commits_effect_and_completion_and_ends_
     assert (await state(observer), await users(observer)) == ("done", 1)
 
 
-@pytest.mark.parametrize("end", ["rollback", "close", "commit"])
-async def test_what_ends_the_transaction_inside_the_block_is_an_error(
-    session_maker: SessionMaker, observer: Connection, end: str
-) -> None:
-    """After a rollback nothing has been applied, whatever the worker would think."""
+async def test_a_commit_at_the_end_of_the_block_does_no_harm(session_maker: SessionMaker, observer: Connection) -> None:
     job = await committed(session_maker)
     ctx = delivered(job, session_maker)
-    with pytest.raises(RuntimeError, match="inside"):
+    async with job_transaction(ctx) as session:
+        session.add(User(id=1))
+        await session.commit()
+    assert (await state(observer), await users(observer), ctx[ATTEMPT].applied) == ("done", 1, True)
+
+
+@pytest.mark.parametrize("end", ["rollback", "close", "flush"])
+async def test_a_block_that_has_applied_nothing_is_an_error(
+    session_maker: SessionMaker, observer: Connection, end: str
+) -> None:
+    """SQLAlchemy leaves it in silence, and the worker would mark the job done."""
+    await observer.execute("INSERT INTO users VALUES (1, '')")
+    job = await committed(session_maker)
+    ctx = delivered(job, session_maker)
+    with pytest.raises(InvalidRequestError, match="applied nothing") as caught:
         async with job_transaction(ctx) as session:
-            session.add(User(id=1))
-            await session.flush()
-            await getattr(session, end)()
-    applied = end == "commit"
-    assert (await state(observer), await users(observer)) == (("done", 1) if applied else ("queued", 0))
-    assert ctx[ATTEMPT].applied is applied
+            async with get_transaction(session):
+                session.add(User(id=2))
+            if end == "flush":
+                session.add(User(id=1))
+                with contextlib.suppress(IntegrityError):
+                    await session.flush()
+            else:
+                await getattr(session, end)()
+    assert (await state(observer), await users(observer), ctx[ATTEMPT].applied) == ("queued", 1, False)
+    assert isinstance(caught.value.__cause__, IntegrityError if end == "flush" else type(None))
 
 
 @pytest.mark.parametrize("end", ["rollback", "close"])
@@ -431,9 +445,7 @@ async def test_a_table_lock_inside_it_is_held_until_its_commit(
     assert (await state(observer), await users(observer)) == ("done", 1)
 
 
-async def test_a_job_under_a_table_lock_takes_five_round_trips(
-    database_url: str, session_maker: SessionMaker
-) -> None:
+async def test_a_job_under_a_table_lock_takes_five_round_trips(database_url: str, session_maker: SessionMaker) -> None:
     """BEGIN, the claim, the lock, the effect, COMMIT."""
     jobs = [await committed(session_maker, a_task, n) for n in range(3)]
     async with Wire(database_url).opened() as wire, one_connection(wire.url) as maker:
@@ -484,7 +496,7 @@ async def nothing_is_left(observer: Connection, engine: AsyncEngine) -> None:
             SELECT count(*) FROM pg_stat_activity
             WHERE datname = current_database() AND pid <> pg_backend_pid() AND state <> 'idle'
         """
-        return await observer.fetchval(others) == 0 and engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        return bool(await observer.fetchval(others) == 0 == engine.pool.checkedout())  # type: ignore[attr-defined]
 
     await eventually(quiet, within=2)
 
@@ -520,7 +532,7 @@ async def test_a_cancelled_attempt_leaves_nothing_running_and_the_job_queued(
                 return await waiting_for_locks(observer) > 0
             case "statement":
                 asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
-                return await observer.fetchval(asleep) > 0
+                return bool(await observer.fetchval(asleep))
         return entered.is_set()
 
     async with session_maker() as other:

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Text, bindparam, cast, event, func, inspect, update
+from sqlalchemy.exc import InvalidRequestError
 
 from coord.cancellation import settled, uninterrupted
 from coord.changes import collect
@@ -16,7 +17,7 @@ from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
     from sqlalchemy.orm import Session
 
 CLASS = 0x636F6F72
@@ -45,9 +46,10 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
                 ...
 
-    One block an attempt; a second is a `RuntimeError`, and so are a `commit()` or `rollback()` inside it, and a task that
-    `worker_settings` does not run. Raises `JobSuperseded`, for the worker and not to be caught. Lock timeouts, deadlocks, serialization failures and
-    lost connections run the whole task again.
+    One block an attempt; a second is a `RuntimeError`, and so is a task that `worker_settings` does not run. A block
+    whose transaction was rolled back inside it, by `rollback()` or by a failed flush, is an `InvalidRequestError` of
+    SQLAlchemy's. Raises `JobSuperseded`, which is for the worker and not to be caught. Lock timeouts, deadlocks,
+    serialization failures and lost connections run the whole task again.
     """
     attempt = ctx.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
@@ -56,12 +58,16 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     session = attempt.session_maker(close_resets_only=False)  # used after the block, it would begin another transaction
     session.info[ATTEMPT] = attempt
     event.listen(session.sync_session, "after_commit", attempt.note_commit)
+    transaction = session.begin()
     try:
-        async with settled(session.begin()):
+        async with settled(transaction):
             await session.run_sync(_claim, attempt)
             yield session
-            if not session.in_transaction():
-                raise RuntimeError("job_transaction was ended by a commit() or rollback() inside its block.")
+        if not attempt.applied:  # SQLAlchemy leaves the block without a word
+            raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
+    except InvalidRequestError as error:
+        error.__cause__ = error.__cause__ or _failure(transaction)
+        raise
     finally:
         del session.info[ATTEMPT]
         await uninterrupted(session.close())
@@ -113,6 +119,11 @@ _done = (
 _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=cast(bindparam("text", type_=Text), JSON))
 
 
+def _failure(transaction: AsyncSessionTransaction) -> BaseException | None:
+    """Of a flush, which has ended the transaction and which the task has not let through: it may be a deadlock."""
+    return getattr(transaction.sync_transaction, "_rollback_exception", None)
+
+
 def _claim(session: Session, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
@@ -120,6 +131,10 @@ def _claim(session: Session, attempt: Attempt) -> None:
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
     }
-    if execute(session, _done, ours(attempt) | settings).first() is None:
+    try:
+        claimed = execute(session, _done, ours(attempt) | settings).first()
+    except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
+        raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
+    if claimed is None:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
     collect(session, (inspect(Job), (attempt.job_id,)))
