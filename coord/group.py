@@ -106,7 +106,7 @@ class Group:
     def heard(self, key: Key) -> None:
         """Have the row read, since what was rung until now was not heard; but for who knows that nothing was."""
         waiters = self.waiters.get(key, ())
-        if not all([waiter.patient for waiter in waiters]):
+        if not all(waiter.patient for waiter in waiters):
             self.look(key)
         for waiter in waiters:
             waiter.patient = False
@@ -115,10 +115,8 @@ class Group:
         """Have the row read, or all of them, since somebody says that it has changed."""
         if key is None:
             self._due.update(self.waiters)
-        elif all([waiter.passes_on() for waiter in self.waiters.get(key, ())]):
-            return
-        else:
-            self._due.add(key)
+        elif stay := [waiter for waiter in self.waiters.get(key, ()) if not waiter.passes_on()]:
+            self._due.add(stay[0].target.key)
             self._rung.add(key)
         self._awake.set()
 

@@ -70,17 +70,31 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
 
 @contextlib.contextmanager
 def statements(engine: AsyncEngine) -> Iterator[list[str]]:
-    """What the engine's connections are told to execute until the block ends."""
+    """What the engine's connections are told to execute until the block ends, but for where transactions begin and end.
+
+    Asked of the driver: coord's hottest statements pass SQLAlchemy by.
+    """
     seen: list[str] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        seen.append(statement)
+    def note(query: Any) -> None:
+        if query.query.split()[0].rstrip(";") not in ("BEGIN", "COMMIT", "ROLLBACK"):
+            seen.append(query.query)
 
-    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    def checked_out(dbapi_connection: Any, *_: Any) -> None:
+        driver = dbapi_connection.driver_connection
+        driver.remove_query_logger(note)
+        driver.add_query_logger(note)
+
+    def checked_in(dbapi_connection: Any, *_: Any) -> None:
+        dbapi_connection.driver_connection.remove_query_logger(note)
+
+    event.listen(engine.sync_engine, "checkout", checked_out)
+    event.listen(engine.sync_engine, "checkin", checked_in)
     try:
         yield seen
     finally:
-        event.remove(engine.sync_engine, "before_cursor_execute", note)
+        event.remove(engine.sync_engine, "checkout", checked_out)
+        event.remove(engine.sync_engine, "checkin", checked_in)
 
 
 class Wire:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Text, bindparam, cast, event, func, inspect, update
+from sqlalchemy import JSON, Integer, Text, bindparam, cast, func, inspect, update
 from sqlalchemy.exc import InvalidRequestError
 
-from coord.cancellation import settled, uninterrupted
+from coord.cancellation import settled
 from coord.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs
+from coord.jobs.ledger import Job, JobState, execute, fetch, is_queued, jobs
+from coord.session import closed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-    from sqlalchemy.orm import Session
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
@@ -57,20 +57,20 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     attempt.enter()
     session = attempt.session_maker(close_resets_only=False)  # used after the block, it would begin another transaction
     session.info[ATTEMPT] = attempt
-    event.listen(session.sync_session, "after_commit", attempt.note_commit)
     transaction = session.begin()
     try:
         async with settled(transaction):
-            await session.run_sync(_claim, attempt)
+            await _claim(session, attempt)
             yield session
-        if not attempt.applied:  # SQLAlchemy leaves the block without a word
-            raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
+            if not transaction.is_active:  # SQLAlchemy would leave the block without a word
+                raise InvalidRequestError("job_transaction can apply nothing: its transaction has failed or was ended.")
+        attempt.applied = True
     except InvalidRequestError as error:
         error.__cause__ = error.__cause__ or _failure(transaction)
         raise
     finally:
         del session.info[ATTEMPT]
-        await uninterrupted(session.close())
+        await closed(session)
 
 
 async def set_result(session: AsyncSession, value: Any) -> None:
@@ -109,11 +109,11 @@ is_ours = (
 _done = (
     update(jobs)
     .where(is_ours)
-    .values(state=JobState.DONE, started_at=bindparam("began"), finished_at=func.now())
+    .values(state=bindparam("state"), started_at=bindparam("began"), finished_at=func.now())
     .returning(
         func.set_config("client_connection_check_interval", bindparam("check"), True),
         func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
-        func.pg_advisory_xact_lock_shared(CLASS, bindparam("lock")),
+        func.pg_advisory_xact_lock_shared(bindparam("class", type_=Integer), bindparam("lock", type_=Integer)),
     )
 )
 _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=cast(bindparam("text", type_=Text), JSON))
@@ -124,17 +124,19 @@ def _failure(transaction: AsyncSessionTransaction) -> BaseException | None:
     return getattr(transaction.sync_transaction, "_rollback_exception", None)
 
 
-def _claim(session: Session, attempt: Attempt) -> None:
+async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
         "check": f"{CONNECTION_CHECK:g}s",
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
+        "state": JobState.DONE,
+        "class": CLASS,
     }
     try:
-        claimed = execute(session, _done, ours(attempt) | settings).first()
+        claimed = await fetch(session, _done, ours(attempt) | settings)
     except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
-    if claimed is None:
+    if not claimed:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
-    collect(session, (inspect(Job), (attempt.job_id,)))
+    collect(session.sync_session, (inspect(Job), (attempt.job_id,)))
