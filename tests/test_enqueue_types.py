@@ -14,7 +14,7 @@ from tests.shop import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-CALLS = '''
+CALLS = """
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -72,7 +72,7 @@ async def calls(session: AsyncSession) -> None:
 
 
 kept: TaskOptions[int] = task_options(nothing)  # refused
-'''
+"""
 
 
 @pytest.mark.slow
