@@ -16,7 +16,7 @@ from coord.jobs.feed import Message
 from coord.jobs.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -68,11 +68,11 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
     return {ATTEMPT: attempt}
 
 
-@contextlib.contextmanager
-def statements(engine: AsyncEngine) -> Iterator[list[str]]:
-    """What the engine's connections are told to execute until the block ends, but for where transactions begin and end.
+@contextlib.asynccontextmanager
+async def statements(engine: AsyncEngine) -> AsyncIterator[list[str]]:
+    """What the connection of an engine with one is told to execute, but for where transactions begin and end.
 
-    Asked of the driver: coord's hottest statements pass SQLAlchemy by.
+    The driver is asked as well, which logs what SQLAlchemy has not prepared: coord's hottest statements pass that by.
     """
     seen: list[str] = []
 
@@ -80,21 +80,19 @@ def statements(engine: AsyncEngine) -> Iterator[list[str]]:
         if query.query.split()[0].rstrip(";") not in ("BEGIN", "COMMIT", "ROLLBACK"):
             seen.append(query.query)
 
-    def checked_out(dbapi_connection: Any, *_: Any) -> None:
-        driver = dbapi_connection.driver_connection
-        driver.remove_query_logger(note)
-        driver.add_query_logger(note)
+    def note_cursor(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
 
-    def checked_in(dbapi_connection: Any, *_: Any) -> None:
-        dbapi_connection.driver_connection.remove_query_logger(note)
-
-    event.listen(engine.sync_engine, "checkout", checked_out)
-    event.listen(engine.sync_engine, "checkin", checked_in)
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+    driver.add_query_logger(note)
+    event.listen(engine.sync_engine, "before_cursor_execute", note_cursor)
     try:
         yield seen
+        await asyncio.sleep(0)  # asyncpg tells its loggers a turn of the event loop later
     finally:
-        event.remove(engine.sync_engine, "checkout", checked_out)
-        event.remove(engine.sync_engine, "checkin", checked_in)
+        event.remove(engine.sync_engine, "before_cursor_execute", note_cursor)
+        driver.remove_query_logger(note)
 
 
 class Wire:

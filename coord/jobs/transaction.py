@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Integer, Text, bindparam, cast, func, inspect, update
+from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, inspect, update
 from sqlalchemy.exc import InvalidRequestError
 
 from coord.cancellation import settled
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+    from sqlalchemy.orm import Session
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
@@ -55,22 +57,43 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session = attempt.session_maker(close_resets_only=False)  # used after the block, it would begin another transaction
-    session.info[ATTEMPT] = attempt
+    session = _session(attempt)
     transaction = session.begin()
     try:
         async with settled(transaction):
             await _claim(session, attempt)
             yield session
-            if not transaction.is_active:  # SQLAlchemy would leave the block without a word
-                raise InvalidRequestError("job_transaction can apply nothing: its transaction has failed or was ended.")
-        attempt.applied = True
+        if not attempt.applied:  # SQLAlchemy leaves the block without a word
+            raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
     except InvalidRequestError as error:
         error.__cause__ = error.__cause__ or _failure(transaction)
         raise
     finally:
         del session.info[ATTEMPT]
         await closed(session)
+
+
+def _session(attempt: Attempt) -> AsyncSession:
+    """Which knows its attempt, and tells it of the commit; used after the block, it would begin nothing."""
+    maker = attempt.session_maker
+    kind: Any = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
+    session: AsyncSession = maker(sync_session_class=_telling(kind), close_resets_only=False)
+    session.info[ATTEMPT] = attempt
+    return session
+
+
+@lru_cache(maxsize=16)
+def _telling(kind: type[Session]) -> type[Session]:
+    """A class of coord's own to listen to, since to listen to each session takes longer than to make it."""
+    telling = type(kind.__name__, (kind,), {})
+    event.listen(telling, "after_commit", _note_commit)
+    return telling
+
+
+def _note_commit(session: Session) -> None:
+    """SQLAlchemy says so at a savepoint's release as well."""
+    if not session.in_nested_transaction():
+        session.info[ATTEMPT].applied = True
 
 
 async def set_result(session: AsyncSession, value: Any) -> None:
