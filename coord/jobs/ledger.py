@@ -203,7 +203,7 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
 
 
 def new_id() -> UUID:
-    """A UUID of version 7: 48 bits of milliseconds, 12 of their fraction (RFC 9562, section 6.2), then 62 random ones."""
+    """A UUID of version 7: 48 bits of milliseconds, 12 of their fraction (RFC 9562, section 6.2), 62 random ones."""
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
     chance = int.from_bytes(os.urandom(8)) >> 2
     return UUID(int=milliseconds << 80 | 0x7 << 76 | (rest << 12) // 1_000_000 << 64 | 0x2 << 62 | chance)
