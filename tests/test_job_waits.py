@@ -492,7 +492,7 @@ async def test_a_retry_is_rung(
 ) -> None:
     await end(observer, "failed")
     async with session_maker() as session, session_maker() as other:
-        task = waiting(session, Job, job.id, until=lambda job: not job.state.is_final, interval=NEVER, timeout=5)
+        task = waiting(session, Job, job.id, until=lambda job: not job.state.is_final, interval=NEVER, timeout=1.5)
         await registered()
         began = time.monotonic()
         await retry_job(other, job.id)
