@@ -39,7 +39,8 @@ class JobWaiter(Waiter[Job]):
             case JobState.DONE:
                 self._owner.conclude()
             case JobState.FAILED:
-                self._owner.fail(JobFailedError(job_id=row.id, reason=row.error or "no reason was recorded"))
+                reason = " ".join((row.error or "no reason was recorded").split())
+                self._owner.fail(JobFailedError(job_id=row.id, reason=reason))
             case JobState.CANCELLED:
                 self._owner.fail(JobCancelledError(job_id=row.id))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import NoScriptError
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
@@ -18,7 +18,7 @@ ANSWER_LIMIT = 2.0
 
 
 class Link:
-    """Opened by the first command, and anew by the next one after an error."""
+    """Opened by the first command, and anew by the next one after an error: it may be a replica's by now."""
 
     def __init__(self, pool: ConnectionPool, outage: Outage) -> None:
         self._pool = pool
@@ -28,13 +28,13 @@ class Link:
 
     async def execute_command(self, *command: Any) -> Any:
         async with self._turn:
-            connection = self._connection or self._pool.make_connection()  # type: ignore[no-untyped-call]
+            connection = self._connection or self._opened()
             self._connection = None
             try:
                 async with asyncio.timeout(ANSWER_LIMIT):
                     await connection.send_command(*command, check_health=False)
                     answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
-            except ResponseError:
+            except NoScriptError:
                 self._connection = connection
                 raise
             except BaseException:
@@ -42,6 +42,13 @@ class Link:
                 raise
             self._connection = connection
             return answer
+
+    def _opened(self) -> Connection:
+        connection: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        # redis-py would keep it by `asyncio.wait_for`, which takes a task a command and, before Python 3.12, may
+        # swallow a cancellation (python/cpython#86296): the worker would not stop.
+        connection.socket_timeout = None
+        return connection
 
     def report(self, error: Exception | None) -> None:
         """Say that Redis is away, or back, once."""
