@@ -34,7 +34,7 @@ def note(ctx: dict[str, Any], what: str) -> None:
 
 async def allowed(name: str) -> None:
     while not (NOTES / name).exists():  # noqa: ASYNC110 - another process makes it
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0.03)
 
 
 async def effect(session: Any, ctx: dict[str, Any]) -> None:
@@ -79,6 +79,11 @@ async def block(ctx: dict[str, Any], seconds: float) -> None:
     note(ctx, "ends")
 
 
+async def sleep(ctx: dict[str, Any], seconds: float) -> None:
+    note(ctx, "starts")
+    await asyncio.sleep(seconds)
+
+
 async def deadly(ctx: dict[str, Any]) -> None:
     note(ctx, "starts")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -104,7 +109,7 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
     await engine.dispose()
 
 
-TASKS = [quick, hold, hold_lock, block, func(deadly, max_tries=3), plain, loop]
+TASKS = [quick, hold, hold_lock, block, sleep, func(deadly, max_tries=3), plain, loop]
 
 Settings = worker_settings(
     TASKS,

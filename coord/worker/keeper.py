@@ -150,12 +150,15 @@ class Keeper:
             await self._guarded(self._leave(engine, redis))
 
     async def _look_after(self, reconciler: Reconciler) -> None:
-        """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily."""
+        """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily.
+
+        At most a fifth of the time, as it is time that tasks do not have.
+        """
         while True:
             began = time.monotonic()
             if self._census.leads:
                 await self._guarded(reconciler.look_after(self._census), limit=RECONCILE_LIMIT)
-            await asyncio.sleep(max(ROUND, time.monotonic() - began))
+            await asyncio.sleep(max(ROUND, 4 * (time.monotonic() - began)))
 
     async def _pause(self) -> None:
         assert self._wake is not None

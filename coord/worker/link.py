@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
 if TYPE_CHECKING:
@@ -28,20 +30,25 @@ class Link:
 
     async def execute_command(self, *command: Any) -> Any:
         async with self._turn:
-            connection = self._connection or self._opened()
-            self._connection = None
-            try:
-                async with asyncio.timeout(ANSWER_LIMIT):
-                    await connection.send_command(*command, check_health=False)
-                    answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
-            except NoScriptError:
-                self._connection = connection
-                raise
-            except BaseException:
-                await connection.disconnect(nowait=True)
-                raise
+            if self._connection is not None:
+                with suppress(RedisConnectionError):  # Redis has closed it since, and may well take another
+                    return await self._execute(self._connection, command)
+            return await self._execute(self._opened(), command)
+
+    async def _execute(self, connection: Connection, command: tuple[Any, ...]) -> Any:
+        self._connection = None
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT):
+                await connection.send_command(*command, check_health=False)
+                answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+        except NoScriptError:
             self._connection = connection
-            return answer
+            raise
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._connection = connection
+        return answer
 
     def _opened(self) -> Connection:
         connection: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]

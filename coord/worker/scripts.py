@@ -97,16 +97,20 @@ return released
 """Give back whatever the worker claims, also what it does not know of because the answer was lost."""
 
 LOOK = f"""
-local answer = {{}}
+local claims, jobs, answer = {{}}, {{}}, {{}}
+for i, id in ipairs(ARGV) do
+  claims[i], jobs[i] = '{in_progress_key_prefix}' .. id, '{job_key_prefix}' .. id
+end
+local scores = redis.call('ZMSCORE', KEYS[1], unpack(ARGV))
+local held = redis.call('MGET', unpack(claims))
+local all = redis.call('EXISTS', unpack(jobs)) == #ARGV
 for i = 1, #ARGV do
-  local id = ARGV[i]
-  local there = redis.call('ZSCORE', KEYS[1], id) and redis.call('EXISTS', '{job_key_prefix}' .. id) == 1
-  local claim = redis.pcall('GET', '{in_progress_key_prefix}' .. id)
-  answer[i] = {{there and 1 or 0, type(claim) == 'string' and claim or ''}}
+  local there = scores[i] and (all or redis.call('EXISTS', jobs[i]) == 1)
+  answer[i] = {{there and 1 or 0, held[i] or ''}}
 end
 return answer
 """
-"""Whether each job is in the queue, and who claims it."""
+"""Whether each job, of a thousand at most, is in the queue, and who claims it."""
 
 RETURN = f"""
 local returned = 0
