@@ -18,7 +18,7 @@ from coord.target import key_of, mapper_of
 from coord.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Collection
     from types import TracebackType
 
     from arq import ArqRedis
@@ -113,7 +113,7 @@ class Coordinator:
     def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
         return None if self._bell is None else Hearing(self._bell, self._channels, mapper, schemas)
 
-    def _tell(self, session: Session, changes: Iterable[Change]) -> None:
+    def _tell(self, session: Session, changes: Collection[Change]) -> None:
         if self._bell is None or self._loop is None:
             return
         try:
