@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
+from coord.publisher import Publisher
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
@@ -20,8 +22,6 @@ logger = logging.getLogger("coord.bell")
 
 HEARTBEAT = 5.0
 """Seconds of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
-PUBLISH_LIMIT = 2.0
-"""Seconds after which rings are dropped."""
 LISTEN_LIMIT = 0.05
 """Seconds after which a row is looked at although Redis has not confirmed that its bell is heard."""
 BACKOFF = (0.1, 2.0)
@@ -53,27 +53,21 @@ class Bell:
         self._unconfirmed: dict[bytes, None] = {}
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
-        self._rings: dict[bytes, None] = {}
+        self._publisher = Publisher(redis, self._published)
         self._connection: Connection | None = None
-        self._publisher: Connection | None = None
         self._sending: asyncio.Task[None] | None = None
-        self._ringing: asyncio.Task[None] | None = None
         self._away = False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
         """Hear Redis until the block ends; what has been rung by then is still sent."""
-        task = asyncio.create_task(self._hear(), name="coord bell")
-        try:
-            yield self
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-            for sending in (self._sending, self._ringing):
-                if sending is not None:
-                    await asyncio.wait([sending])
-            if self._publisher is not None:
-                await self._publisher.disconnect(nowait=True)
+        async with self._publisher.open():
+            task = asyncio.create_task(self._hear(), name="coord bell")
+            try:
+                yield self
+            finally:
+                task.cancel()
+                await asyncio.wait([task] if self._sending is None else [task, self._sending])
 
     @property
     def connected(self) -> bool:
@@ -81,9 +75,7 @@ class Bell:
 
     def ring(self, channels: Iterable[bytes]) -> None:
         """Publish soon, in one round trip with whatever else is rung by then."""
-        self._rings.update(dict.fromkeys(channels))
-        if self._rings and (self._ringing is None or self._ringing.done()):
-            self._ringing = asyncio.create_task(self._publish(), name="coord rings")
+        self._publisher.ring(channels)
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
@@ -188,37 +180,9 @@ class Bell:
         elif kind == b"pong":
             self._report(None)
 
-    async def _publish(self) -> None:
-        while self._rings:
-            rings, self._rings = self._rings, {}
-            try:
-                async with asyncio.timeout(PUBLISH_LIMIT):
-                    await self._send_rings(rings)
-            except (RedisError, OSError) as error:
-                self._report(error)
-            else:
-                if self._away and self.connected:
-                    self._report(None)
-
-    async def _send_rings(self, rings: Iterable[bytes]) -> None:
-        """By a connection of its own: redis-py's pool and pipeline cost a writer more than the rest of the bell."""
-        if self._publisher is not None:
-            with suppress(RedisError, OSError):  # of a connection that Redis has closed meanwhile
-                await self._send_by(self._publisher, rings)
-                return
-        self._publisher = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        await self._send_by(self._publisher, rings)
-
-    async def _send_by(self, publisher: Connection, rings: Iterable[bytes]) -> None:
-        commands = [("PUBLISH", channel, b"") for channel in rings]
-        try:
-            await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
-            for _ in commands:
-                await publisher.read_response(disable_decoding=True)
-        except BaseException:
-            self._publisher = None
-            await publisher.disconnect(nowait=True)
-            raise
+    def _published(self, error: Exception | None) -> None:
+        if error is not None or (self._away and self.connected):
+            self._report(error)
 
     def _report(self, error: Exception | None) -> None:
         if error is not None and not self._away:
