@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     Tell = Callable[[Session, Changed], None]
 
 _CHANGES = "coord.changes"
-_observed: set[Dialect] = set()
-"""Whose sessions are listened to; each engine has a dialect of its own."""
+_observed: Counter[Dialect] = Counter()
+"""How often sessions are listened to, by their engine's dialect: each engine has its own."""
 
 
 class Changes:
@@ -52,11 +53,13 @@ class Changes:
         }
         for name, listener in listeners.items():
             event.listen(Session, name, listener)
-        _observed.add(self._dialect)
+        _observed[self._dialect] += 1
         try:
             yield
         finally:
-            _observed.discard(self._dialect)
+            _observed[self._dialect] -= 1
+            if not _observed[self._dialect]:
+                del _observed[self._dialect]
             for name, listener in listeners.items():
                 event.remove(Session, name, listener)
 
