@@ -120,8 +120,9 @@ async def working(database: str, redis_url: str) -> AsyncIterator[Any]:
     worker = create_worker(settings)
     task = asyncio.create_task(worker.async_run())
     yield fulfil_order
-    task.cancel()
-    await asyncio.wait([task])
+    while not task.done():  # redis-py may swallow a cancellation
+        task.cancel()
+        await asyncio.wait([task], timeout=0.5)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # arq calls what redis-py has deprecated
         await worker.close()
@@ -180,22 +181,8 @@ async def test_a_dependency_without_the_scope_writes_in_vain_as_the_page_says(na
         assert await session.get(Stock, "after the handler") is None
 
 
-async def test_the_errors_page_answers_what_its_table_says(namespace: Namespace) -> None:
+async def test_the_retries_of_the_errors_page_take_stock(namespace: Namespace) -> None:
     await run(ROOT / "docs" / "errors.md", namespace)
-    app: FastAPI = namespace["app"]
-    errors = {
-        404: coord.RowNotFoundError(),
-        202: coord.WaitTimeoutError(model=Order, pk_value=1, waited=25.0),
-        503: coord.LockTimeoutError(),
-        500: coord.UncommittedChangesError(),
-    }
-
-    @app.get("/{status}")
-    async def raising(status: int) -> None:
-        raise errors[status]
-
-    async with served(app) as client:
-        assert [(await client.get(f"/{status}")).status_code for status in errors] == list(errors)
     async with namespace["session_maker"]() as session:
         assert (await session.get_one(Stock, "tea")).quantity == 97
 

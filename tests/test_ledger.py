@@ -284,10 +284,20 @@ def caught(engine: AsyncEngine) -> Iterator[list[Statement]]:
     def note(_connection: Any, _cursor: Any, sql: str, parameters: Any, *_: Any) -> None:
         seen.append(Statement(sql, parameters))
 
+    def note_driver(query: Any) -> None:
+        if query.args:
+            seen.append(Statement(query.query, query.args))
+
+    def checked_out(dbapi_connection: Any, *_: Any) -> None:
+        dbapi_connection.driver_connection.remove_query_logger(note_driver)
+        dbapi_connection.driver_connection.add_query_logger(note_driver)
+
     event.listen(engine.sync_engine, "before_cursor_execute", note)
+    event.listen(engine.sync_engine, "checkout", checked_out)  # what passes SQLAlchemy by the driver logs
     try:
         yield seen
     finally:
+        event.remove(engine.sync_engine, "checkout", checked_out)
         event.remove(engine.sync_engine, "before_cursor_execute", note)
 
 

@@ -21,10 +21,10 @@ from arq.worker import Retry
 import coord.worker.pickup
 from coord import job_transaction, task_options
 from coord.embedded import Valkey
-from coord.jobs.feed import Message, hand_over
+from coord.jobs.feed import Message
 from coord.worker.scripts import TAKE
 from tests.ledger import ledger
-from tests.workers import Notes, Office, Working, client, notes, office, opened, process, until, working
+from tests.workers import Notes, Office, Working, client, given, notes, office, opened, process, until, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -179,8 +179,7 @@ async def claimed_unheard(office: Office, script: Office, task: Any, worker: Wor
     assert worker.redis.pickup is not None
     job = await script.enqueue(task)
     async with office.redis.pipeline(transaction=True) as pipe:
-        for command in hand_over([job], "coord"):
-            pipe.execute_command(*command)
+        given(pipe, job)
         pipe.execute_command("EVAL", TAKE, 1, default_queue_name, worker.redis.pickup._worker, 60_000, 1)
         *_, answer = await pipe.execute()
     assert answer[1] == str(job.id).encode()

@@ -16,11 +16,10 @@ from sqlalchemy import text
 import coord.worker.endings
 from coord import LockTimeoutError, cancel_job, create_ledger, job_transaction, lock_tables, task_options
 from coord.embedded import PostgreSQL
-from coord.jobs.feed import hand_over
 from coord.worker.endings import backoff
 from tests.ledger import ledger
 from tests.models import User, table_of
-from tests.workers import Office, office, opened, until, working
+from tests.workers import Office, given, office, opened, until, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -362,8 +361,7 @@ async def redelivered(office: Office, job: Job) -> None:
     """By somebody who does not know that it was delivered before."""
     async with office.redis.pipeline(transaction=True) as pipe:
         pipe.delete(f"arq:in-progress:{job.id}")
-        for command in hand_over([job], "coord"):
-            pipe.execute_command(*command)
+        given(pipe, job)
         await pipe.execute()
 
 

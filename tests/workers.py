@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from arq.connections import ArqRedis
-from arq.constants import default_queue_name
+from arq.constants import default_queue_name, job_key_prefix
 from arq.worker import Worker, create_worker
 from redis.asyncio import ConnectionPool
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, Job, enqueue, worker_settings
-from coord.jobs.feed import queue_bell
+from coord.jobs.feed import Message, queue_bell
 from coord.jobs.ledger import jobs, workers
 from tests.serving import eventually
 from tests.shop import ROOT, Command
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 
     from coord.worker.redis import WorkerRedis
     from tests.ledger import SessionMaker
+
+
+def given(pipe: Any, *jobs: Job) -> None:
+    """Hand jobs over as a coordinator does, by whoever has the pipeline."""
+    for job in jobs:
+        pipe.set(f"{job_key_prefix}{job.id}", Message.of(job).text())
+        pipe.zadd(default_queue_name, {str(job.id): 0})
 
 
 class Office:

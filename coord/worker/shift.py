@@ -95,18 +95,27 @@ class Shift:
         if ctx["redis"] is not self._redis:
             raise SystemExit("arq --watch would go on with another Redis; `watchfiles 'arq module.Settings'` does not")
         async with AsyncExitStack() as stack:
+            shutdown = self._shutdown(stack)
             if self._terms.on_shutdown is not None:
                 stack.push_async_callback(self._terms.on_shutdown, ctx)
             if self._terms.on_startup is not None:
                 await self._terms.on_startup(ctx)
-            await self._open(stack)
+            shutdown.pickup = await self._open(stack)
             self._stack = stack.pop_all()
 
     async def end(self, ctx: dict[Any, Any]) -> None:
         """arq's `on_shutdown`, when no job runs any more: last the application's own."""
         await self._stack.aclose()
 
-    async def _open(self, stack: AsyncExitStack) -> None:
+    def _shutdown(self, stack: AsyncExitStack) -> Shutdown:
+        """From the first moment on: what comes first may take long."""
+        shutdown, main = Shutdown(grace=self._terms.grace), asyncio.current_task()
+        if self._terms.handles_signals and main is not None:
+            shutdown.handle_signals(main)
+            stack.callback(shutdown.forget_signals)
+        return shutdown
+
+    async def _open(self, stack: AsyncExitStack) -> Pickup:
         terms, worker = self._terms, new_id()
         coordinator = Coordinator(self._session_maker, redis=self._redis, namespace=terms.namespace)
         coordinator.outage = Outage(logger, away="Redis is away, jobs wait", back="Redis is back")
@@ -126,11 +135,7 @@ class Shift:
         stack.push_async_callback(pickup.leave)
         self._redis.pickup, self._runner = pickup, runner
         stack.callback(setattr, self._redis, "pickup", None)
-        main = asyncio.current_task()
-        if terms.handles_signals and main is not None:
-            shutdown = Shutdown(pickup, grace=terms.grace)
-            shutdown.handle_signals(main)
-            stack.callback(shutdown.forget_signals)
+        return pickup
 
     def _identity(self, worker: UUID, channels: Channels) -> Identity:
         terms = self._terms

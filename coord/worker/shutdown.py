@@ -20,8 +20,9 @@ LAST = 5.0
 class Shutdown:
     """Handles SIGTERM and SIGINT, since arq would go on polling without a pause while its jobs finish."""
 
-    def __init__(self, pickup: Pickup, *, grace: float) -> None:
-        self._pickup = pickup
+    def __init__(self, *, grace: float) -> None:
+        self.pickup: Pickup | None = None
+        """Once there may be jobs."""
         self._grace = grace
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -40,26 +41,33 @@ class Shutdown:
         if self._task is not None:
             self._hurry.set()
             return
-        running = len(self._pickup.claims.all())
-        logger.info("%s: stops, leaving %d running jobs %g s", number.name, running, self._grace)
-        self._task = asyncio.create_task(self._stop(worker), name="coord shutdown")
+        self._task = asyncio.create_task(self._stop(number, worker), name="coord shutdown")
 
-    async def _stop(self, worker: asyncio.Task[Any]) -> None:
-        self._pickup.drain()
-        await self._ended(self._grace, self._hurry)
-        for claim in self._pickup.claims.all():
-            if claim.task is not None:
-                claim.task.cancel()
-        await self._ended(LAST)
-        await self._pickup.flush()
+    async def _stop(self, number: signal.Signals, worker: asyncio.Task[Any]) -> None:
+        if self.pickup is None:
+            logger.info("%s: stops", number.name)
+        else:
+            running = len(self.pickup.claims.all())
+            logger.info("%s: stops, leaving %d running jobs %g s", number.name, running, self._grace)
+            await self._drain(self.pickup)
         while not worker.done():  # redis-py may swallow a cancellation; see Link
             worker.cancel()
             await asyncio.wait([worker], timeout=0.5)
 
-    async def _ended(self, limit: float, hurry: asyncio.Event | None = None) -> None:
-        """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
-        deadline = asyncio.get_running_loop().time() + limit
-        while self._pickup.claims.all() and asyncio.get_running_loop().time() < deadline:
-            if hurry is not None and hurry.is_set():
-                return
-            await asyncio.sleep(0.02)
+    async def _drain(self, pickup: Pickup) -> None:
+        pickup.drain()
+        await _ended(pickup, self._grace, self._hurry)
+        for claim in pickup.claims.all():
+            if claim.task is not None:
+                claim.task.cancel()
+        await _ended(pickup, LAST)
+        await pickup.flush()
+
+
+async def _ended(pickup: Pickup, limit: float, hurry: asyncio.Event | None = None) -> None:
+    """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
+    deadline = asyncio.get_running_loop().time() + limit
+    while pickup.claims.all() and asyncio.get_running_loop().time() < deadline:
+        if hurry is not None and hurry.is_set():
+            return
+        await asyncio.sleep(0.02)
