@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import ExitStack, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
@@ -79,12 +79,10 @@ async def wait_for_row_change(
         target = Target.of(model, pk_value, None)
     watcher = Watcher.of(source_of(session))
     patient = job_id is not None and since is None and until is None and watcher.holds(job_id)
-    with ExitStack() as stack:
-        waiter = stack.enter_context(
-            watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None, patient=patient)
-        )
-        if job_id is not None:
-            stack.enter_context(job_waiter(watcher, waiter, job_id, schemas))
+    with (
+        watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None, patient=patient) as waiter,
+        job_waiter(watcher, waiter, job_id, schemas),
+    ):
         row = await waiter.changed(began, deadline)
         while until is not None and not until(row) and not waiter.concluded:
             row = await waiter.changed(began, deadline)

@@ -318,7 +318,7 @@ async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
                 assert (await late).name == "woken"
     said = [record.message for record in caplog.records if record.name == "coord.bell"]
     assert len([line for line in said if line.startswith("Redis is away")]) == 1, said
-    assert said[-1] == "Redis is back, waits are woken again"
+    assert said[-1] == "Redis is back, all goes on"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -13,9 +14,12 @@ from coord.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
     from coord.schemas import Schemas
     from coord.watcher import Watcher
+
+_NO_JOB = nullcontext()
 
 
 class JobWaiter(Waiter[Job]):
@@ -63,8 +67,12 @@ class JobWaiter(Waiter[Job]):
         self._owner.fail(error)
 
 
-def job_waiter(watcher: Watcher, owner: Waiter[Any], job_id: UUID, schemas: Schemas) -> Waiter[Job]:
-    """To be left when the wait ends."""
+def job_waiter(
+    watcher: Watcher, owner: Waiter[Any], job_id: UUID | None, schemas: Schemas
+) -> AbstractContextManager[object]:
+    """To be left when the wait ends; for a wait without a job there is nothing to leave."""
+    if job_id is None:
+        return _NO_JOB
     target = Target.of(Job, job_id, [Job.state])
     baseline = {"state": JobState.QUEUED}
     return watcher.register(

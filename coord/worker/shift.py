@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("arq.coord")
 
+UNDEFINED_TABLE = "42P01"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
@@ -175,12 +177,18 @@ class _Nudge:
 
 
 async def _enrolled(keeper: Keeper) -> None:
-    try:
-        await keeper.start()
-    except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) != "42P01":
-            raise
-        raise SystemExit("The ledger's tables are missing: `coord schema --apply` makes them") from None
+    """Somebody else, started together with this worker, may only be making the tables."""
+    pause = 0.1
+    while True:
+        try:
+            return await keeper.start()
+        except ProgrammingError as error:
+            if getattr(error.orig, "sqlstate", None) != UNDEFINED_TABLE:
+                raise
+        if pause == 0.1:
+            logger.warning("The ledger's tables are missing; waiting for them: `coord schema --apply` makes them")
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 2.0)
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
