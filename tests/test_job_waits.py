@@ -338,6 +338,22 @@ async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
         assert (await task).name == "final"
 
 
+async def test_a_first_read_that_began_before_the_jobs_commit_is_not_its_last_word(
+    session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
+) -> None:
+    """It is of a whole row, which is wanted whether or not it differs, as the last one is."""
+    held = Held(monkeypatch, User, "entities")
+    held.free.clear()
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, until=lambda row: row.name == "nothing like it")
+        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        async with job_transaction(delivered(job, session_maker)) as working:
+            (await working.get_one(User, user)).name = "final"
+        await known_to_have_ended()
+        held.free.set()
+        assert (await task).name == "final"
+
+
 async def test_a_last_read_that_fails_is_made_again(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
 ) -> None:
