@@ -110,7 +110,7 @@ async def test_a_job_that_is_done_ends_the_wait_though_nothing_has_changed(
         began = time.monotonic()
         await end(observer, "done")
         row = await task
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 1
         assert row.name == "before"
         assert row in session
 
