@@ -7,10 +7,17 @@ from fastapi import FastAPI
 from api import events, health, jobs, orders, stock
 from api.sessions import get_db
 from api.startup import lifespan
-from coord.http import RequestLimits, job_routes, problem_handlers
+from coord.http import HeadRequests, RequestLimits, job_routes, problem_handlers, problems
 from worker.environment import admin_token, is_development
 
-app = FastAPI(title="coord's shop", lifespan=lifespan, exception_handlers=problem_handlers())
+app = FastAPI(
+    title="coord's shop",
+    lifespan=lifespan,
+    exception_handlers=problem_handlers(),
+    responses=problems(),
+    generate_unique_id_function=lambda route: route.name,
+)
+app.add_middleware(HeadRequests)
 app.add_middleware(RequestLimits)
 for module in (orders, jobs, events, stock, health):
     app.include_router(module.router)

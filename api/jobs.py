@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
 from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
 
 from fastapi import APIRouter
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from api.sessions import Session  # noqa: TC001
 from coord import JobState, get_job
-from coord.http import problems
+from coord.http import problems, public_reason
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -26,9 +27,9 @@ class JobAnswer(BaseModel):
     task: str
     state: JobState
     attempt: int
-    error: str | None
+    error: Annotated[str | None, AfterValidator(public_reason)]
 
 
-@router.get("/{job_id}", responses=problems(404, 422, 503))
-async def read(job_id: UUID, session: Session) -> JobAnswer:
+@router.get("/{job_id}", responses=problems(404, 422))
+async def read_job(job_id: UUID, session: Session) -> JobAnswer:
     return JobAnswer.model_validate(await get_job(session, job_id))

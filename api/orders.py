@@ -8,11 +8,12 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Response
 from pydantic import BaseModel, ConfigDict
 
 from api.jobs import AcceptedJob  # noqa: TC001 - FastAPI reads the annotations
+from api.links import ACCEPTED, PLACED
 from api.sessions import Session  # noqa: TC001
 from api.stock import Quantity, Sku  # noqa: TC001
 from coord import task_options
-from coord.http import Idempotency, Poll, Reply, idempotency, poll, problems, reply
-from worker.fulfilment import fulfil_order
+from coord.http import Idempotency, Poll, Reply, idempotency, poll, polls, problems, replies, reply
+from worker import fulfilment
 from worker.models import Order, OrderStatus
 
 router = APIRouter(prefix="/orders", tags=["orders"])
@@ -42,7 +43,7 @@ class Accepted(BaseModel):
     order: OrderAnswer
 
 
-async def known(order_id: OrderId, session: Session) -> Order:
+async def known_order(order_id: OrderId, session: Session) -> Order:
     """The order of the path."""
     order = await session.get(Order, order_id)
     if order is None:
@@ -50,11 +51,11 @@ async def known(order_id: OrderId, session: Session) -> Order:
     return order
 
 
-KnownOrder = Annotated[Order, Depends(known)]
+KnownOrder = Annotated[Order, Depends(known_order)]
 
 
-@router.post("", status_code=201, responses=problems(422, 503))
-async def place(new: NewOrder, session: Session, response: Response) -> OrderAnswer:
+@router.post("", status_code=201, responses={201: PLACED, **problems(422)})
+async def place_order(new: NewOrder, session: Session, response: Response) -> OrderAnswer:
     order = Order(sku=new.sku, quantity=new.quantity, invoice_number=None)
     session.add(order)
     await session.flush()
@@ -62,8 +63,8 @@ async def place(new: NewOrder, session: Session, response: Response) -> OrderAns
     return OrderAnswer.model_validate(order)
 
 
-@router.get("/{order_id}", response_model=OrderAnswer, responses=problems(404, 422, 503))
-async def read(order: KnownOrder, session: Session, poll: Annotated[Poll, Depends(poll)]) -> Any:
+@router.get("/{order_id}", response_model=OrderAnswer, responses=polls() | problems(404, 422))
+async def read_order(order: KnownOrder, session: Session, poll: Annotated[Poll, Depends(poll)]) -> Any:
     """The order; with `If-None-Match` and `Prefer: wait=N`, once it is no longer what the client has."""
     return await poll.changed(session, order) or poll.not_modified()
 
@@ -71,18 +72,19 @@ async def read(order: KnownOrder, session: Session, poll: Annotated[Poll, Depend
 @router.post(
     "/{order_id}/fulfil",
     response_model=OrderAnswer,
-    responses={202: {"model": Accepted}, **problems(400, 404, 409, 422, 500, 503)},
+    responses=replies(Accepted, links=ACCEPTED) | problems(400, 404, 409, 422, 500),
 )
-async def fulfil(
+async def fulfil_order(
     order: KnownOrder,
     session: Session,
     once: Annotated[Idempotency, Depends(idempotency())],
     reply: Annotated[Reply, Depends(reply)],
 ) -> Any:
     """Take stock and assign the next invoice number; answers when that has happened, or in `Prefer: wait=N` seconds."""
+    await once.check(session)
     if order.status is not OrderStatus.PENDING:
         return order
-    task = task_options(fulfil_order, unique_key=f"order {order.id}")
+    task = task_options(fulfilment.fulfil_order, unique_key=f"order {order.id}")
     job = await once.enqueue(session, task, order.id)
     await session.commit()
     settled = await reply.row(session, Order, order.id, columns=[Order.status], job=job)

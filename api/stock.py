@@ -8,6 +8,7 @@ from fastapi import APIRouter, HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.dialects.postgresql import insert
 
+from api.links import STOCKED
 from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
 from coord.http import problems
 from worker.models import Stock
@@ -30,8 +31,8 @@ class StockAnswer(BaseModel):
     quantity: int
 
 
-@router.put("/{sku}", responses=problems(422, 503))
-async def put(sku: Sku, level: Level, session: Session) -> StockAnswer:
+@router.put("/{sku}", responses={200: STOCKED, **problems(422)})
+async def put_stock(sku: Sku, level: Level, session: Session) -> StockAnswer:
     """One statement, which waits for whoever is fulfilling an order and then sets the level."""
     new = insert(Stock).values(sku=sku, quantity=level.quantity)
     upsert = new.on_conflict_do_update(index_elements=[Stock.sku], set_={"quantity": new.excluded.quantity})
@@ -39,8 +40,8 @@ async def put(sku: Sku, level: Level, session: Session) -> StockAnswer:
     return StockAnswer(sku=sku, quantity=level.quantity)
 
 
-@router.get("/{sku}", responses=problems(404, 422, 503))
-async def read(sku: Sku, session: Session) -> StockAnswer:
+@router.get("/{sku}", responses=problems(404, 422))
+async def read_stock(sku: Sku, session: Session) -> StockAnswer:
     stock = await session.get(Stock, sku)
     if stock is None:
         raise HTTPException(404, f"{sku} was never stocked")

@@ -36,10 +36,14 @@ async def ledger(engine: AsyncEngine) -> AsyncIterator[None]:
 
 
 async def _empty(engine: AsyncEngine) -> None:
+    """A TRUNCATE takes ten times as long, since it makes new files."""
     names = [name for name in Ledger.metadata.tables if name != "coord_schema"]
+    deletes = "; ".join(f"DELETE FROM {name}" for name in names)
     async with engine.begin() as connection:
+        raw = await connection.get_raw_connection()
         await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
-        await connection.exec_driver_sql(f"TRUNCATE {', '.join(names)}")
+        assert raw.driver_connection is not None
+        await raw.driver_connection.execute(f"LOCK TABLE {', '.join(names)}; {deletes}")
 
 
 async def a_task(ctx: Any, *args: Any, **kwargs: Any) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import time
+import tracemalloc
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -368,6 +370,36 @@ async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
     assert watcher._groups == {}
     await eventually(lambda: _equal(redis.pubsub_channels, []))
     await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("users", "coordinator")
+async def test_a_waiter_takes_seven_kib_with_its_session_row_and_task(session_maker: SessionMaker) -> None:
+    """What its process grows by is a little more, and measured by benchmarks/waiting."""
+
+    async def wait(n: int) -> None:
+        async with session_maker() as session:
+            user = await session.get(User, n)
+            await session.commit()
+            assert user is not None
+            await wait_for_row_change(session, User, user.id, columns=[User.name], interval=NEVER)
+
+    async def take(numbers: range) -> int:
+        before = tracemalloc.get_traced_memory()[0]
+        tasks = [asyncio.create_task(wait(n)) for n in numbers]
+        await registered(len(tasks))
+        gc.collect()
+        taken = tracemalloc.get_traced_memory()[0] - before
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return taken
+
+    tracemalloc.start()
+    try:
+        await take(range(1, 101))  # what is made once counts for nobody
+        assert await take(range(101, 501)) < 400 * 7 * 1024
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.usefixtures("users", "coordinator")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +13,17 @@ from arq.worker import Retry, RetryJob, func
 from sqlalchemy import text
 
 import coord.worker.endings
-from coord import LockTimeoutError, cancel_job, create_ledger, job_transaction, lock_tables, task_options
-from coord.embedded import PostgreSQL
+from coord import LockTimeoutError, cancel_job, job_transaction, lock_tables, task_options
 from coord.worker.endings import backoff
 from tests.ledger import ledger
-from tests.models import User, table_of
-from tests.workers import Office, given, office, opened, until, working
+from tests.models import User
+from tests.workers import Office, fragile_postgresql, given, office, opened, prepared, until, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import Iterator
 
     from coord import Job
+    from coord.embedded import PostgreSQL
 
 pytestmark = pytest.mark.usefixtures("tables")
 
@@ -461,9 +460,8 @@ async def test_hooks_are_called_with_the_tasks_context_in_order(office: Office) 
 
 
 @pytest.fixture(scope="module")
-def fragile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgreSQL]:
-    """A PostgreSQL that tests may harm."""
-    with PostgreSQL(tmp_path_factory.mktemp("fragile"), settings={"fsync": "off"}) as server:
+def fragile() -> Iterator[PostgreSQL]:
+    with fragile_postgresql() as server:
         yield server
 
 
@@ -500,14 +498,3 @@ async def test_jobs_get_over_a_crash_of_postgresql_wherever_they_are(fragile: Po
             assert [len(await after.effects(job)) for job in jobs] == [1] * 5
             await after.nothing_left_in_redis()
         assert worker.lives
-
-
-@contextlib.asynccontextmanager
-async def prepared(server: PostgreSQL, redis_url: str) -> AsyncIterator[Office]:
-    async with opened(server.url, redis_url) as office:
-        await office.redis.flushdb()
-        async with office.session_maker.begin() as session:
-            await create_ledger(await session.connection())
-            await (await session.connection()).run_sync(User.metadata.create_all, tables=[table_of(User)])
-            await session.execute(text("CREATE TABLE IF NOT EXISTS effects (job uuid, attempt int, pid int)"))
-        yield office

@@ -8,6 +8,7 @@ import errno
 import socket
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
@@ -298,6 +299,26 @@ def test_a_network_that_is_down_is(number: int) -> None:
 def test_a_host_of_which_no_address_answers_is() -> None:
     """As asyncio says it of `localhost` when that has two addresses."""
     assert is_transient(OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 5432, 0, 0), …"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        asyncpg.AdminShutdownError,
+        asyncpg.CrashShutdownError,
+        asyncpg.CannotConnectNowError,
+        asyncpg.IdleSessionTimeoutError,
+        asyncpg.IdleInTransactionSessionTimeoutError,
+        asyncpg.PostgresConnectionError,
+        asyncpg.ConnectionDoesNotExistError,
+        asyncpg.TooManyConnectionsError,
+        asyncpg.OutOfMemoryError,
+    ],
+    ids=lambda kind: kind.__name__,
+)
+def test_what_the_driver_says_of_a_server_that_has_ended_a_session_is(error: type[Exception]) -> None:
+    """When it says so and when it only finds the connection closed is a matter of microseconds."""
+    assert is_transient(error("x"))
 
 
 # Not transient

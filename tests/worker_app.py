@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import create_ledger, job_transaction, lock_tables, worker_settings
 from coord.jobs.attempt import ATTEMPT
-from tests.models import User
+from tests.models import Item, User
 
 NOTES = Path(os.environ.get("COORD_TEST_NOTES", "/nonexistent"))
 engine = create_async_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0})
@@ -70,6 +70,26 @@ async def hold_lock(ctx: dict[str, Any], name: str) -> None:
     note(ctx, "ends")
 
 
+async def hold_transaction(ctx: dict[str, Any], name: str) -> None:
+    note(ctx, "starts")
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+        note(ctx, "entered")
+        await allowed(name)
+
+
+async def want_lock(ctx: dict[str, Any]) -> None:
+    note(ctx, "starts")
+    async with job_transaction(ctx) as session, lock_tables(session, [Item], timeout=60):
+        await effect(session, ctx)
+
+
+async def fail(ctx: dict[str, Any], name: str) -> None:
+    note(ctx, "starts")
+    await allowed(name)
+    raise ValueError(name)
+
+
 async def block(ctx: dict[str, Any], seconds: float) -> None:
     """Lets nothing else in the process's event loop happen for so long."""
     note(ctx, "starts")
@@ -109,7 +129,8 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
     await engine.dispose()
 
 
-TASKS = [quick, hold, hold_lock, block, sleep, func(deadly, max_tries=3), plain, loop]
+TASKS: list[Any] = [quick, hold, hold_lock, hold_transaction, want_lock, fail, block, sleep, plain, loop]
+TASKS.append(func(deadly, max_tries=2))
 
 Settings = worker_settings(
     TASKS,

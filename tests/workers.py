@@ -7,6 +7,8 @@ import contextlib
 import os
 import signal
 import sys
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -17,21 +19,26 @@ from redis.asyncio import ConnectionPool
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import Coordinator, Job, enqueue, worker_settings
+from coord import Coordinator, Job, create_ledger, enqueue, worker_settings
+from coord.embedded import PostgreSQL
 from coord.jobs.feed import Message, queue_bell
 from coord.jobs.ledger import jobs, workers
+from coord.worker.scripts import TAKE
+from tests.models import User, table_of
 from tests.serving import eventually
 from tests.shop import ROOT, Command
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
     from uuid import UUID
 
     from sqlalchemy import Row
 
     from coord.worker.redis import WorkerRedis
     from tests.ledger import SessionMaker
+
+
+EFFECTS = "CREATE TABLE IF NOT EXISTS effects (job uuid, attempt int, pid int)"
 
 
 def given(pipe: Any, *jobs: Job) -> None:
@@ -67,6 +74,14 @@ class Office:
         statement = text("SELECT attempt FROM effects WHERE job = :job")
         async with self.session_maker() as session:
             return [*await session.scalars(statement, {"job": job.id})]
+
+    async def take(self, job: Job, worker: UUID | str) -> None:
+        """Have a worker claim a job without being told, as when the connection breaks before the answer comes."""
+        async with self.redis.pipeline(transaction=True) as pipe:
+            given(pipe, job)
+            pipe.execute_command("EVAL", TAKE, 1, default_queue_name, str(worker), 60_000, 1)
+            *_, answer = await pipe.execute()
+        assert answer[1] == str(job.id).encode()
 
     async def workers(self) -> Sequence[Row[Any]]:
         async with self.session_maker() as session:
@@ -137,13 +152,40 @@ async def opened(database_url: str, redis_url: str, *, coordinated: bool = True)
 
 
 @pytest.fixture
+async def script(office: Office) -> AsyncIterator[Office]:
+    """Enqueues without a coordinator: nobody hands its jobs over at once."""
+    async with opened(office.database_url, office.redis_url, coordinated=False) as script:
+        yield script
+
+
+@pytest.fixture
 async def office(ledger: None, database_url: str, redis_url: str) -> AsyncIterator[Office]:
     """With the ledger and Redis empty, and a coordinator."""
     async with opened(database_url, redis_url) as office:
         await office.redis.flushdb()
         async with office.session_maker.begin() as session:
-            await session.execute(text("CREATE TABLE IF NOT EXISTS effects (job uuid, attempt int, pid int)"))
+            await session.execute(text(EFFECTS))
             await session.execute(text("TRUNCATE effects"))
+        yield office
+
+
+@contextlib.contextmanager
+def fragile_postgresql() -> Iterator[PostgreSQL]:
+    """A server that a test may harm. Not in pytest's directory, which the next session closes to the server's user."""
+    with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
+        with PostgreSQL(Path(directory) / "postgresql", settings={"fsync": "off"}) as server:
+            yield server
+
+
+@contextlib.asynccontextmanager
+async def prepared(server: PostgreSQL, redis_url: str) -> AsyncIterator[Office]:
+    """A server of the test's own, with everything that tasks need."""
+    async with opened(server.url, redis_url) as office:
+        await office.redis.flushdb()
+        async with office.session_maker.begin() as session:
+            await create_ledger(await session.connection())
+            await (await session.connection()).run_sync(User.metadata.create_all, tables=[table_of(User)])
+            await session.execute(text(EFFECTS))
         yield office
 
 
@@ -266,6 +308,7 @@ async def process(
         "COORD_DATABASE_URL": office.database_url,
         "COORD_REDIS_URL": office.redis_url,
         "COORD_TEST_NOTES": str(notes.directory),
+        "COORD_TEST_GRACE": "1",
     }
     heard = await office.listeners()
     found = await asyncio.create_subprocess_exec(
@@ -283,8 +326,11 @@ async def process(
     running = Process(found)
 
     async def begun() -> bool:
+        nonlocal heard
         assert found.returncode is None, running.lines
-        return found.pid in [row.pid for row in await office.workers()] and await office.listeners() > heard
+        listening = await office.listeners()
+        heard = min(heard, listening)  # one that was killed just before may still have counted
+        return listening > heard and found.pid in [row.pid for row in await office.workers()]
 
     try:
         if started:

@@ -1,9 +1,10 @@
 """The HTTP side: requests that wait for a job and answer with its effect, and behave when that takes long, or fails.
 
-    app = FastAPI(exception_handlers=problem_handlers())
+    app = FastAPI(exception_handlers=problem_handlers(), responses=problems())
+    app.add_middleware(HeadRequests)
     app.add_middleware(RequestLimits)
 
-    @app.post("/orders/{order_id}/fulfil", responses=problems(404, 500, 503))
+    @app.post("/orders/{order_id}/fulfil", responses=replies(Accepted) | problems(404, 409, 422, 500, 503))
     async def fulfil(order_id: int, session: Session, reply: Annotated[Reply, Depends(reply)]):
         job = await enqueue(session, fulfil_order, order_id)
         await session.commit()
@@ -16,28 +17,32 @@ What a client may ask for: `Prefer: wait=10` (RFC 7240), an `Idempotency-Key`, `
 from __future__ import annotations
 
 from coord.http.admin import job_routes
-from coord.http.events import EventStreams, Stream
+from coord.http.events import EventStreams
+from coord.http.handling import problem_handlers
 from coord.http.idempotency import Idempotency, idempotency
 from coord.http.limits import RequestLimits
-from coord.http.polling import Poll, poll
+from coord.http.methods import HeadRequests
+from coord.http.polling import Poll, poll, polls
 from coord.http.prefer import Preference
-from coord.http.problem import Problem, problem, problem_handlers, problems
-from coord.http.reply import Reply, reply
+from coord.http.problem import problem, problems, public_reason
+from coord.http.reply import Reply, replies, reply
 
 __all__ = [
     "EventStreams",
+    "HeadRequests",
     "Idempotency",
     "Poll",
     "Preference",
-    "Problem",
     "Reply",
     "RequestLimits",
-    "Stream",
     "idempotency",
     "job_routes",
     "poll",
+    "polls",
     "problem",
     "problem_handlers",
     "problems",
+    "public_reason",
+    "replies",
     "reply",
 ]

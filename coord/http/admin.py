@@ -12,8 +12,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
 
 from coord.http.problem import problems
+from coord.jobs import operations
 from coord.jobs.ledger import JobState  # noqa: TC001
-from coord.jobs.operations import cancel_job, get_job, list_jobs, retry_job
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -60,7 +60,7 @@ def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
         raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters")
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
-        offered = b"" if given is None else given.credentials.encode(errors="replace")
+        offered = b"" if given is None else given.credentials.encode("latin-1")  # the bytes that were sent
         if token is not None and not secrets.compare_digest(offered, token.encode()):
             raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
@@ -75,33 +75,33 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
     router = APIRouter(prefix="/jobs", tags=["job administration"], dependencies=[Depends(bearer_token(token))])
     database = Depends(get_db)
 
-    @router.get("", responses=problems(401, 422, 503))
-    async def jobs(
+    @router.get("", responses=problems(401, 422))
+    async def list_jobs(
         session: AsyncSession = database,
         state: JobState | None = None,
-        task: Annotated[str | None, Query(max_length=200)] = None,
+        task: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
         before: UUID | None = None,
         limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     ) -> list[JobDetails]:
         """Jobs, the newest first; `before` is the last of the page before."""
-        found = await list_jobs(session, state=state, task=task, before=before, limit=limit)
+        found = await operations.list_jobs(session, state=state, task=task, before=before, limit=limit)
         return [JobDetails.model_validate(job) for job in found]
 
-    @router.get("/{job_id}/details", responses=problems(401, 404, 422, 503))
-    async def details(job_id: UUID, session: AsyncSession = database) -> JobDetails:
-        return JobDetails.model_validate(await get_job(session, job_id))
+    @router.get("/{job_id}/details", responses=problems(401, 404, 422))
+    async def job_details(job_id: UUID, session: AsyncSession = database) -> JobDetails:
+        return JobDetails.model_validate(await operations.get_job(session, job_id))
 
-    @router.post("/{job_id}/cancel", responses=problems(401, 404, 422, 503))
-    async def cancel(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+    @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
+    async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
         """`cancelled`, or `running` while its worker is asked to, or what the job has already come to."""
-        return StateAnswer(state=await cancel_job(session, job_id))
+        return StateAnswer(state=await operations.cancel_job(session, job_id))
 
-    @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422, 503))
-    async def retry(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+    @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422))
+    async def retry_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
         """Have a failed or cancelled job run again."""
         try:
-            return StateAnswer(state=(await retry_job(session, job_id)).state)
+            return StateAnswer(state=(await operations.retry_job(session, job_id)).state)
         except ValueError as error:
-            raise HTTPException(409, str(error)) from error
+            raise HTTPException(409, "only a failed or cancelled job can be run again") from error
 
     return router

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
-from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
+from fastapi import Depends, Header
 from sqlalchemy import inspect
 
 from coord.cancellation import uninterrupted
@@ -22,23 +22,21 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.target import M
-
 MAX_STREAMS = 1_000
+LAST_EVENT_ID = Header(alias="Last-Event-ID", description="The id of the last event that the client has.")
 
 
 class EventStreams:
     """The event streams of one process: a cap on them, and their end when the server is told to stop.
 
-    Each reads through a session of its own: FastAPI lets a stream begin while the request's session still commits.
-
-    streams = EventStreams(session_maker, max_streams=1_000)
+    streams = EventStreams(session_maker)
     app = FastAPI(lifespan=streams.lifespan)
+    States = Annotated[AsyncIterator[Order], Depends(streams.of(known_order, id=version))]
 
     @app.get("/orders/{order_id}/events", response_class=EventSourceResponse)
-    async def events(order: KnownOrder, stream: Annotated[Stream, Depends(streams.stream)]):
-        async for order in stream.rows(order, id=lambda order: str(order.version)):
-            yield ServerSentEvent(data=order, id=str(order.version))
+    async def order_events(states: States) -> AsyncIterable[ServerSentEvent]:
+        async for order in states:
+            yield ServerSentEvent(data=OrderAnswer.model_validate(order), id=version(order))
     """
 
     def __init__(self, session_maker: async_sessionmaker[AsyncSession], *, max_streams: int = MAX_STREAMS) -> None:
@@ -47,6 +45,36 @@ class EventStreams:
         self._max = max_streams
         self._open = 0
         self._closing: asyncio.Event | None = None
+
+    def of(
+        self,
+        row: Callable[..., Any],
+        *,
+        id: Callable[[Any], str],
+        columns: Sequence[Any] | None = None,
+        final: Callable[[Any], bool] | None = None,
+    ) -> Callable[..., AsyncGenerator[AsyncIterator[Any], None]]:
+        """A dependency: the states of the row that the dependency `row` gives, as it is, then after each change.
+
+        A row whose `id` is the client's `Last-Event-ID` is no news. Ends after a state that is `final`, when the row is
+        deleted, and when the server stops. What cannot begin is refused before the answer begins: one stream too many
+        is a `TooManyWaitersError`. Holds no connection, and has a session of its own: the request's may still commit.
+        """
+
+        async def states(
+            now: Any = Depends(row), last: Annotated[str | None, LAST_EVENT_ID] = None
+        ) -> AsyncGenerator[AsyncIterator[Any], None]:
+            key = tuple(inspect(type(now)).primary_key_from_instance(now))
+            with self._place():
+                async with (
+                    self._session_maker() as session,
+                    watch_row(session, type(now), key, columns=columns, since=now) as changes,
+                ):
+                    own = await session.merge(now, load=False)  # a commit of the request's may expire the other
+                    async with aclosing(self._states(own, changes, final, skip=id(own) == last)) as stream:
+                        yield stream
+
+        return states
 
     @asynccontextmanager
     async def lifespan(self, _app: Any) -> AsyncIterator[None]:
@@ -59,66 +87,42 @@ class EventStreams:
             finally:
                 closing.set()
 
-    async def stream(self, request: Request) -> AsyncGenerator[Stream, None]:
-        """A dependency: one of the streams, until the response has ended."""
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         if self._open >= self._max:
             raise TooManyWaitersError(f"{self._open} event streams are as many as this process serves")
         self._open += 1
         try:
-            yield Stream(request, self._session_maker, self._closing or asyncio.Event())
+            yield
         finally:
             self._open -= 1
 
-
-class Stream:
-    """One client's stream, resumed after `Last-Event-ID`."""
-
-    def __init__(
-        self, request: Request, session_maker: async_sessionmaker[AsyncSession], closing: asyncio.Event
-    ) -> None:
-        self.last_id = request.headers.get("last-event-id")
-        self._session_maker = session_maker
-        self._closing = closing
-
-    async def rows(
-        self,
-        row: M,
-        *,
-        id: Callable[[M], str],
-        columns: Sequence[Any] | None = None,
-        final: Callable[[M], bool] | None = None,
-    ) -> AsyncIterator[M]:
-        """The row, unless `id` of it is the client's last; then its newest state after each change.
-
-        Ends after a state that is `final`, when the row is deleted, and when the server stops. No connection is held
-        between two states.
-        """
-        if id(row) != self.last_id:
-            yield row
-        if final is not None and final(row):
-            return
-        mapper = inspect(type(row))
-        key = tuple(mapper.primary_key_from_instance(row))
-        async with (
-            self._session_maker() as session,
-            watch_row(session, type(row), key, columns=columns, since=row) as states,
-        ):
-            while (state := await self._next(states)) is not None:
-                yield state
-                if final is not None and final(state):
-                    return
-
-    async def _next(self, states: AsyncIterator[M]) -> M | None:
-        """None when there are no more."""
-        following = asyncio.ensure_future(anext(states))
-        closing = asyncio.ensure_future(self._closing.wait())
+    async def _states(
+        self, now: Any, changes: AsyncIterator[Any], final: Callable[[Any], bool] | None, *, skip: bool
+    ) -> AsyncGenerator[Any, None]:
+        if not skip:
+            yield now
+        closing = asyncio.ensure_future((self._closing or asyncio.Event()).wait())
+        state: Any = now
         try:
-            await asyncio.wait({following, closing}, return_when=asyncio.FIRST_COMPLETED)
-            return following.result() if following.done() else None
-        except RowNotFoundError:
-            return None
+            while state is not None and (final is None or not final(state)):
+                state = await _next(changes, closing)
+                if state is not None:
+                    yield state
         finally:
-            await uninterrupted(ended(following, closing))
+            closing.cancel()
+
+
+async def _next(changes: AsyncIterator[Any], closing: asyncio.Future[Any]) -> Any:
+    """None when there are no more."""
+    following = asyncio.ensure_future(anext(changes))
+    try:
+        await asyncio.wait({following, closing}, return_when=asyncio.FIRST_COMPLETED)
+        return following.result() if following.done() else None
+    except RowNotFoundError:
+        return None
+    finally:
+        await uninterrupted(ended(following))
 
 
 @contextmanager

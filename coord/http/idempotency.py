@@ -7,14 +7,15 @@ import json
 import re
 from contextlib import suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
-from fastapi import Request  # noqa: TC002 - FastAPI reads the annotation
+from fastapi import Header, Request
 from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from starlette.exceptions import HTTPException
 
 from coord.durations import seconds
+from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY
 from coord.jobs.enqueueing import enqueue
 from coord.jobs.ledger import Job, jobs, keys
 
@@ -24,21 +25,27 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.durations import Seconds
+    from coord.http.problem import Kind
     from coord.jobs.options import P, Task, TaskOptions
 
 DAY = 86_400
-_STRING = re.compile(r'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])*)"')
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z:/=-]+")
 LONGEST = 255
-"""Characters of a key."""
+"""Characters of a key, as it is sent."""
+_STRING = re.compile(r'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])+)"')
+_BARE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z:/=-]+")
+IDEMPOTENCY_KEY = Header(
+    alias="Idempotency-Key",
+    description="One quoted string of 1 to 255 characters, of the client's making: once for each thing to be done.",
+    json_schema_extra={"pattern": rf"^({_STRING.pattern}|{_BARE.pattern})$", "maxLength": LONGEST},
+)
 
 
 class IdempotencyError(HTTPException):
     """The key cannot be used: 400 if it is malformed, 422 if another request has it."""
 
-    def __init__(self, status: int, detail: str, kind: str) -> None:
-        super().__init__(status, detail)
-        self.kind = kind
+    def __init__(self, kind: Kind) -> None:
+        super().__init__(kind.status, kind.detail)
+        self.kind = kind.name
 
 
 class Idempotency:
@@ -46,9 +53,15 @@ class Idempotency:
 
     def __init__(self, key: str | None, scope: str, fingerprint: str, expires: timedelta) -> None:
         self.key = key
-        self._scope = scope
         self._fingerprint = fingerprint
         self._expires = expires
+        self._row = {"scope": scope, "key": key, "fingerprint": fingerprint}
+        self._is_mine = (keys.c.scope == scope) & (keys.c.key == key)
+
+    async def check(self, session: AsyncSession) -> None:
+        """For a request that is answered without a job: raises what `enqueue` would, and keeps nothing."""
+        if self.key is not None:
+            await self._known(session)
 
     @overload
     async def enqueue(self, session: AsyncSession, task: str, *args: Any, **kwargs: Any) -> Job: ...
@@ -65,26 +78,33 @@ class Idempotency:
         """
         if self.key is None:
             return await enqueue(session, task, *args, **kwargs)
-        mine = (keys.c.scope == self._scope) & (keys.c.key == self.key)
-        if await self._is_new(session):
-            job = await enqueue(session, task, *args, **kwargs)
-            await session.execute(update(keys).where(mine).values(job_id=job.id))
-            return job
+        while (known := await self._known(session)) is None:  # looked for first: who joins writes nothing
+            if await self._taken(session):
+                job = await enqueue(session, task, *args, **kwargs)
+                await session.execute(update(keys).where(self._is_mine).values(job_id=job.id))
+                return job
+        return known
+
+    async def _known(self, session: AsyncSession) -> Job | None:
+        """The job of a request that was the same, if there was one."""
         with_job = keys.outerjoin(jobs, jobs.c.id == keys.c.job_id)
-        found = select(keys.c.fingerprint, jobs).select_from(with_job).where(mine)
-        row = dict((await session.execute(found)).mappings().one())
+        alive = self._is_mine & (keys.c.expires_at >= func.now())
+        statement = select(keys.c.fingerprint, jobs).select_from(with_job).where(alive)
+        found = (await session.execute(statement)).mappings().one_or_none()
+        if found is None:
+            return None
+        row = dict(found)
         if row.pop("fingerprint") != self._fingerprint:
-            raise IdempotencyError(422, "another request has used this Idempotency-Key", "idempotency-key-reused")
+            raise IdempotencyError(REUSED_KEY)
         if row["id"] is None:
-            raise IdempotencyError(422, "the job of this Idempotency-Key is no longer known", "idempotency-key-expired")
+            raise IdempotencyError(EXPIRED_JOB)
         job = Job(**row)
         job.joined = True
         return job
 
-    async def _is_new(self, session: AsyncSession) -> bool:
-        """Take the key, or one that has expired."""
-        row = {"scope": self._scope, "key": self.key, "fingerprint": self._fingerprint}
-        new = insert(keys).values(row | {"expires_at": func.now() + self._expires})
+    async def _taken(self, session: AsyncSession) -> bool:
+        """Take the key, if nobody has it or has had it too long ago; waits for who is about to."""
+        new = insert(keys).values(self._row | {"expires_at": func.now() + self._expires})
         renewed = {name: new.excluded[name] for name in ("fingerprint", "expires_at")} | {"job_id": None}
         taken = new.on_conflict_do_update(
             index_elements=[keys.c.scope, keys.c.key], set_=renewed, where=keys.c.expires_at < func.now()
@@ -94,38 +114,41 @@ class Idempotency:
 
 def idempotency(
     *, caller: Callable[[Request], str] | None = None, expires: Seconds = DAY, required: bool = False
-) -> Callable[[Request], Awaitable[Idempotency]]:
+) -> Callable[..., Awaitable[Idempotency]]:
     """A dependency: `Annotated[Idempotency, Depends(idempotency())]`.
 
     Keys are apart for each `caller`, by default for each `Authorization` header, and each method and route. They expire
-    after `expires` seconds. Answers 400 for a malformed key, or a missing one that is `required`.
+    after `expires` seconds. Answers 400 for a malformed key, or a missing one that is `required`. Reads the body, so
+    not for forms.
     """
     kept = timedelta(seconds=seconds("expires", expires))
+    who = caller or _authorization
 
-    async def read(request: Request) -> Idempotency:
-        key = _key(request.headers.getlist("idempotency-key"))
+    async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:
+        key = _sent(request.headers.getlist("idempotency-key"))
         if key is None and required:
-            raise IdempotencyError(400, "this request needs an Idempotency-Key", "idempotency-key-missing")
-        who = _authorization(request) if caller is None else caller(request)
-        route = getattr(request.scope.get("route"), "path", request.url.path)
-        scope = _digest(who, request.method, route)
+            raise IdempotencyError(MISSING_KEY)
+        scope = _digest(who(request), request.method, _route(request))
         return Idempotency(key, scope, "" if key is None else await _fingerprint(request), kept)
 
     return read
 
 
-def _key(values: list[str]) -> str | None:
-    """A structured field's string (RFC 8941), or bare."""
+def _sent(values: list[str]) -> str | None:
+    """A structured field's string (RFC 9651, section 3.3.3), or bare."""
     if not values:
         return None
-    text = values[0].strip(" \t")
-    if len(values) == 1 and (quoted := _STRING.fullmatch(text)):
-        text = re.sub(r"\\(.)", r"\1", quoted[1])
-    elif len(values) > 1 or not _TOKEN.fullmatch(text):
-        raise IdempotencyError(400, "Idempotency-Key is one quoted string", "idempotency-key-malformed")
-    if not 0 < len(text) <= LONGEST:
-        raise IdempotencyError(400, f"Idempotency-Key has 1 to {LONGEST} characters", "idempotency-key-malformed")
-    return text
+    quoted, bare = _STRING.fullmatch(values[0]), _BARE.fullmatch(values[0])
+    if len(values) > 1 or not (quoted or bare) or len(values[0]) > LONGEST:
+        raise IdempotencyError(MALFORMED_KEY)
+    return values[0] if quoted is None else re.sub(r"\\(.)", r"\1", quoted[1])
+
+
+def _route(request: Request) -> str:
+    """The path with its parameters' names; a route alone does not know under which prefix it was included."""
+    route = request.scope.get("route")
+    template = str(getattr(route, "path_format", ""))
+    return request.url.path.removesuffix(template.format(**request.path_params)) + template
 
 
 def _authorization(request: Request) -> str:

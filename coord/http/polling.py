@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Request, Response
+from fastapi import Header, Request, Response
 from sqlalchemy import inspect
 
-from coord.http.limits import WAIT
-from coord.http.reply import Reply
+from coord.http.reply import PREFER, PREFERENCE_APPLIED, Reply
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -17,7 +16,8 @@ if TYPE_CHECKING:
 
     from coord.target import M
 
-_TAG = re.compile(r'(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"')
+_TAGS = re.compile(r'(?:^|,)[ \t]*(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?=,|$)')
+IF_NONE_MATCH = Header(alias="If-None-Match", description="The tags of what the client has, or `*`.")
 
 
 class Poll:
@@ -26,49 +26,58 @@ class Poll:
     The tag is the mapper's version column, so a row without one cannot be polled.
     """
 
-    def __init__(self, request: Request, response: Response, *, cap: float = WAIT) -> None:
-        self._request = request
+    def __init__(self, request: Request, response: Response) -> None:
         self._response = response
-        self._reply = Reply(request, response, cap=cap)
-        self._cap = cap
+        self._reply = Reply(request, response)
+        known = ", ".join(request.headers.getlist("if-none-match")).strip()
+        self._any = known == "*"
+        self._tags = frozenset(_TAGS.findall(known))
 
     async def changed(self, session: AsyncSession, row: M) -> M | None:
         """The row, tagged, or None: the client has it, and the time it wanted to wait is up. Answer `not_modified`.
 
-        Waits only if the client has the row as it is and says `Prefer: wait=N`. Raises what `Reply.row` does.
+        Waits only if the client has the row as it is and says `Prefer: wait=N`; any tag that it has is no news. Raises
+        what `Reply.row` does.
         """
         mapper: Mapper[M] = inspect(type(row))
         version = _version(mapper)
-        if self._has(getattr(row, version)):
-            wait = self._reply.preference.wait
+        found: M | None = row
+        if self._any or str(getattr(row, version)) in self._tags:
+            seen = self._tags | {str(getattr(row, version))}
             key = tuple(mapper.primary_key_from_instance(row))
-            seen = {version: getattr(row, version)}
-            found = await self._reply.row(session, type(row), key, columns=[version], since=seen) if wait else None
-            if found is None:
-                self._tag(row, version)
-                return None
-            row = found
-        self._tag(row, version)
-        return row
+            found = None
+            if self._reply.preference.wait:
+                found = await self._reply.row(
+                    session, type(row), key, until=lambda new: str(getattr(new, version)) not in seen
+                )
+        self._response.headers["ETag"] = f'"{getattr(found or row, version)}"'
+        self._response.headers.setdefault("Cache-Control", "no-cache")  # else a cache may answer, and not wait
+        return found
 
     def not_modified(self) -> Response:
         """304, with the tag."""
-        headers = {name: self._response.headers[name] for name in ("ETag",)}
-        if applied := self._reply.preference.applied(self._cap, accepted=False):
-            headers["Preference-Applied"] = applied
-        return Response(status_code=304, headers=headers)
-
-    def _has(self, version: Any) -> bool:
-        text = ", ".join(self._request.headers.getlist("if-none-match"))
-        return text.strip() == "*" or str(version) in _TAG.findall(text)
-
-    def _tag(self, row: object, version: str) -> None:
-        self._response.headers["ETag"] = f'"{getattr(row, version)}"'
+        return self._reply.with_headers(Response(status_code=304))
 
 
-async def poll(request: Request, response: Response) -> Poll:
+async def poll(
+    request: Request,
+    response: Response,
+    _prefer: Annotated[str | None, PREFER] = None,
+    _if_none_match: Annotated[str | None, IF_NONE_MATCH] = None,
+) -> Poll:
     """A dependency: `Annotated[Poll, Depends(poll)]`."""
     return Poll(request, response)
+
+
+def polls() -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses=`: that what it answers has a tag, and that it may be waited for."""
+    text = {"schema": {"type": "string"}, "required": True}
+    headers = {
+        "ETag": {"description": "For `If-None-Match`.", **text},
+        "Cache-Control": {"description": "`no-cache`: ask before using it again.", **text},
+        **PREFERENCE_APPLIED,
+    }
+    return {200: {"headers": headers}, 304: {"description": "The client has it", "headers": headers}}
 
 
 def _version(mapper: Mapper[Any]) -> str:

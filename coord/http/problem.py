@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+import http.client
+import re
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import asyncpg
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ConfigDict
-from sqlalchemy.exc import DBAPIError
+from fastapi.responses import JSONResponse
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from coord.errors import (
-    CoordError,
     DeadlockError,
     JobCancelledError,
     JobFailedError,
@@ -26,128 +19,118 @@ from coord.errors import (
     UniqueKeyConflictError,
     WaitTimeoutError,
 )
-from coord.transient import is_transient
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from fastapi import Request
-
-logger = logging.getLogger("coord.http")
+    from collections.abc import Mapping
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER = 1
 """Seconds after which to ask again for what was refused for now."""
-CLIENT_GONE = 499
-"""Nobody reads it; it is nginx's status for a client that went away, and looks right in access logs."""
-
-STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
-    (RowNotFoundError, 404, "not-found"),
-    (UniqueKeyConflictError, 409, "unique-key-conflict"),
-    (JobCancelledError, 409, "job-cancelled"),
-    (JobFailedError, 500, "job-failed"),
-    (TooManyWaitersError, 503, "too-many-waiters"),
-    (LockTimeoutError, 503, "lock-timeout"),
-    (DeadlockError, 503, "deadlock"),
-    (WaitTimeoutError, 503, "wait-timeout"),
-    (PoolTimeoutError, 503, "busy"),
-)
-"""Coord's errors and the pool's, the status of each, and the last part of its problem type."""
-DETAILS = {
-    "lock-timeout": "a table was locked for too long",
-    "deadlock": "two transactions were in each other's way",
-    "busy": "every connection to the database is in use",
-}
-"""Instead of the error's own words, which name tables and backends."""
 
 
-class Problem(BaseModel):
-    """A problem document; some have more members."""
+class Kind(NamedTuple):
+    """A problem type."""
 
-    model_config = ConfigDict(extra="allow")
-
-    type: str
-    title: str
+    name: str
+    """The last part of its URN."""
     status: int
     detail: str
+    """What the client is told, in place of an error's own words, which may name tables and backends."""
+
+
+MALFORMED_KEY = Kind("idempotency-key-malformed", 400, "Idempotency-Key is one quoted string of 1 to 255 characters")
+MISSING_KEY = Kind("idempotency-key-missing", 400, "this request needs an Idempotency-Key")
+REUSED_KEY = Kind("idempotency-key-reused", 422, "another request has used this Idempotency-Key")
+EXPIRED_JOB = Kind("idempotency-key-expired", 422, "the job of this Idempotency-Key is no longer known")
+INVALID = Kind("invalid", 422, "the request is not as it should be")
+OUT_OF_TIME = Kind("out-of-time", 503, "there was no time left to answer")
+DATABASE_AWAY = Kind("database-away", 503, "the database cannot be reached")
+CONTENTION = Kind("contention", 503, "others changed the same at the same time")
+ERRORS: dict[type[Exception], Kind] = {
+    RowNotFoundError: Kind("not-found", 404, "it is not there, or not any more"),
+    UniqueKeyConflictError: Kind("unique-key-conflict", 409, "an unfinished job has the same key, and other arguments"),
+    JobCancelledError: Kind("job-cancelled", 409, "the job was cancelled"),
+    JobFailedError: Kind("job-failed", 500, "the job has failed"),
+    TooManyWaitersError: Kind("too-many-waiters", 503, "as many requests wait here as may"),
+    LockTimeoutError: Kind("lock-timeout", 503, "what is needed was locked for too long"),
+    DeadlockError: Kind("deadlock", 503, "two transactions were in each other's way"),
+    WaitTimeoutError: Kind("wait-timeout", 503, "nothing has changed in time"),
+    PoolTimeoutError: Kind("busy", 503, "every connection to the database is in use"),
+}
+"""Coord's errors and the pool's. What is not here is a bug: 500, and only the log says what it was."""
+KINDS = (
+    *(MALFORMED_KEY, MISSING_KEY, REUSED_KEY, EXPIRED_JOB, INVALID, OUT_OF_TIME, DATABASE_AWAY, CONTENTION),
+    *ERRORS.values(),
+)
+ANYWHERE = (408, 413, 431, 500, 503)
+"""Statuses that any route may answer: size, time, bugs, servers that are away."""
+
+_INTERNAL = re.compile(
+    r"\[SQL: |\(sqlalchemy\.|<class '|\[Errno |://|(?:^|[\s'\"(=])/\w|0x[0-9a-f]{6}|\bpassword\b"
+    r"|\b(?:File|relation|column|constraint|type|function|schema|role|user|database) \""
+)
 
 
 def problem(
     status: int, detail: str, *, kind: str | None = None, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
     """A problem document of the type `urn:coord:problem:<kind>`, or of none of its own; 503 says when to ask again."""
-    found = {"type": f"urn:coord:problem:{kind}" if kind else "about:blank", "title": _title(status), "status": status}
+    title = phrase(status) if kind is None else kind.replace("-", " ").capitalize()
+    found = {"type": _urn(kind), "title": title, "status": status, "detail": _text(detail), **members}
     said = dict(headers or {})
-    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+    if status == http.client.SERVICE_UNAVAILABLE:
         said.setdefault("Retry-After", str(RETRY_AFTER))
-    return JSONResponse({**found, "detail": detail, **members}, status, said, media_type=MEDIA_TYPE)
+    return JSONResponse(found, status, said, media_type=MEDIA_TYPE)
+
+
+def problem_of(kind: Kind, detail: str | None = None, **members: Any) -> JSONResponse:
+    return problem(kind.status, detail or kind.detail, kind=kind.name, **members)
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses=`: the problem documents it may answer with."""
-    retry = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}, "required": True}}
-    return {
-        status: {
-            "description": _title(status),
-            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-            **({"headers": retry} if status == HTTPStatus.SERVICE_UNAVAILABLE else {}),
-        }
-        for status in statuses
+    """For a route's `responses=`: the problem documents it may answer with; for an application's, those of any route.
+
+    app = FastAPI(exception_handlers=problem_handlers(), responses=problems())
+
+    @app.get("/orders/{order_id}", responses=problems(404, 422))
+    """
+    return {status: _declared(status) for status in statuses or ANYWHERE}
+
+
+def public_reason(text: str | None) -> str | None:
+    """A job's error as anybody may read it: of one that shows SQL, paths, addresses or the like, only its kind."""
+    if text is None:
+        return None
+    line = " ".join(text.split())
+    return line if _INTERNAL.search(line) is None else line.split(":")[0].split("(")[0].strip() or "an internal error"
+
+
+def phrase(status: int) -> str:
+    return http.client.responses.get(status, "Error")
+
+
+def _urn(kind: str | None) -> str:
+    return "about:blank" if kind is None else f"urn:coord:problem:{kind}"
+
+
+def _text(detail: str) -> str:
+    """Half a surrogate pair, which a client may have sent as JSON, cannot be sent back."""
+    return detail.encode(errors="replace").decode()
+
+
+def _declared(status: int) -> dict[str, Any]:
+    """Some problems have more members."""
+    types = [_urn(None), *(_urn(kind.name) for kind in KINDS if kind.status == status)]
+    members: dict[str, Any] = {
+        "type": {"type": "string", "enum": types},
+        "title": {"type": "string"},
+        "status": {"type": "integer", "const": status},
+        "detail": {"type": "string"},
     }
-
-
-def problem_handlers() -> dict[Any, Callable[..., Any]]:
-    """For `FastAPI(exception_handlers=…)`: whatever is raised is answered with a problem document."""
-    return {
-        HTTPException: _http,
-        RequestValidationError: _invalid,
-        CoordError: _coord,
-        PoolTimeoutError: _coord,
-        DBAPIError: _database,
-        asyncpg.PostgresError: _database,  # not wrapped by SQLAlchemy: a server that refuses the connection
-        OSError: _database,
-        ClientDisconnect: _gone,
-        Exception: _bug,
-    }
-
-
-def _title(status: int) -> str:
-    return HTTPStatus(status).phrase
-
-
-async def _http(_: Request, error: HTTPException) -> Response:
-    # FastAPI answers 400, and nobody else here does, when a body cannot even be decoded: it is not JSON either.
-    status = 422 if error.status_code == 400 and error.detail.startswith("There was an error") else error.status_code
-    return problem(status, error.detail, kind=getattr(error, "kind", None), headers=error.headers)
-
-
-async def _invalid(_: Request, error: RequestValidationError) -> Response:
-    """Without the refused input: not every input can be written as JSON again (NaN, half a surrogate pair)."""
-    errors = [{"where": [str(part) for part in found["loc"]], "message": found["msg"]} for found in error.errors()]
-    detail = "; ".join(f"{'.'.join(found['where'])}: {found['message']}" for found in errors)
-    return problem(422, detail, kind="invalid", errors=errors)
-
-
-async def _coord(_: Request, error: Exception) -> Response:
-    for kind, status, name in STATUSES:
-        if isinstance(error, kind):
-            members: dict[str, Any] = (
-                {"job": str(error.job_id)} if isinstance(error, JobFailedError | JobCancelledError) else {}
-            )
-            return problem(status, DETAILS.get(name, str(error)), kind=name, **members)
-    raise error
-
-
-async def _database(_: Request, error: Exception) -> Response:
-    if not is_transient(error) and not isinstance(error, OSError):
-        raise error
-    logger.warning("The database cannot be reached: %s", " ".join(str(error).split()))
-    return problem(503, "the database cannot be reached", kind="database-away")
-
-
-async def _gone(_: Request, error: ClientDisconnect) -> Response:
-    return Response(status_code=CLIENT_GONE)
-
-
-async def _bug(_: Request, error: Exception) -> Response:
-    return problem(500, "this is our fault, and in our log")
+    schema = {"title": f"Problem{status}", "type": "object", "properties": members, "required": [*members]}
+    found = {"description": phrase(status), "content": {MEDIA_TYPE: {"schema": schema}}}
+    headers = {401: ("WWW-Authenticate", "string"), 503: ("Retry-After", "integer")}
+    if status in headers:
+        name, kind = headers[status]
+        found["headers"] = {name: {"schema": {"type": kind}, "required": True}}
+    return found

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Request, Response  # noqa: TC002 - FastAPI reads the annotations
+from fastapi import Header, Request, Response
 from fastapi.responses import JSONResponse
 
 from coord.errors import WaitTimeoutError
 from coord.http.disconnect import while_connected
-from coord.http.limits import ARRIVED, WAIT
+from coord.http.limits import ARRIVAL, WAIT, Arrival
 from coord.http.prefer import Preference
+from coord.http.problem import RETRY_AFTER
 from coord.jobs.awaiting import job_id_of
 from coord.jobs.operations import get_job
 from coord.waiting import wait_for_row_change
@@ -26,21 +27,24 @@ if TYPE_CHECKING:
     from coord.jobs.ledger import Job
     from coord.target import M
 
-RETRY_AFTER = 1
-"""Seconds after which to look at a job again."""
+PREFER = Header(alias="Prefer", description="RFC 7240: `wait=N`, in seconds, and `respond-async`.")
+PREFERENCE_APPLIED = {
+    "Preference-Applied": {"description": "The preferences that made a difference.", "schema": {"type": "string"}}
+}
 
 
 class Reply:
     """One request's wait and answer: how long it may take, counted from its arrival, and what to say then."""
 
-    def __init__(self, request: Request, response: Response, *, cap: float = WAIT) -> None:
+    def __init__(self, request: Request, response: Response) -> None:
         self._request = request
         self._response = response
-        self._cap = cap
+        arrival = request.scope.get(ARRIVAL) or Arrival(asyncio.get_running_loop().time(), WAIT)
+        self._cap = arrival.cap
+        self._waited = False
         self.preference = Preference.of(request.headers.getlist("prefer"))
         """What the client has asked for."""
-        arrived = request.scope.get(ARRIVED, asyncio.get_running_loop().time())
-        self.deadline = arrived + self.preference.seconds(cap)
+        self.deadline = arrival.time + self.preference.seconds(arrival.cap)
         """Until when to wait, on the event loop's clock."""
 
     async def row(
@@ -60,35 +64,53 @@ class Reply:
         A client that leaves ends the wait within a second, with starlette's `ClientDisconnect`; otherwise raises what
         `wait_for_row_change` does, but for `WaitTimeoutError`.
         """
-        left = max(0.0, self.deadline - asyncio.get_running_loop().time())
+        self._waited = True
+        self._say_what_applied(accepted=False)
         wait = wait_for_row_change(
             session,
             model,
             pk_value,
             columns=columns,
             interval=interval,
-            timeout=left,
+            timeout=max(0.0, self.deadline - asyncio.get_running_loop().time()),
             since=since,
             until=until,
             job=job,
         )
         try:
-            row = await while_connected(self._request, wait)
+            return await while_connected(self._request, wait)
         except WaitTimeoutError:
             return None
-        if applied := self.preference.applied(self._cap, accepted=False):
-            self._response.headers["Preference-Applied"] = applied
-        return row
 
-    async def accepted(self, session: AsyncSession, job: Job | UUID, *, location: str, **members: Any) -> JSONResponse:
+    async def accepted(self, session: AsyncSession, job: Job | UUID, *, location: str, **members: Any) -> Response:
         """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger."""
         report = await get_job(session, job_id_of(job))
+        self._say_what_applied(accepted=True)
         headers = {"Location": location, "Retry-After": str(RETRY_AFTER)}
-        if applied := self.preference.applied(self._cap, accepted=True):
-            headers["Preference-Applied"] = applied
-        return JSONResponse({"job": {"id": str(report.id), "state": report.state}, **members}, 202, headers)
+        return self.with_headers(
+            JSONResponse({"job": {"id": str(report.id), "state": report.state}, **members}, 202, headers)
+        )
+
+    def with_headers(self, answer: Response) -> Response:
+        """What the handler has set on its `Response`, which FastAPI adds only to what is not one itself."""
+        answer.headers.raw.extend(self._response.headers.raw)
+        return answer
+
+    def _say_what_applied(self, *, accepted: bool) -> None:
+        if applied := self.preference.applied(self._cap, waited=self._waited, accepted=accepted):
+            self._response.headers["Preference-Applied"] = applied
 
 
-async def reply(request: Request, response: Response) -> Reply:
+async def reply(request: Request, response: Response, _prefer: Annotated[str | None, PREFER] = None) -> Reply:
     """A dependency: `Annotated[Reply, Depends(reply)]`."""
     return Reply(request, response)
+
+
+def replies(accepted: Any, *, links: Mapping[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses=`: that it may wait, and answer 202 with `accepted`, a model, which leads to `links`."""
+    headers: dict[str, Any] = {
+        "Location": {"description": "Where to look at the job.", "schema": {"type": "string"}, "required": True},
+        "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}, "required": True},
+    }
+    going_on = {"description": "The job goes on", "model": accepted, "headers": headers | PREFERENCE_APPLIED}
+    return {200: {"headers": PREFERENCE_APPLIED}, 202: going_on | ({"links": links} if links else {})}

@@ -20,7 +20,7 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
         text = to_json(value)
         arriving = json.loads(text)
         equal = arriving == value
-        depth = _depth(arriving) if text.count("[") + text.count("{") > DEEPEST else 0
+        depth = depth_of(arriving)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{what} must be JSON: {error}") from error
     if not equal:
@@ -30,10 +30,11 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
     return text, arriving
 
 
-def _depth(value: Any) -> int:
+def depth_of(value: Any) -> int:
+    """How many lists and dictionaries are within one another."""
     match value:
         case list():
-            return 1 + max(map(_depth, value), default=0)
+            return 1 + max(map(depth_of, value), default=0)
         case dict():
-            return 1 + max(map(_depth, value.values()), default=0)
+            return 1 + max(map(depth_of, value.values()), default=0)
     return 0

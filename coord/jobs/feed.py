@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,8 @@ from uuid import UUID
 
 from arq.constants import default_queue_name, job_key_prefix
 
-from coord.jobs.arguments import to_json
+from coord.jobs.arguments import DEEPEST, depth_of, to_json
+from coord.jobs.options import LONGEST, name_of
 from coord.publisher import Packet, packed, ring_of
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class Message:
     def read(cls, text: bytes) -> Message | None:
         """None of what arq has enqueued without a ledger; `ValueError` if it is not a job at all."""
         try:
-            found = json.loads(text, parse_constant=_refuse)
+            found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
             if found.get("c") is None:
                 return None
             attempts, timeout, trace = found["c"]
@@ -81,10 +83,9 @@ class Message:
                 enqueued=found["et"],
                 unknown_since=found.get("u"),
             )
+            message._check()
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a job: {text[:80]!r}") from error
-        if not message._is_sound():
-            raise ValueError(f"not a job: {text[:80]!r}")
         return message
 
     def text(self) -> str:
@@ -98,22 +99,36 @@ class Message:
         """As the ledger has them."""
         return to_json([self.args, self.kwargs])
 
-    def _is_sound(self) -> bool:
-        """Whoever can write to Redis may have written anything."""
-        return (
-            isinstance(self.task, str)
-            and isinstance(self.args, list)
+    def _check(self) -> None:
+        """Whoever can write to Redis may have written anything; PostgreSQL is asked only about what a job may be."""
+        trace = {} if self.trace is None else self.trace
+        sound = (
+            isinstance(self.args, list)
             and isinstance(self.kwargs, dict)
-            and all(isinstance(number, int) and abs(number) < 2**53 for number in (self.attempt, self.enqueued))
+            and depth_of([self.args, self.kwargs]) <= DEEPEST
+            and type(self.attempt) is int
+            and 0 < self.attempt < 2**31
+            and type(self.enqueued) is int
+            and abs(self.enqueued) < 2**53
             and isinstance(self.attempts, int | None)
-            and isinstance(self.timeout, int | float | None)
-            and isinstance(self.trace, dict | None)
+            and (self.timeout is None or 0 < self.timeout <= LONGEST)
+            and isinstance(trace, dict)
+            and all(isinstance(part, str) for part in trace.values())
             and isinstance(self.unknown_since, int | None)
         )
+        if not isinstance(self.task, str) or name_of(self.task) != self.task or not sound:
+            raise ValueError("not of the types, or beyond the limits, of a job")
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Packet]:

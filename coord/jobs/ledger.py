@@ -202,11 +202,9 @@ MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, a
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
-    """On the session's own connection, under its `schema_translate_map`; nothing pending is flushed."""
-    schemas = schemas_in_use(session)
-    options: Any = {"schema_translate_map": dict(schemas)} if schemas else None
+    """On the session's own connection, and so under its `schema_translate_map`; nothing pending is flushed."""
     try:
-        return session.connection().execute(statement, values, execution_options=options)
+        return session.connection().execute(statement, values)
     except ProgrammingError as error:
         _explain(error)
         raise

@@ -40,6 +40,7 @@ class Pickup:
     def __init__(self, link: Link, claims: Claims, *, queue: str, worker: UUID) -> None:
         self.claims = claims
         self.queue = queue
+        self.worker = str(worker)
         self.known: Container[str] = ()
         """The tasks that this worker can run."""
         self.give_up: Callable[[Claim], None] = self.end
@@ -50,7 +51,6 @@ class Pickup:
         self.polled = time.monotonic()
         """When arq last asked for work, on the system's monotonic clock."""
         self._link = link
-        self._worker = str(worker)
         self._lease = int(LEASE * 1000)
         self._stir = asyncio.Event()
         self._unknown: list[Claim] = []
@@ -102,7 +102,7 @@ class Pickup:
         self.drain()
         await self.flush()
         try:
-            await release.run(self._link, self.queue, self._worker, self._lease)
+            await release.run(self._link, self.queue, self.worker, self._lease)
         except (RedisError, OSError) as error:
             self._away(error)
 
@@ -117,7 +117,7 @@ class Pickup:
         ended = self.claims.take_ended()
         told = [part for claim in ended for part in (_raw(claim.id), claim.ending)]
         try:
-            following, *found = await take.run(self._link, self.queue, self._worker, self._lease, free, *told)
+            following, *found = await take.run(self._link, self.queue, self.worker, self._lease, free, *told)
         except (RedisError, OSError) as error:
             self.claims.restore_ended(ended)
             self._away(error)
@@ -177,7 +177,7 @@ class Pickup:
             pause = min(max((now - since) / 2000, UNKNOWN_PAUSE[0]), UNKNOWN_PAUSE[1]) * random.uniform(0.75, 1.0)
             text = replace(claim.message, unknown_since=since).text()
             try:
-                await give_back.run(self._link, self.queue, claim.id, self._worker, text, now + int(pause * 1000))
+                await give_back.run(self._link, self.queue, claim.id, self.worker, text, now + int(pause * 1000))
             except (RedisError, OSError) as error:
                 self._away(error)
                 self.end(claim, LATER)

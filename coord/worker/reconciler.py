@@ -148,7 +148,7 @@ class Reconciler:
         claims = {job.id: job.claim for job in orphans}
         again = [Missing(row.id, row.attempt, claims[row.id]) for row in raised if not row.state.is_final]
         await self._hand_over([*again, *(job for job in orphans if job not in counted)])
-        await self._ended([row.id for row in raised if row.state.is_final])
+        await self._ended({row.id: claims[row.id] for row in raised if row.state.is_final})
 
     async def _hand_over(self, missing: Sequence[Missing]) -> None:
         claims = {job.id: job.claim for job in missing}
@@ -161,19 +161,22 @@ class Reconciler:
             await give_back.run(self._redis, self._identity.key, *arguments)
             await self._redis.publish(queue_bell(self._identity.key), b"")
 
-    async def _ended(self, ids: Sequence[UUID]) -> None:
-        if ids:
-            await drop.run(self._redis, self._identity.key, *map(str, ids))
-        for id_ in ids:
+    async def _ended(self, claims: dict[UUID, str]) -> None:
+        await self._drop(claims)
+        for id_ in claims:
             await self._redis.publish(self._identity.channels.row(inspect(Job), (), (id_,)), b"")
+
+    async def _drop(self, claims: dict[UUID, str]) -> None:
+        if claims:
+            arguments = [part for id_, claim in claims.items() for part in (str(id_), claim)]
+            await drop.run(self._redis, self._identity.key, *arguments)
 
     async def _forget_unwanted(self) -> None:
         """Cancelled jobs that have ended leave Redis, so that no worker begins them, and the wish is forgotten."""
         rows = await self._all(_ended_unwanted, {"name": self._identity.queue})
         if not rows:
             return
-        if queued := [str(row.job_id) for row in rows if row.queue is not None]:
-            await drop.run(self._redis, self._identity.key, *queued)
+        await self._drop({row.job_id: "" for row in rows if row.queue is not None})
         await self._all(delete(cancellations).where(cancellations.c.job_id.in_([row.job_id for row in rows])))
 
 

@@ -129,12 +129,16 @@ return returned
 """Hand jobs over again, each only if whoever was seen to claim it still does."""
 
 DROP = f"""
-for i = 1, #ARGV do
-  redis.call('DEL', '{job_key_prefix}' .. ARGV[i])
-  redis.call('ZREM', KEYS[1], ARGV[i])
+for i = 1, #ARGV, 2 do
+  local id, claim = ARGV[i], ARGV[i + 1]
+  redis.call('DEL', '{job_key_prefix}' .. id)
+  redis.call('ZREM', KEYS[1], id)
+  if claim ~= '' and redis.pcall('GET', '{in_progress_key_prefix}' .. id) == claim then
+    redis.call('DEL', '{in_progress_key_prefix}' .. id)
+  end
 end
 """
-"""Forget jobs that have ended otherwise than by their claim."""
+"""Forget jobs that have ended otherwise than by their claim; with a dead worker's claim, that too."""
 
 
 class Script:

@@ -1,0 +1,195 @@
+"""A client that leaves ends its wait within a second, and leaves nothing behind but its job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from starlette.middleware.base import BaseHTTPMiddleware
+
+import coord.watcher
+from coord import Coordinator, JobState
+from tests.counter import changed, counter, do, orders, placed, the_job  # noqa: F401 - a fixture
+from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.raw import call
+from tests.serving import eventually, served
+from tests.waits import registered
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import httpx
+    from fastapi import FastAPI, Request
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
+
+ROUTES = {
+    "fulfil": ("POST", "/fulfil", {}),
+    "fulfil with a key": ("POST", "/fulfil", {"Idempotency-Key": "one"}),
+    "poll": ("GET", "", {"If-None-Match": "*", "Prefer": "wait=20"}),
+    "head": ("HEAD", "", {"If-None-Match": "*", "Prefer": "wait=20"}),
+    "events": ("GET", "/events", {}),
+    "events without news": ("GET", "/events", {"Last-Event-ID": "1"}),
+}
+EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES)
+
+
+class Counter:
+    """A counter of its own engine, with a bell, whose traces can be looked for."""
+
+    def __init__(self, app: FastAPI, http: httpx.AsyncClient, engine: AsyncEngine, coordinator: Coordinator) -> None:
+        self.app = app
+        self.http = http
+        self.engine = engine
+        self.coordinator = coordinator
+
+    async def waits(self) -> bool:
+        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+        return any(watcher.waiters for watcher in watchers)
+
+    async def waits_for_nobody(self) -> bool:
+        return not await self.waits()
+
+    async def hears_nothing(self) -> bool:
+        assert self.coordinator._bell is not None
+        return not self.coordinator._bell._listeners
+
+    async def holds_no_connection(self) -> bool:
+        return "Current Checked out connections: 0" in self.engine.pool.status()
+
+
+@contextlib.asynccontextmanager
+async def open_counter(database_url: str, redis_url: str, *middleware: Any) -> AsyncIterator[Counter]:
+    engine = create_async_engine(database_url, pool_size=5, max_overflow=0)
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+    app = counter(maker)
+    for dispatch in middleware:
+        app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
+    async with Coordinator(maker, redis=redis_url) as coordinator, served(app) as http:
+        yield Counter(app, http, engine, coordinator)
+    await engine.dispose()
+
+
+@pytest.fixture
+async def bell(database_url: str, redis_url: str) -> AsyncIterator[Counter]:
+    async with open_counter(database_url, redis_url) as opened:
+        yield opened
+
+
+def tasks() -> set[str]:
+    """What runs in this loop, but for what redis-py and uvicorn do between two requests."""
+    return {task.get_coro().__qualname__ for task in asyncio.all_tasks() if task is not asyncio.current_task()}  # type: ignore[union-attr]
+
+
+@EVERY_ROUTE
+@pytest.mark.parametrize("leave", ["reset", "close"])
+async def test_who_leaves_ends_the_wait_and_nothing_else(
+    bell: Counter, session_maker: SessionMaker, route: str, leave: str
+) -> None:
+    method, suffix, headers = ROUTES[route]
+    order_id = await placed(session_maker)
+    before = tasks()
+    async with call(str(bell.http.base_url), method, f"/orders/{order_id}{suffix}", headers) as leaving:
+        await eventually(bell.waits)
+        await registered()
+        if leave == "reset":
+            leaving.leave()
+        else:
+            leaving.writer.close()
+        await eventually(bell.waits_for_nobody, within=1)
+        await eventually(bell.hears_nothing, within=1)
+        await eventually(bell.holds_no_connection, within=1)
+        await eventually(lambda: is_true(tasks() <= before), within=1)
+    if method == "POST":
+        job = await the_job(session_maker)
+        assert job.state is JobState.QUEUED
+        await do(session_maker, job)
+    assert (await bell.http.get(f"/orders/{order_id}")).status_code == 200
+
+
+async def is_true(value: bool) -> bool:
+    return value
+
+
+async def test_who_stays_is_answered_when_others_leave(bell: Counter, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    path = f"/orders/{order_id}/fulfil"
+    async with contextlib.AsyncExitStack() as stack:
+        asked = [
+            await stack.enter_async_context(call(str(bell.http.base_url), "POST", path, {"Idempotency-Key": "one"}))
+            for _ in range(9)
+        ]
+        await the_job(session_maker)
+        await eventually(lambda: waiters_are(9))
+        for leaving in asked[::2]:
+            leaving.leave()
+        await eventually(lambda: waiters_are(4), within=1)
+        await do(session_maker, await the_job(session_maker))
+        for staying in asked[1::2]:
+            assert (await staying.begun()).status == 200
+            assert (await staying.json())["status"] == "fulfilled"
+
+
+async def waiters_are(number: int) -> bool:
+    watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    return sum(watcher.waiters for watcher in watchers) == number
+
+
+async def test_one_that_left_in_the_middle_of_its_body_is_no_request(
+    bell: Counter, session_maker: SessionMaker
+) -> None:
+    path = f"/orders/{await placed(session_maker)}/fulfil"
+    headers = {"Content-Length": "100", "Content-Type": "application/json"}
+    async with call(str(bell.http.base_url), "POST", path, headers) as leaving:
+        await leaving.send(b'{"note": ')
+    assert (await bell.http.get("/nowhere")).status_code == 404
+    assert await bell.waits_for_nobody()
+
+
+async def test_what_a_client_sends_on_is_no_departure(bell: Counter, session_maker: SessionMaker) -> None:
+    """More of a body that nobody reads, and the next request on the same connection."""
+    order_id = await placed(session_maker)
+    path = f"/orders/{order_id}"
+    headers = {"If-None-Match": "*", "Prefer": "wait=20", "Content-Length": "6"}
+    async with call(str(bell.http.base_url), "GET", path, headers) as asking:
+        await asking.send(b"abc")
+        await eventually(bell.waits)
+        await asking.send(b"def")
+        await asking.send(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        await registered()
+        await changed(session_maker, order_id)
+        await asking.begun()
+        assert (asking.status, (await asking.json())["status"]) == (200, "fulfilled")
+        assert ((await asking.begun()).status, asking.headers["etag"]) == (200, '"2"')
+
+
+async def pass_on(request: Request, call_next: Any) -> Any:
+    return await call_next(request)
+
+
+@EVERY_ROUTE
+async def test_behind_a_base_http_middleware_waits_end_too(
+    database_url: str, redis_url: str, session_maker: SessionMaker, route: str
+) -> None:
+    """It may hide who leaves; then the cap ends the wait."""
+    method, suffix, headers = ROUTES[route]
+    order_id = await placed(session_maker)
+    async with open_counter(database_url, redis_url, pass_on, pass_on) as bell:
+        path = f"/orders/{order_id}{suffix}"
+        async with call(str(bell.http.base_url), method, path, {**headers, "Prefer": "wait=2"}) as leaving:
+            await eventually(bell.waits)
+            leaving.leave()
+            await eventually(bell.waits_for_nobody, within=4)
+            await eventually(bell.hears_nothing, within=1)
+            await eventually(bell.holds_no_connection, within=1)
+        async with call(str(bell.http.base_url), method, path, headers) as staying:
+            await eventually(bell.waits)
+            await registered()
+            await changed(session_maker, order_id)
+            assert (await staying.begun()).status == 200

@@ -1,0 +1,261 @@
+"""Event streams: the state now, then the newest after each change, resumed where they were left, bounded, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import fastapi.routing
+import pytest
+from sqlalchemy import delete
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+import coord.watcher
+from coord import Coordinator
+from coord.http import EventStreams
+from tests.counter import PROBLEM, URN, changed, counter, orders, placed, the_job, version  # noqa: F401 - a fixture
+from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.raw import Call, call
+from tests.serving import eventually, served
+from tests.waits import registered
+from worker.models import Order, OrderStatus
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import httpx
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("orders", "nobody_follows")
+
+
+@pytest.fixture(scope="module")
+async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
+    async with served(counter(session_maker)) as client:
+        yield client
+
+
+@pytest.fixture
+async def nobody_follows(nobody_left_waiting: None) -> AsyncIterator[None]:
+    """Streams that a test has left have ended within a second."""
+    yield
+    await eventually(nobody_waits, within=1)
+
+
+async def nobody_waits() -> bool:
+    watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    return sum(watcher.waiters for watcher in watchers) == 0
+
+
+@contextlib.asynccontextmanager
+async def following(http: httpx.AsyncClient, order_id: int, last: str | None = None) -> AsyncIterator[Call]:
+    headers = {} if last is None else {"Last-Event-ID": last}
+    async with call(str(http.base_url), "GET", f"/orders/{order_id}/events", headers) as stream:
+        yield await stream.begun()
+
+
+async def states(stream: Call, count: int) -> list[tuple[str, str]]:
+    """The ids and states of the next events."""
+    events = [await stream.event() for _ in range(count)]
+    return [(event.id, event.data["status"]) for event in events if event is not None]
+
+
+async def test_a_stream_is_the_state_now_then_the_newest_after_each_change(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id = await placed(session_maker)
+    async with following(http, order_id) as stream:
+        assert stream.status == 200
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        assert (stream.headers["cache-control"], stream.headers["x-accel-buffering"]) == ("no-cache", "no")
+        assert await states(stream, 1) == [("1", "pending")]
+        await changed(session_maker, order_id)
+        assert await states(stream, 1) == [("2", "fulfilled")]
+        await changed(session_maker, order_id, OrderStatus.REJECTED)
+        assert await states(stream, 1) == [("3", "rejected")]
+
+
+async def test_a_change_between_the_look_and_the_stream_is_seen(
+    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
+) -> None:
+    order_id = await placed(session_maker)
+    async with Coordinator(session_maker, redis=redis_url):
+        for number in range(2, 12):
+            async with following(http, order_id) as stream:
+                await changed(session_maker, order_id)
+                seen = [0]
+                while seen[-1] < number:
+                    ((id, _),) = await states(stream, 1)
+                    seen.append(int(id))
+                assert seen == sorted({*seen})
+        await eventually(nobody_waits, within=1)
+
+
+async def test_last_event_id_resumes(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    async with following(http, order_id, "1") as stream:
+        await registered()
+        await changed(session_maker, order_id)
+        assert await states(stream, 1) == [("2", "fulfilled")]
+    async with following(http, order_id, "1") as stream:
+        assert await states(stream, 1) == [("2", "fulfilled")]
+
+
+@pytest.mark.parametrize("last", ["0", "7", "", "one", '"1"', "1.0", "é"])
+async def test_an_id_that_is_not_the_newest_is_told_the_newest(
+    http: httpx.AsyncClient, session_maker: SessionMaker, last: str
+) -> None:
+    async with following(http, await placed(session_maker), last) as stream:
+        assert await states(stream, 1) == [("1", "pending")]
+
+
+async def test_what_is_not_there_is_a_404_before_the_stream_begins(http: httpx.AsyncClient) -> None:
+    for path, status in (("/orders/1/events", 404), ("/orders/x/events", 422)):
+        answer = await http.get(path)
+        assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+async def test_a_stream_ends_when_its_row_goes(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    async with following(http, order_id) as stream:
+        await states(stream, 1)
+        await registered()
+        async with session_maker() as session, session.begin():
+            await session.execute(delete(Order))
+        assert await stream.event() is None
+
+
+async def test_an_idle_stream_is_kept_alive_by_comments(
+    http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastapi.routing, "_PING_INTERVAL", 0.05)
+    async with following(http, await placed(session_maker), "1") as stream:
+        assert [await stream.text(within=2) for _ in range(3)] == [": ping\n\n"] * 3
+
+
+async def test_head_does_not_begin_a_stream(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    answer = await http.head(f"/orders/{order_id}/events")
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert (await http.head(f"/orders/{order_id + 1}/events")).status_code == 404
+
+
+async def test_one_stream_too_many_is_refused_for_now(session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    async with served(counter(session_maker, streams=EventStreams(session_maker, max_streams=2))) as http:
+        async with following(http, order_id) as first:
+            async with following(http, order_id):
+                refused = await http.get(f"/orders/{order_id}/events")
+                assert (refused.status_code, refused.json()["type"]) == (503, f"{URN}too-many-waiters")
+                assert int(refused.headers["retry-after"]) >= 1
+                assert (await http.get(f"/orders/{order_id}")).status_code == 200
+
+            async def there_is_room() -> bool:
+                async with following(http, order_id) as next_one:
+                    return next_one.status == 200
+
+            await eventually(there_is_room, within=1)
+            assert await states(first, 1) == [("1", "pending")]
+
+
+async def test_a_stream_that_would_be_one_wait_too_many_is_refused_before_it_begins(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id = await placed(session_maker)
+    async with Coordinator(session_maker, max_waiters=1), following(http, order_id) as stream:
+        refused = await http.get(f"/orders/{order_id}/events")
+        assert (refused.status_code, refused.json()["type"]) == (503, f"{URN}too-many-waiters")
+        assert await states(stream, 1) == [("1", "pending")]
+
+
+async def test_a_stream_ends_within_a_second_when_the_server_is_told_to_stop(session_maker: SessionMaker) -> None:
+    """Told by a signal, whoever else handles it: the server itself waits for its streams."""
+    order_id, told = await placed(session_maker), asyncio.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        async with served(counter(session_maker)) as http:
+            async with following(http, order_id) as stream, following(http, order_id, "1") as silent:
+                await states(stream, 1)
+                os.kill(os.getpid(), signal.SIGTERM)
+                assert (await stream.event(within=1), await silent.event(within=1)) == (None, None)
+                assert told.is_set()
+        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+async def test_a_handler_that_was_there_is_there_again(session_maker: SessionMaker) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    async with EventStreams(session_maker).lifespan(None):
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+async def test_a_stream_that_begins_when_the_server_stops_is_the_state_now_and_no_more(
+    session_maker: SessionMaker,
+) -> None:
+    streams = EventStreams(session_maker)
+    order_id = await placed(session_maker)
+    async with served(counter(session_maker, streams=streams)) as http:
+        assert (await http.get("/nowhere")).status_code == 404
+        assert streams._closing is not None
+        streams._closing.set()
+        async with following(http, order_id) as stream:
+            assert (await states(stream, 1), await stream.event()) == ([("1", "pending")], None)
+
+
+async def test_a_final_state_is_the_last(session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    async with session_maker() as session:
+        order = await session.get_one(Order, order_id)
+    streams = EventStreams(session_maker)
+    dependency = streams.of(placed, id=version, columns=[Order.status], final=lambda order: order.status != "pending")
+    seen = []
+    async with contextlib.asynccontextmanager(dependency)(order, None) as rows:
+        async for row in rows:
+            seen.append(row.status)
+            if row.status is OrderStatus.PENDING:
+                await changed(session_maker, order_id)
+    assert seen == ["pending", "fulfilled"]
+    async with session_maker() as session:
+        order = await session.get_one(Order, order_id)
+    async with contextlib.asynccontextmanager(dependency)(order, "2") as rows:
+        assert [row async for row in rows] == []
+
+
+async def test_rows_of_a_session_that_expires_them_are_streamed_too(database_url: str) -> None:
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    maker = async_sessionmaker(engine)
+    async with maker() as session, session.begin():
+        session.add(order := Order(sku="tea", quantity=1))
+        await session.flush()
+        order_id = order.id
+    async with served(counter(maker)) as http:
+        async with contextlib.AsyncExitStack() as stack:
+            streams = [await stack.enter_async_context(following(http, order_id)) for _ in range(9)]
+            assert [await states(stream, 1) for stream in streams] == [[("1", "pending")]] * 9
+            await changed(maker, order_id)
+            assert [await states(stream, 1) for stream in streams] == [[("2", "fulfilled")]] * 9
+    await engine.dispose()
+
+
+async def test_nobody_is_held_up_by_a_reader_that_does_not_read(
+    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
+) -> None:
+    order_id = await placed(session_maker)
+    async with Coordinator(session_maker, redis=redis_url):
+        async with following(http, order_id) as idle, following(http, order_id) as stream:
+            await states(stream, 1)
+            for number in range(2, 30):
+                await changed(session_maker, order_id)
+                assert await states(stream, 1) == [(str(number), "fulfilled")]
+            last = ""
+            while last != "29":
+                ((last, _),) = await states(idle, 1)
+        await eventually(nobody_waits, within=1)

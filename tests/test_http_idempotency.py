@@ -1,0 +1,313 @@
+"""`Idempotency-Key`: a request that is sent again joins the job of the first, and gets its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from fastapi import APIRouter, Depends, FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, update
+from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
+
+from coord import Job, JobState, create_db_dependency
+from coord.http import Idempotency, idempotency, problem_handlers
+from coord.http.idempotency import IdempotencyError, _sent
+from coord.jobs.ledger import keys
+from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
+from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
+from tests.serving import eventually, served
+from tests.shop import waiting_for_locks
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    import asyncpg
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
+
+KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
+REUSED = (422, f"{URN}idempotency-key-reused")
+MALFORMED = (400, f"{URN}idempotency-key-malformed")
+
+
+@pytest.fixture(scope="module")
+async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
+    limits = httpx.Limits(max_connections=None)
+    async with served(counter(session_maker), limits=limits) as client:
+        yield client
+
+
+async def fulfil(
+    http: httpx.AsyncClient, order_id: int, key: str | list[str] | None = KEY, *, note: str = "", **headers: str
+) -> httpx.Response:
+    given = [] if key is None else [key] if isinstance(key, str) else key
+    fields = [*((b"Idempotency-Key", one.encode("latin-1")) for one in given), *httpx.Headers(headers).raw]
+    return await http.post(f"/orders/{order_id}/fulfil", headers=fields, json={"note": note})
+
+
+def problem_of(answer: httpx.Response) -> tuple[int, str]:
+    assert answer.headers["content-type"] == PROBLEM
+    return answer.status_code, answer.json()["type"]
+
+
+async def test_one_that_comes_again_while_the_job_waits_joins_it(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id = await placed(session_maker)
+    first = asyncio.create_task(fulfil(http, order_id))
+    job = await the_job(session_maker)
+    second = asyncio.create_task(fulfil(http, order_id))
+    third = await fulfil(http, order_id, Prefer="wait=0")
+    assert (third.status_code, third.json()["job"]["id"]) == (202, str(job.id))
+    await do(session_maker, job)
+    answers = [await first, await second]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json() == answers[1].json() == {"id": order_id, "status": "fulfilled"}
+    assert len(await jobs_of(session_maker)) == 1
+
+
+async def test_one_that_comes_when_the_job_is_done_has_its_answer(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id = await placed(session_maker)
+    await fulfil(http, order_id, Prefer="wait=0")
+    await do(session_maker, await the_job(session_maker))
+    answer = await fulfil(http, order_id)
+    assert (answer.status_code, answer.json()) == (200, {"id": order_id, "status": "fulfilled"})
+    assert len(await jobs_of(session_maker)) == 1
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [(JobState.FAILED, (500, f"{URN}job-failed")), (JobState.CANCELLED, (409, f"{URN}job-cancelled"))],
+)
+async def test_one_that_comes_when_the_job_has_ended_otherwise_is_told_so_and_has_no_second(
+    http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState, expected: tuple[int, str]
+) -> None:
+    order_id = await placed(session_maker)
+    await fulfil(http, order_id, Prefer="wait=0")
+    await end(session_maker, await the_job(session_maker), state, "OutOfTea")
+    assert problem_of(await fulfil(http, order_id)) == expected
+    assert len(await jobs_of(session_maker)) == 1
+
+
+async def test_fifty_at_the_same_instant_have_one_job_and_equal_answers(
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
+) -> None:
+    """All are let go at once, when they wait for the table of keys."""
+    order_id = await placed(session_maker)
+    transaction = observer.transaction()
+    await transaction.start()
+    await observer.execute("LOCK TABLE coord_idempotency_keys IN ACCESS EXCLUSIVE MODE")
+    asking = [asyncio.create_task(fulfil(http, order_id)) for _ in range(50)]
+
+    async def pool_is_full() -> bool:
+        return await waiting_for_locks(observer) == 20
+
+    await eventually(pool_is_full, within=20)
+    await transaction.rollback()
+    await do(session_maker, await the_job(session_maker))
+    answers = await asyncio.gather(*asking)
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert len(await jobs_of(session_maker)) == 1
+
+
+async def test_one_that_comes_while_the_first_is_not_committed_waits_for_that(
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
+) -> None:
+    """The first is held between its key and its job; when it fails there, the second is the first."""
+    order_id = await placed(session_maker)
+    await observer.execute(
+        "CREATE SEQUENCE held; CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " PERFORM pg_advisory_xact_lock(4711); IF nextval('held') = 1 THEN RAISE 'no'; END IF; RETURN new; END $$;"
+        "CREATE TRIGGER hold BEFORE INSERT ON coord_jobs FOR EACH ROW EXECUTE FUNCTION hold()"
+    )
+    try:
+        await observer.execute("SELECT pg_advisory_lock(4711)")
+
+        async def waiting(count: int) -> bool:
+            return await waiting_for_locks(observer, "INSERT") == count
+
+        first = asyncio.create_task(fulfil(http, order_id))
+        await eventually(lambda: waiting(1))
+        second = asyncio.create_task(fulfil(http, order_id))
+        await eventually(lambda: waiting(2))
+        await observer.execute("SELECT pg_advisory_unlock(4711)")
+        assert (await first).status_code == 500
+        await do(session_maker, await the_job(session_maker))
+        assert (await second).status_code == 200
+    finally:
+        await observer.execute("SELECT pg_advisory_unlock_all()")
+        await observer.execute("DROP TRIGGER hold ON coord_jobs; DROP FUNCTION hold; DROP SEQUENCE held")
+
+
+async def test_without_a_key_everybody_has_a_job(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    for _ in range(2):
+        await fulfil(http, order_id, None, Prefer="wait=0")
+    assert len(await jobs_of(session_maker)) == 2
+
+
+async def test_another_payload_is_refused_and_enqueues_nothing(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id, other = await placed(session_maker), await placed(session_maker)
+    await fulfil(http, order_id, note="a", Prefer="wait=0")
+    assert problem_of(await fulfil(http, order_id, note="b")) == REUSED
+    assert problem_of(await fulfil(http, other, note="a")) == REUSED
+    answer = await http.post(f"/orders/{order_id}/fulfil?x=1", headers={"Idempotency-Key": KEY}, json={"note": "a"})
+    assert problem_of(answer) == REUSED
+    assert len(await jobs_of(session_maker)) == 1
+
+
+async def test_the_same_payload_may_be_written_in_another_way(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id = await placed(session_maker)
+    for body in (b'{"note": "a", "b": [1, 2]}', b'{"b":[1,2],\n"note":"\\u0061"}'):
+        headers = {"Idempotency-Key": KEY, "Content-Type": "application/json", "Prefer": "wait=0"}
+        answer = await http.post(f"/orders/{order_id}/fulfil", headers=headers, content=body)
+        assert answer.status_code == 202
+    assert len(await jobs_of(session_maker)) == 1
+
+
+async def test_a_quoted_key_and_a_bare_one_are_the_same(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    for key in ('"abc-1"', "abc-1", '"a\\"b"', '"a\\\\b"'):
+        assert (await fulfil(http, order_id, key, Prefer="wait=0")).status_code == 202
+    assert len(await jobs_of(session_maker)) == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("", '""', '"', '"abc', 'abc"', '"a"b"', '"a\\b"', '"a" "b"', '"a", "b"', "a b", "a;b", '"a";p=1', "?1"),
+        *("(a)", '"\xe9"', "\xe9", '"a\tb"', "x" * 256, '"' + "x" * 254 + '"', ["a", "b"], ["a", "a"]),
+    ],
+    ids=repr,
+)
+async def test_a_malformed_key_is_a_400_and_enqueues_nothing(
+    http: httpx.AsyncClient, session_maker: SessionMaker, key: str | list[str]
+) -> None:
+    assert problem_of(await fulfil(http, await placed(session_maker), key)) == MALFORMED
+    assert await jobs_of(session_maker) == []
+
+
+@pytest.mark.parametrize("key", ["x" * 255, '"' + "x" * 253 + '"', '"a b, c; ~"', "0", "a/b=:"])
+async def test_a_key_may_be_any_short_text(http: httpx.AsyncClient, session_maker: SessionMaker, key: str) -> None:
+    assert (await fulfil(http, await placed(session_maker), key, Prefer="wait=0")).status_code == 202
+
+
+async def test_a_key_may_be_used_again_when_it_has_expired(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    order_id, other = await placed(session_maker), await placed(session_maker)
+    await fulfil(http, order_id, Prefer="wait=0")
+    async with session_maker() as session, session.begin():
+        row = (await session.execute(keys.select())).one()
+        assert timedelta(hours=23) < row.expires_at - datetime.now(UTC) <= timedelta(days=1)
+        await session.execute(update(keys).values(expires_at=datetime.now(UTC) - timedelta(seconds=1)))
+    assert (await fulfil(http, other, note="b", Prefer="wait=0")).status_code == 202
+    assert len(await jobs_of(session_maker)) == 2
+    assert problem_of(await fulfil(http, order_id)) == REUSED
+
+
+async def test_a_key_outlives_its_job_and_says_so(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    await fulfil(http, order_id, Prefer="wait=0")
+    async with session_maker() as session, session.begin():
+        await session.execute(delete(Job))
+    assert problem_of(await fulfil(http, order_id)) == (422, f"{URN}idempotency-key-expired")
+
+
+async def test_keys_of_different_callers_are_apart(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    order_id = await placed(session_maker)
+    for authorization in ("Bearer a", "Bearer b", "Bearer a"):
+        answer = await fulfil(http, order_id, Prefer="wait=0", Authorization=authorization)
+        assert answer.status_code == 202
+    assert len(await jobs_of(session_maker)) == 2
+    async with session_maker() as session:
+        stored = [tuple(row) for row in (await session.execute(keys.select())).all()]
+    assert "Bearer" not in str(stored)
+
+
+async def test_a_caller_is_who_the_application_says(session_maker: SessionMaker) -> None:
+    app = counter(session_maker, caller=lambda request: request.headers.get("x-user", ""))
+    order_id = await placed(session_maker)
+    async with served(app) as client:
+        for user, authorization in (("ann", "a"), ("ann", "b"), ("bob", "a")):
+            await fulfil(client, order_id, Prefer="wait=0", Authorization=authorization, **{"X-User": user})
+    assert len(await jobs_of(session_maker)) == 2
+
+
+async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -> None:
+    """Also those of one router that was included twice, and of two methods."""
+    app = FastAPI(exception_handlers=problem_handlers())
+    get_db = create_db_dependency(session_maker)
+    dependency = idempotency(required=True)
+    router = APIRouter()
+
+    @router.api_route("/things/{number}", methods=["POST", "PUT"])
+    async def act(
+        number: int, once: Idempotency = Depends(dependency), session: AsyncSession = Depends(get_db)
+    ) -> bool:
+        return (await once.enqueue(session, a_task, number)).joined
+
+    app.include_router(router, prefix="/v1")
+    app.include_router(router, prefix="/v2")
+    requests = [("POST", "/v1/things/1"), ("PUT", "/v1/things/1"), ("POST", "/v2/things/1")]
+    async with served(app) as client:
+        for expected in (False, True):
+            for method, path in requests:
+                answer = await client.request(method, path, headers={"Idempotency-Key": KEY})
+                assert (answer.status_code, answer.json()) == (200, expected)
+        answer = await client.post("/v1/things/2", headers={"Idempotency-Key": KEY})
+        assert problem_of(answer) == REUSED
+        assert problem_of(await client.post("/v1/things/2")) == (400, f"{URN}idempotency-key-missing")
+
+
+async def test_a_request_that_needs_no_job_has_its_key_checked(session_maker: SessionMaker) -> None:
+    app = FastAPI(exception_handlers=problem_handlers())
+    get_db = create_db_dependency(session_maker)
+    dependency = idempotency()
+
+    @app.post("/things/{number}")
+    async def act(
+        number: int, once: Idempotency = Depends(dependency), session: AsyncSession = Depends(get_db)
+    ) -> None:
+        await once.check(session)
+        if number > 0:
+            await once.enqueue(session, a_task, number)
+
+    async with served(app) as client:
+        answers = [await client.post(f"/things/{number}", headers={"Idempotency-Key": KEY}) for number in (0, 1, 0, 1)]
+    assert [answer.status_code for answer in answers] == [200, 200, 422, 200]
+
+
+async def test_joining_writes_nothing(
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
+) -> None:
+    order_id = await placed(session_maker)
+    await fulfil(http, order_id, Prefer="wait=0")
+    before = await observer.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
+    assert (await fulfil(http, order_id, Prefer="wait=0")).status_code == 202
+    assert await observer.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text") == before
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.lists(st.text(st.characters(codec="latin-1")), max_size=2))
+def test_any_header_is_a_key_or_malformed(values: list[str]) -> None:
+    with contextlib.suppress(IdempotencyError):
+        key = _sent(values)
+        assert (key is None) == (values == [])
+        assert key is None or 0 < len(key) <= 255

@@ -1,0 +1,286 @@
+"""What becomes of a worker's jobs and locks when it is killed, frozen, cut off, or merely slow."""
+
+# ruff: noqa: F401, F811 - fixtures are imported
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from arq.constants import default_queue_name
+from arq.worker import func
+
+from coord import cancel_job, job_transaction, lock_tables, task_options
+from coord.worker.census import DEAD
+from tests.ledger import ledger
+from tests.models import User
+from tests.serving import eventually
+from tests.shop import Network, waiting_for_locks
+from tests.workers import (
+    Notes,
+    Office,
+    Process,
+    fragile_postgresql,
+    notes,
+    office,
+    opened,
+    prepared,
+    process,
+    script,
+    until,
+    working,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    import asyncpg
+
+    from coord import Job
+
+pytestmark = [pytest.mark.usefixtures("tables"), pytest.mark.slow]
+
+PROMISED = 10.0
+"""Seconds in which the jobs of a worker that is gone run elsewhere and its locks are free."""
+FAULTS = pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+
+
+class Fault:
+    """When it happened, and what has to be so soon afterwards."""
+
+    def __init__(self, worker: Process, number: signal.Signals) -> None:
+        worker.signal(number)
+        self.at = time.monotonic()
+
+    async def over(self, office: Office, *jobs: Job) -> None:
+        for job in jobs:
+            row = await office.final(job, within=max(self.at + PROMISED - time.monotonic(), 0.01))
+            assert row.state == "done"
+        assert time.monotonic() - self.at < PROMISED
+        async with office.session_maker.begin() as session, lock_tables(session, [User], timeout=0):
+            """Its locks are free."""
+
+    @property
+    def age(self) -> float:
+        return time.monotonic() - self.at
+
+
+async def predicaments(office: Office, script: Office, notes: Notes, worker: Process) -> dict[str, Job]:
+    """A job of the worker's in each place where its end is worst."""
+    (row,) = [row for row in await office.workers() if row.pid == worker.pid]
+    jobs = {
+        "outside": await office.enqueue("hold", "go"),
+        "locking": await office.enqueue("hold_lock", "go"),
+        "in it": await office.enqueue("hold_transaction", "go"),
+        "waiting": await office.enqueue("want_lock"),
+        "failing": await office.enqueue("fail", "fail now"),
+        "unwanted": await office.enqueue("hold_transaction", "never"),
+        "unheard": await script.enqueue("quick"),
+    }
+    for name, what in [("outside", "starts"), ("locking", "locked"), ("in it", "entered"), ("unwanted", "entered")]:
+        await notes.say(jobs[name], what)
+    await office.take(jobs["unheard"], row.id)
+    return jobs
+
+
+@contextlib.asynccontextmanager
+async def held_up(observer: asyncpg.Connection, notes: Notes, jobs: dict[str, Job]) -> AsyncIterator[None]:
+    """While somebody has what the worker waits for: a table, the row of a job that has failed, its own heartbeat's row.
+
+    It waits at the end of the block, and is given all that when it can no longer make use of it.
+    """
+    async with observer.transaction():
+        await observer.execute("SELECT FROM coord_jobs WHERE id = $1 FOR UPDATE", jobs["failing"].id)
+        await observer.execute("SELECT FROM coord_workers FOR UPDATE")
+        notes.let("fail now")
+
+        async def all_wait() -> bool:
+            statements = ("SAVEPOINT coord_lock", "SELECT coord_jobs", "UPDATE coord_workers")
+            return min([await waiting_for_locks(observer, statement) for statement in statements]) == 1
+
+        await eventually(all_wait)
+        yield
+
+
+@FAULTS
+async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
+    office: Office, script: Office, notes: Notes, observer: asyncpg.Connection, fault: signal.Signals
+) -> None:
+    """Outside a job's transaction and in it, holding a table's lock and waiting for one, while it writes that a job has
+    failed and while its heart beats: everything is done by another worker, and no lock is left.
+    """
+    async with process(office, notes, COORD_TEST_MAX_JOBS="20") as worker:
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE")
+            jobs = await predicaments(office, script, notes, worker)
+            async with held_up(observer, notes, jobs):
+                struck = Fault(worker, fault)
+        async with process(office, notes) as other:
+            notes.let("go")
+            assert await cancelled(office, jobs.pop("unwanted")) != "failed"
+            failing = jobs.pop("failing")
+            await struck.over(office, *jobs.values())
+            assert {await how(office, job) for job in jobs.values()} == {("done", 2, (2,))}
+            assert all(pid == other.pid for job in jobs.values() for attempt, pid, _ in notes.of(job) if attempt == 2)
+            assert (await office.row(failing)).error == "ValueError: fail now"
+            if fault is signal.SIGSTOP:
+                worker.signal(signal.SIGCONT)
+                await worker.says("This worker was taken for dead")
+                await until(lambda: worker.count("superseded") >= 1)
+                await other.stop()
+                later = await office.enqueue("quick")
+                _, pid, _ = await notes.say(later, "starts")
+                assert pid == worker.pid
+                await office.nothing_left_in_redis()
+
+
+async def how(office: Office, job: Job) -> tuple[str, int, tuple[int, ...]]:
+    row = await office.row(job)
+    return str(row.state), row.attempt, tuple(await office.effects(job))
+
+
+async def cancelled(office: Office, job: Job) -> str:
+    async with office.session_maker() as session:
+        state = await cancel_job(session, job.id)
+        await session.commit()
+    return str(state)
+
+
+async def test_the_eldest_worker_looks_after_the_others_alone(office: Office, script: Office, notes: Notes) -> None:
+    """What nobody handed over is begun within five seconds, and so are the jobs of a younger worker that was killed."""
+    async with contextlib.AsyncExitStack() as stack:
+        eldest = await stack.enter_async_context(process(office, notes, COORD_TEST_MAX_JOBS="1"))
+        first = await office.enqueue("hold", "first")
+        await notes.say(first, "starts")
+        younger = await stack.enter_async_context(process(office, notes))
+        second = await office.enqueue("hold", "second")
+        await notes.say(second, "starts")
+        notes.let("first")
+        await office.final(first)
+        forgotten = [await script.enqueue("quick") for _ in range(5)]
+        for job in forgotten:
+            assert (await office.final(job, within=5)).attempt == 1
+        struck = Fault(younger, signal.SIGKILL)
+        notes.let("second")
+        await struck.over(office, second)
+        assert eldest.count("were not to be found in Redis") == 1
+        assert (eldest.count("is dead, with 1 jobs"), eldest.count("Jobs of dead workers")) == (1, 1)
+        assert younger.count("not to be found|is dead") == 0
+
+
+async def test_a_job_that_kills_every_worker_fails(office: Office, notes: Notes) -> None:
+    """Each was the only one, and held a lock."""
+    locking = await office.enqueue("hold_lock", "go")
+    async with process(office, notes) as one:
+        await notes.say(locking, "locked")
+        job = await office.enqueue("deadly")
+        assert await one.exit_status() == -signal.SIGKILL
+    died = time.monotonic()
+    notes.let("go")
+    async with process(office, notes) as two:
+        assert await two.exit_status(within=PROMISED) == -signal.SIGKILL
+        assert time.monotonic() - died < PROMISED
+    async with process(office, notes):
+        row = await office.final(job, within=PROMISED)
+        assert (row.state, row.attempt) == ("failed", 2)
+        assert row.error == "the worker that ran it died (attempt 2 of 2)"
+        assert [attempt for attempt, _, _ in notes.of(job)] == [1, 2]
+        assert (await office.final(locking)).state == "done"
+        assert len(await office.effects(locking)) == 1
+        await office.nothing_left_in_redis()
+
+
+async def test_a_worker_that_is_slow_is_not_robbed(office: Office, notes: Notes) -> None:
+    """Its event loop does nothing for eight seconds, and its heart beats."""
+    async with process(office, notes) as worker:
+        jobs = [await office.enqueue("hold", "go"), await office.enqueue("block", DEAD + 2)]
+        await notes.say(jobs[1], "starts")
+        async with process(office, notes) as other:
+            notes.let("go")
+            for job in jobs:
+                await office.final(job, within=15)
+                assert await how(office, job) == ("done", 1, (1,))
+            assert other.count("is dead|not to be found|superseded") == 0
+        assert worker.count("taken for dead") == 0
+
+
+async def test_nobody_is_robbed_because_postgresql_was_away(notes: Notes, redis_url: str) -> None:
+    """For longer than a worker that does not say that it lives is taken to live."""
+    with fragile_postgresql() as server:
+        async with prepared(server, redis_url) as office:
+            async with process(office, notes) as worker, process(office, notes) as other:
+                jobs = [await office.enqueue("hold", "go") for _ in range(8)]
+                for job in jobs:
+                    await notes.say(job, "starts")
+                await asyncio.to_thread(server.stop, "immediate")
+                await asyncio.sleep(DEAD + 2)
+                await asyncio.to_thread(server.start)
+                await worker.says("PostgreSQL answers again")
+                await asyncio.sleep(2)  # in which somebody might be taken for dead
+                assert len(notes.all()) == len(jobs), "a second attempt began, though the first one was alive"
+                notes.let("go")
+                async with opened(server.url, redis_url) as office:
+                    for job in jobs:
+                        assert (await office.final(job)).state == "done"
+                        assert len(await office.effects(job)) == 1
+                assert worker.count("is dead|taken for dead") + other.count("is dead|taken for dead") == 0
+
+
+async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(office: Office) -> None:
+    """It still hears Redis, and would claim again and again what it cannot run."""
+    ran: list[str] = []
+    go = asyncio.Event()
+
+    def tasks(worker: str) -> list[Any]:
+        async def task(ctx: dict[str, Any]) -> None:
+            ran.append(worker)
+            await go.wait()
+            async with job_transaction(ctx):
+                pass
+
+        return [func(task, name="task")]
+
+    async with Network(office.database_url).opened() as network:
+        network.up = True
+        async with working(office, tasks("cut off"), database_url=network.url, max_jobs=5) as worker:
+            jobs = [await office.enqueue("task") for _ in range(5)]
+            await until(lambda: len(ran) == 5)
+            network.cut()
+            cut = time.monotonic()
+            async with working(office, tasks("other"), max_jobs=10):
+                await until(lambda: ran.count("other") == 5, within=PROMISED)
+                assert time.monotonic() - cut < PROMISED
+                more = await office.enqueue("task")
+                await until(lambda: ran.count("other") == 6, within=5)
+                go.set()
+                rows = [await office.final(job) for job in [*jobs, more]]
+                assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 5 + [("done", 1)]
+                network.up = True
+                assert worker.lives
+            assert (await office.final(await office.enqueue("task"))).state == "done"
+            assert ran.count("cut off") == 6
+
+
+async def test_after_flushall_everything_queued_is_back_and_nothing_runs_twice(office: Office, notes: Notes) -> None:
+    async with process(office, notes, COORD_TEST_MAX_JOBS="5"), process(office, notes, COORD_TEST_MAX_JOBS="5"):
+        held = [await office.enqueue("hold", "go") for _ in range(10)]
+        for job in held:
+            await notes.say(job, "starts")
+        queued = [await office.enqueue("quick") for _ in range(500)]
+        later = await office.enqueue(task_options("quick", delay=60))
+        await office.queued(len(held) + len(queued) + 1)
+        await office.redis.flushall()
+        flushed = time.monotonic()
+        await office.queued(len(queued) + 1, within=PROMISED)
+        assert time.monotonic() - flushed < PROMISED
+        notes.let("go")
+        for job in [*held, *queued]:
+            await office.final(job, within=20)
+        ran = [job for job, _, _, what in notes.all() if what == "starts"]
+        assert sorted(ran) == sorted(str(job.id) for job in [*held, *queued])
+        assert {row.attempt for row in [await office.row(job) for job in held]} == {1}
+        score = await office.redis.zscore(default_queue_name, str(later.id))
+        assert abs(score - later.due_at.timestamp() * 1000) < 5
