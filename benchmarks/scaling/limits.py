@@ -77,17 +77,17 @@ def report(side_by_side: Cell, exclusive: Cell) -> Section:
     head = ("what is full", "of which there is", "a request uses", "arithmetic", "requests/s")
     team = side_by_side.team
     costs = (
-        f"Costs are those of {team.requesters} API and {team.workers} worker processes under {side_by_side.mode}, "
-        f"which answered most of that mode; {SHARE} of anything may be used before requests queue for it. "
+        f"Costs are those that were found where most was answered under {side_by_side.mode}: API processes "
+        f"{team.requesters}, worker processes {team.workers}. Of anything, {SHARE} may be used, or requests queue. "
         f"A request made {side_by_side.use.transactions:.1f} transactions, those that only read among them, and "
         f"{side_by_side.use.redis_commands:.1f} Redis commands of {side_by_side.use.redis_bytes / 1e3:.1f} kB."
     )
     lock = (
         f"{exclusive.mode} has a limit of its own, which no machine moves: one job at a time. Best here were "
-        f"{exclusive.rate:.0f} requests a second, so a job and the inserts that wait for it kept the table for "
+        f"{exclusive.rate:.0f} requests a second, so a job kept the table, and the inserts waiting, for at most "
         f"1,000 / {exclusive.rate:.0f} = {1_000 / exclusive.rate:.1f} ms."
     )
-    flushes = "One flush of WAL serves every commit that waits for it, so a request uses less of them the more there are at once."
+    flushes = "One flush of WAL serves all commits that wait for it, so the more come at once, the fewer each uses."
     tables = [Table(head, [limit.row() for limit in found.values()]), _fleet(found)]
     return Section("Limits", tables, remarks=[costs, flushes, lock])
 
