@@ -47,15 +47,13 @@ class Acquisition:
     statement: str
     subject: str
     """What is locked, for messages: `order, stock in EXCLUSIVE mode`."""
-    limit: float | None
-    """Seconds for all of it together; 0 is in the statement, None leaves it to the server's own `lock_timeout`."""
     blockers: str
     """A condition on `pg_locks AS lock` that finds who is in the way."""
     blocked_by: Sequence[Any]
     """Its arguments."""
     tables: Sequence[str] = ()
 
-    def sql(self, known: Settings | None) -> str:
+    def sql(self, limit: float | None, known: Settings | None) -> str:
         """One message of the simple protocol: PostgreSQL runs its statements without another round trip.
 
         `lock_timeout` counts anew for every lock, `statement_timeout` for the statement (section 19.11 of the manual).
@@ -63,18 +61,21 @@ class Acquisition:
         a transaction at REPEATABLE READ must not be older than the lock; LOCK and SET take none.
         """
         parts = [self.statement]
-        if self.limit:
-            limit = max(1, round(self.limit * 1000))
-            limited = [*_set({"lock_timeout": limit, "statement_timeout": limit + 1}), self.statement]
+        if limit:
+            time = max(1, round(limit * 1000))
+            limited = [*_set({"lock_timeout": time, "statement_timeout": time + 1}), self.statement]
             parts = [_SAVE, *limited, _RESTORE] if known is None else [*limited, *_set(known)]
         return "; ".join(("SAVEPOINT coord_lock", *parts, "RELEASE SAVEPOINT coord_lock"))
 
 
-async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None:
-    """Take the lock in the connection's transaction, which stays usable if it is not granted."""
+async def acquire(connection: AsyncConnection, acquisition: Acquisition, limit: float | None) -> None:
+    """Take the lock in the connection's transaction, which stays usable if it is not granted.
+
+    `limit` is seconds for all of it together; 0 is in the statement, None leaves it to the server's `lock_timeout`.
+    """
     driver, begun = await in_transaction(connection)
     known = await _settings(driver) if begun and keeps_its_snapshot(connection) else None
-    sql = acquisition.sql(known)
+    sql = acquisition.sql(limit, known)
     try:
         await driver.execute(sql)
     except asyncio.CancelledError:
@@ -85,7 +86,7 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition) -> None
             await connection.invalidate(error)
             raise DBAPIError(sql, None, error, connection_invalidated=True) from error
         await _undo(connection, driver)
-        raise await _refusal(driver, acquisition, error) or DBAPIError(sql, None, error) from error
+        raise await _refusal(driver, acquisition, error, limited=bool(limit)) or DBAPIError(sql, None, error) from error
 
 
 async def _undo(connection: AsyncConnection, driver: asyncpg.Connection) -> None:
@@ -103,12 +104,12 @@ async def _undo(connection: AsyncConnection, driver: asyncpg.Connection) -> None
 
 
 async def _refusal(
-    driver: asyncpg.Connection, acquisition: Acquisition, error: Exception
+    driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, *, limited: bool
 ) -> LockTimeoutError | DeadlockError | None:
     match error:
         case asyncpg.LockNotAvailableError():
             return await _timed_out(driver, acquisition)
-        case asyncpg.QueryCanceledError() if acquisition.limit and "statement timeout" in str(error):
+        case asyncpg.QueryCanceledError() if limited and "statement timeout" in str(error):
             return await _timed_out(driver, acquisition)
         case asyncpg.DeadlockDetectedError():
             return DeadlockError(f"Deadlock while locking {acquisition.subject}: {error.detail or error}")

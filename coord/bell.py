@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import random
 from contextlib import asynccontextmanager, suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
+from coord.publisher import Publisher, packed, ring_of
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable
 
     from redis.asyncio import Redis
     from redis.asyncio.connection import Connection
 
-    from coord.jobs.feed import Command
     from coord.outage import Outage
+    from coord.publisher import Packets
 
 HEARTBEAT = 5.0
 """Seconds of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
-PUBLISH_LIMIT = 2.0
-"""Seconds after which rings are dropped."""
 LISTEN_LIMIT = 0.05
 """Seconds after which a row is looked at although Redis has not confirmed that its bell is heard."""
 BACKOFF = (0.1, 2.0)
@@ -54,38 +55,31 @@ class Bell:
         self._unconfirmed: dict[bytes, None] = {}
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
-        self._rings: dict[bytes, None] = {}
-        self._messages: list[Command] = []
+        self._publisher = Publisher(redis, self._published, before=self._subscribe)
         self._connection: Connection | None = None
-        self._publisher: Connection | None = None
-        self._sending: asyncio.Task[None] | None = None
-        self._ringing: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
         """Hear Redis until the block ends; what has been rung by then is still sent."""
-        task = asyncio.create_task(self._hear(), name="coord bell")
-        try:
-            yield self
-        finally:
-            task.cancel()
-            await asyncio.wait([task])
-            for sending in (self._sending, self._ringing):
-                if sending is not None:
-                    await asyncio.wait([sending])
-            if self._publisher is not None:
-                await self._publisher.disconnect(nowait=True)
+        async with self._publisher.open():
+            task = asyncio.create_task(self._hear(), name="coord bell")
+            try:
+                yield self
+            finally:
+                task.cancel()
+                await asyncio.wait([task])
 
     @property
     def connected(self) -> bool:
         return self._connection is not None
 
-    def ring(self, channels: Iterable[bytes], commands: Iterable[Command] = ()) -> None:
-        """Publish soon, after `commands`, in one round trip with whatever else there is by then."""
-        self._rings.update(dict.fromkeys(channels))
-        self._messages.extend(commands)
-        if (self._rings or self._messages) and (self._ringing is None or self._ringing.done()):
-            self._ringing = asyncio.create_task(self._publish(), name="coord rings")
+    def ring(self, channels: Iterable[bytes], packets: Packets = MappingProxyType({})) -> None:
+        """Publish soon, after the packets, in one round trip with whatever else there is by then."""
+        self._publisher.send({**packets, **{channel: ring_of(channel) for channel in channels}})
+
+    def holds(self, key: object) -> bool:
+        """Whether the packet is still to be sent."""
+        return self._publisher.holds(key)
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
@@ -108,21 +102,23 @@ class Bell:
     def _command(self, channel: bytes, wanted: bool) -> None:
         if self._connection is None:
             return  # whatever is in _listeners by then is subscribed to on connecting
+        if not self._commands:
+            asyncio.get_running_loop().call_soon(self._subscribe)
         self._commands.pop(channel, None)
         self._commands[channel] = wanted
-        if self._sending is None or self._sending.done():
-            self._sending = asyncio.create_task(self._send(self._connection), name="coord subscribes")
 
-    async def _send(self, connection: Connection) -> None:
-        with suppress(RedisError, OSError):  # _hear sees the same, and begins anew
-            while self._commands and connection is self._connection:
-                commands, self._commands = self._commands, {}
-                for name, wanted in (("SUBSCRIBE", True), ("UNSUBSCRIBE", False)):
-                    channels = [channel for channel, listen in commands.items() if listen is wanted]
-                    if channels:
-                        await connection.send_command(name, *channels, check_health=False)
-                if any(commands.values()):
-                    asyncio.get_running_loop().call_later(LISTEN_LIMIT, self._tell_unconfirmed, list(commands))
+    def _subscribe(self) -> None:
+        """Send what there is of that: before any packet, whose consequences may have to be heard."""
+        commands, self._commands = self._commands, {}
+        connection = self._connection
+        if connection is None or connection._writer is None or not commands:
+            return
+        for name, wanted in ((b"SUBSCRIBE", True), (b"UNSUBSCRIBE", False)):
+            channels = [channel for channel, listen in commands.items() if listen is wanted]
+            for start in range(0, len(channels), BATCH):
+                connection._writer.write(packed(name, *channels[start : start + BATCH]))
+        if any(commands.values()):
+            asyncio.get_running_loop().call_later(LISTEN_LIMIT, self._tell_unconfirmed, list(commands))
 
     def _tell_unconfirmed(self, channels: Iterable[bytes]) -> None:
         for channel in channels:
@@ -190,34 +186,6 @@ class Bell:
         elif kind == b"pong":
             self._outage.report(None)
 
-    async def _publish(self) -> None:
-        while self._rings or self._messages:
-            commands = [*self._messages, *(("PUBLISH", channel, b"") for channel in self._rings)]
-            self._messages, self._rings = [], {}
-            try:
-                async with asyncio.timeout(PUBLISH_LIMIT):
-                    await self._send_commands(commands)
-            except (RedisError, OSError) as error:
-                self._outage.report(error)
-            else:
-                if self._outage.lasts and self.connected:
-                    self._outage.report(None)
-
-    async def _send_commands(self, commands: Sequence[Command]) -> None:
-        """By a connection of its own: redis-py's pool and pipeline cost a writer more than the rest of the bell."""
-        if self._publisher is not None:
-            with suppress(RedisError, OSError):  # of a connection that Redis has closed meanwhile
-                await self._send_by(self._publisher, commands)
-                return
-        self._publisher = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        await self._send_by(self._publisher, commands)
-
-    async def _send_by(self, publisher: Connection, commands: Sequence[Command]) -> None:
-        try:
-            await publisher.send_packed_command(publisher.pack_commands(commands), check_health=False)
-            for _ in commands:
-                await publisher.read_response(disable_decoding=True)
-        except BaseException:
-            self._publisher = None
-            await publisher.disconnect(nowait=True)
-            raise
+    def _published(self, error: Exception | None) -> None:
+        if error is not None or (self._outage.lasts and self.connected):
+            self._outage.report(error)

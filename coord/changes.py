@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, inspect
+from sqlalchemy import event
 from sqlalchemy.orm import ORMExecuteState, Session
+
+from coord.target import column_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.orm import Mapper, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction, UOWTransaction
 
     from coord.jobs.ledger import Job
     from coord.target import Key
@@ -20,22 +23,12 @@ if TYPE_CHECKING:
     Change = tuple[Mapper[Any], Key | None]
     """A row by its key, or with None any row of the table."""
     Changed = Mapping[Change, Job | None]
-    """What has changed, and of a job's row whether that is to be handed to a worker."""
+    """What has changed, and if that is the row of a job to be handed to a worker, the job."""
     Tell = Callable[[Session, Changed], None]
 
 _CHANGES = "coord.changes"
-
-
-def collect(session: Session, change: Change, job: Job | None = None) -> None:
-    """Have it told after the outermost commit, if this process has a `Coordinator` by then.
-
-    It belongs to the innermost savepoint or transaction; none has begun when its first statement is announced.
-    """
-    changes: dict[SessionTransaction | None, dict[Change, Job | None]] = session.info.setdefault(_CHANGES, {})
-    eldest = next(iter(changes), None)
-    if eldest is not None and [*_with_parents(eldest)][-1] is not session.get_transaction():
-        changes.clear()  # of a transaction that has ended while nobody was there to be told
-    changes.setdefault(session.get_nested_transaction() or session.get_transaction(), {})[change] = job
+_observed: Counter[Dialect] = Counter()
+"""How often sessions are listened to, by their engine's dialect: each engine has its own."""
 
 
 class Changes:
@@ -60,52 +53,87 @@ class Changes:
         }
         for name, listener in listeners.items():
             event.listen(Session, name, listener)
+        _observed[self._dialect] += 1
         try:
             yield
         finally:
+            _observed[self._dialect] -= 1
+            if not _observed[self._dialect]:
+                del _observed[self._dialect]
             for name, listener in listeners.items():
                 event.remove(Session, name, listener)
 
     def add(self, session: Session, change: Change) -> None:
         """Tell of the change after the commit; at once when no transaction is open."""
         if session.in_transaction():
-            collect(session, change)
+            _changes(session)[change] = None
         else:
             self._tell(session, {change: None})
 
     def _is_ours(self, session: Session) -> bool:
         return session.bind is not None and session.bind.dialect is self._dialect
 
-    def _after_flush(self, session: Session, _context: object) -> None:
+    def _after_flush(self, session: Session, context: UOWTransaction) -> None:
+        """Reads what was flushed where SQLAlchemy keeps it: the sets that a session makes of it cost thrice as much."""
         if not self._is_ours(session):
             return
-        changed = [row for row in session.dirty if session.is_modified(row, include_collections=False)]
-        for row in (*session.new, *changed, *session.deleted):
-            mapper: Mapper[Any] = inspect(row).mapper
-            collect(session, (mapper, tuple(mapper.primary_key_from_instance(row))))
+        changes = _changes(session)
+        for state, (is_deleted, only_listed) in context.states.items():  # pinned by tests/test_changes.py
+            mapper = state.manager.mapper
+            if state.key is not None:
+                if is_deleted or _has_changed(state):
+                    changes[mapper, state.key[1]] = None  # its key before the flush: nobody waits for one to come
+            elif not only_listed:
+                changes[mapper, tuple(mapper.primary_key_from_instance(state.obj()))] = None
 
     def _do_orm_execute(self, state: ORMExecuteState) -> None:
-        if (state.is_update or state.is_delete or state.is_insert) and self._is_ours(state.session):
+        if state.is_select or not self._is_ours(state.session):
+            return
+        if state.is_update or state.is_delete or state.is_insert:
             for mapper in state.all_mappers:
-                collect(state.session, (mapper, None))
+                _changes(state.session)[mapper, None] = None
 
     def _after_commit(self, session: Session) -> None:
         """SQLAlchemy says so at a savepoint's release as well."""
         if session.in_nested_transaction() or not self._is_ours(session):
             return
-        if changes := session.info.pop(_CHANGES, None):
-            self._tell(session, {change: job for changed in changes.values() for change, job in changed.items()})
+        changes: dict[Change, Job | None] = {}
+        for kept in session.info.pop(_CHANGES, {}).values():
+            changes |= kept
+        if changes:
+            self._tell(session, changes)
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
+        if rolled_back.parent is None:
+            session.info.pop(_CHANGES, None)
+            return
         changes: dict[SessionTransaction | None, Any] = session.info.get(_CHANGES, {})
-        for transaction in [*changes]:
-            if rolled_back in _with_parents(transaction):
-                del changes[transaction]
+        for savepoint in [*changes]:
+            if rolled_back in _with_parents(savepoint):
+                del changes[savepoint]
 
     def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
         """Closing a session ends its transaction without a rollback of its own."""
         if ended.parent is None:
             session.info.pop(_CHANGES, None)
+
+
+def collect(session: Session, change: Change, job: Job | None = None) -> None:
+    """Have it told after the outermost commit, if this process has a `Coordinator`; else there is nobody to tell."""
+    if session.bind is not None and session.bind.dialect in _observed:
+        _changes(session)[change] = job
+
+
+def _changes(session: Session) -> dict[Change, Job | None]:
+    """Those of the innermost savepoint, or of the transaction outside any."""
+    nested = session.get_nested_transaction()
+    kept: dict[Change, Job | None] = session.info.setdefault(_CHANGES, {}).setdefault(nested, {})
+    return kept
+
+
+def _has_changed(state: InstanceState[Any]) -> bool:
+    """Whether a column was set, be it to the value it had: to ask for that would cost more than a look at the row."""
+    return not state.committed_state.keys().isdisjoint(column_names(state.manager.mapper))
 
 
 def _with_parents(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, inspect
@@ -13,7 +14,7 @@ from coord.jobs.ledger import Cancellation
 from coord.schemas import schemas_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection
 
     from sqlalchemy.orm import Mapper, Session
 
@@ -36,10 +37,7 @@ class Channels:
 
     def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
         """The bell of the table; classes that inherit share their base's, and with it the meaning of a key."""
-        table = mapper.base_mapper.local_table
-        schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
-        schema = dict(schemas).get(schema, schema)
-        return f"{self.namespace}:{self.database}:{schema or ''}.{name}".encode()
+        return _table(self.namespace, self.database, mapper, schemas)
 
     def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
         parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
@@ -53,11 +51,23 @@ class Channels:
         """Heard by workers: a job was cancelled, perhaps one that runs."""
         return self.table(inspect(Cancellation), ())
 
-    def of_changes(self, session: Session, changes: Iterable[Change]) -> list[bytes]:
+    def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
         schemas = schemas_of(session)
-        changes = list(changes)
-        rows = Counter(mapper for mapper, key in changes if key is not None)
+        crowded = _crowded(changes) if len(changes) > MANY else ()
         return [
-            self.table(mapper, schemas) if key is None or rows[mapper] > MANY else self.row(mapper, schemas, key)
+            self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
             for mapper, key in changes
         ]
+
+
+@lru_cache(maxsize=256)
+def _table(namespace: str, database: str, mapper: Mapper[Any], schemas: Schemas) -> bytes:
+    table = mapper.base_mapper.local_table
+    schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
+    schema = dict(schemas).get(schema, schema)
+    return f"{namespace}:{database}:{schema or ''}.{name}".encode()
+
+
+def _crowded(changes: Collection[Change]) -> set[Mapper[Any]]:
+    rows = Counter(mapper for mapper, key in changes if key is not None)
+    return {mapper for mapper, count in rows.items() if count > MANY}

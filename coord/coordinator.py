@@ -90,7 +90,7 @@ class Coordinator:
                     stack.push_async_callback(self._redis.aclose)
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
-            stack.enter_context(Watcher.of(self._engine).coordinate(self._max_waiters, self._hear))
+            stack.enter_context(Watcher.of(self._engine).coordinate(self._max_waiters, self._hear, self._holds))
             stack.enter_context(self._changes.observed())
             self._stack = stack.pop_all()
         return self
@@ -125,19 +125,23 @@ class Coordinator:
     def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
         return None if self._bell is None else Hearing(self._bell, self.channels, mapper, schemas)
 
+    def _holds(self, job_id: object) -> bool:
+        return self._bell is not None and self._bell.holds(job_id)
+
     def _tell(self, session: Session, changes: Changed) -> None:
         if self._bell is None or self._loop is None:
             return
         try:
             rings = self.channels.of_changes(session, [change for change, job in changes.items() if job is None])
-            commands = hand_over([job for job in changes.values() if job is not None], self._namespace)
+            jobs = [job for job in changes.values() if job is not None]
+            packets = hand_over(jobs, self._namespace) if jobs else {}
         except Exception:
             logger.exception("Changes could not be announced; they are seen by polling")
             return
         if _running_loop() is self._loop:
-            self._bell.ring(rings, commands)
+            self._bell.ring(rings, packets)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._bell.ring, rings, commands)
+            self._loop.call_soon_threadsafe(self._bell.ring, rings, packets)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

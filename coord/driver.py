@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.exc import InvalidRequestError
+import asyncpg
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
+
+from coord.engine import note_failure
 
 if TYPE_CHECKING:
-    import asyncpg
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import Executable
     from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from coord.schemas import Schemas
+
+_DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
 async def in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, bool]:
@@ -24,6 +35,50 @@ async def in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connectio
     if not driver.is_in_transaction():
         raise InvalidRequestError("This needs a transaction, and the connection is in AUTOCOMMIT mode.")
     return driver, True
+
+
+async def fetch(
+    connection: AsyncConnection, statement: Executable, schemas: Schemas, values: Mapping[str, Any]
+) -> Sequence[Any]:
+    """The rows of a statement of coord's own, in the connection's transaction; errors are SQLAlchemy's.
+
+    It saves half of what SQLAlchemy itself takes, which hot paths pay once a job. Values go to the driver as they are.
+    """
+    sql, parameters = _compiled(statement, schemas)
+    driver, _ = await in_transaction(connection)
+    try:
+        rows: Sequence[Any] = await driver.fetch(sql, *[values.get(name, constant) for name, constant in parameters])
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+        raise await _translated(connection, sql, error) from error
+    return rows
+
+
+@lru_cache(maxsize=256)
+def _compiled(statement: Any, schemas: Schemas) -> tuple[str, Sequence[tuple[str, Any]]]:
+    """With the names of its parameters in order, and what they are when they are none that is given."""
+    under = {"schema_translate_map": dict(schemas), "render_schema_translate": True} if schemas else {}
+    compiled = statement.compile(dialect=_DIALECT, **under)
+    return str(compiled), [(name, compiled.binds[name].value) for name in compiled.positiontup]
+
+
+async def _translated(connection: AsyncConnection, sql: str, error: Exception) -> BaseException:
+    """As SQLAlchemy would say it, without the values."""
+    adapter = _proxied(connection).dbapi_connection
+    closed = adapter.driver_connection.is_closed()
+    base = connection.dialect.loaded_dbapi.Error
+    try:
+        adapter._handle_exception(error)
+    except base as known:
+        found: BaseException = DBAPIError.instance(
+            sql, None, known, base, connection_invalidated=closed, dialect=connection.dialect
+        )
+    except Exception as unknown:  # noqa: BLE001 - it is returned
+        found = unknown
+    if closed:
+        await connection.invalidate(error)
+    else:
+        note_failure(connection)
+    return found
 
 
 def keeps_its_snapshot(connection: AsyncConnection) -> bool:

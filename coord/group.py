@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 logger = logging.getLogger("coord.waiting")
 
+PATIENCE = 0.02
+"""Seconds that a wait takes before it looks at a row to which nothing can have happened unheard."""
 RETRY = 0.2
 """Seconds between attempts to read while PostgreSQL is away."""
 
@@ -58,6 +60,8 @@ class Group:
         self._due: set[Key] = set()
         self._rung: set[Key] = set()
         """Those of the due rows whose bell was rung: they have probably changed."""
+        self._patient: set[Key] = set()
+        """Those to be looked at in a little while."""
         self._awake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -68,8 +72,11 @@ class Group:
         self._intervals[waiter.interval] += 1
         self._watched[waiter.target.columns] += 1
         heard = self._hearing is not None and (len(others) > 1 or self._hearing.listen(self, key))
-        if not heard or (len(others) > 1 and not waiter.patient):
+        waiter.patient = waiter.patient and heard
+        if not waiter.patient and (not heard or len(others) > 1):
             self.look(key)
+        elif waiter.patient and waiter.curious:
+            self._look_later(key)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
             self._task.add_done_callback(self._ended)
@@ -103,10 +110,22 @@ class Group:
         self._due.add(key)
         self._awake.set()
 
+    def _look_later(self, key: Key) -> None:
+        """Most waits that can be patient are over by then."""
+        if not self._patient:
+            asyncio.get_running_loop().call_later(PATIENCE, self._look_now)
+        self._patient.add(key)
+
+    def _look_now(self) -> None:
+        patient, self._patient = self._patient, set()
+        if due := patient & self.waiters.keys():
+            self._due |= due
+            self._awake.set()
+
     def heard(self, key: Key) -> None:
         """Have the row read, since what was rung until now was not heard; but for who knows that nothing was."""
         waiters = self.waiters.get(key, ())
-        if not all([waiter.patient for waiter in waiters]):
+        if not all(waiter.patient for waiter in waiters):
             self.look(key)
         for waiter in waiters:
             waiter.patient = False
@@ -115,10 +134,8 @@ class Group:
         """Have the row read, or all of them, since somebody says that it has changed."""
         if key is None:
             self._due.update(self.waiters)
-        elif all([waiter.passes_on() for waiter in self.waiters.get(key, ())]):
-            return
-        else:
-            self._due.add(key)
+        elif stay := [waiter for waiter in self.waiters.get(key, ()) if not waiter.passes_on()]:
+            self._due.add(stay[0].target.key)
             self._rung.add(key)
         self._awake.set()
 

@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 from contextlib import asynccontextmanager
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, func, inspect, select
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from coord.durations import Seconds
 
-    Plan = Callable[[AsyncConnection, float | None], Acquisition]
+    Plan = Callable[[AsyncConnection], Acquisition]
 
 
 class LockMode(StrEnum):
@@ -90,8 +92,8 @@ async def lock_tables(
     targets = _tables(tables)
     engine_of(session)
 
-    def plan(connection: AsyncConnection, left: float | None) -> Acquisition:
-        return _table_acquisition(connection, targets, lock_mode, left)
+    def plan(connection: AsyncConnection) -> Acquisition:
+        return _table_acquisition(connection, targets, lock_mode, nowait=limit == 0)
 
     async with _held(session, plan, limit):
         yield session
@@ -118,7 +120,7 @@ async def advisory_lock(
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     engine_of(session)
-    async with _held(session, lambda _, left: _advisory_acquisition(key, words, shared, left), limit):
+    async with _held(session, lambda _: _advisory_acquisition(key, words, shared), 0.001 if limit == 0 else limit):
         yield session
 
 
@@ -128,7 +130,7 @@ async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> Async
     joins = is_explicit(session) or connection_in_use(session.sync_session)
     try:
         connection, left = await _connection(session, limit)
-        await interruptible(acquire(connection, plan(connection, left)))
+        await interruptible(acquire(connection, plan(connection), left))
     except BaseException:
         if not joins:
             await uninterrupted(end_transaction(session))
@@ -149,7 +151,7 @@ async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> Async
 
 async def _connection(session: AsyncSession, limit: float | None) -> tuple[AsyncConnection, float | None]:
     """The session's connection, and what of the limit is left when the pool has given it."""
-    if not limit:
+    if not limit or connection_in_use(session.sync_session):
         return await session.connection(), limit
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -162,10 +164,10 @@ async def _connection(session: AsyncSession, limit: float | None) -> tuple[Async
     return connection, max(0.001, limit - (loop.time() - began))
 
 
-def _tables(tables: Sequence[type[Any] | Table]) -> list[Table]:
+def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:
     if isinstance(tables, str | type | Table) or not tables:
         raise ValueError(f"tables is a list of at least one mapped class or Table, not {tables!r}")
-    return [table for target in tables for table in _tables_of(target)]
+    return tuple(table for target in tables for table in _tables_of(target))
 
 
 def _tables_of(target: object) -> Iterable[Table]:
@@ -185,25 +187,31 @@ def _tables_of(target: object) -> Iterable[Table]:
 
 
 def _table_acquisition(
-    connection: AsyncConnection, tables: Sequence[Table], mode: LockMode, limit: float | None
+    connection: AsyncConnection, tables: tuple[Table, ...], mode: LockMode, *, nowait: bool
 ) -> Acquisition:
+    assert connection.sync_connection is not None
+    schemas = connection.sync_connection.get_execution_options().get("schema_translate_map") or {}
     dialect = connection.dialect
-    preparer = dialect.identifier_preparer
-    schemas = connection.sync_connection.get_execution_options().get("schema_translate_map") or {}  # type: ignore[union-attr]
+    under = tuple(schemas.get(table.schema, table.schema) for table in tables)
+    return _spelled(tables, under, dialect.default_schema_name or "", mode, nowait)
+
+
+@lru_cache(maxsize=256)  # a job's locks are the same each time
+def _spelled(
+    tables: tuple[Table, ...], schemas: tuple[str | None, ...], default: str, mode: LockMode, nowait: bool
+) -> Acquisition:
+    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     spelled: dict[tuple[str, str, str], tuple[str, str]] = {}
-    for table in tables:
-        schema = schemas.get(table.schema, table.schema)
+    for table, schema in zip(tables, schemas, strict=True):
         quoted = preparer.quote(table.name)
         sql = f"{preparer.quote_schema(schema)}.{quoted}" if schema else quoted
         plain = f"{schema}.{table.name}" if schema else table.name
-        spelled[schema or dialect.default_schema_name or "", table.name, sql] = (sql, plain)
+        spelled[schema or default, table.name, sql] = (sql, plain)
     ordered = [spelled[key] for key in sorted(spelled)]
-    nowait = " NOWAIT" if limit == 0 else ""
     names = [plain for _, plain in ordered]
     return Acquisition(
-        statement=f"LOCK TABLE {', '.join(sql for sql, _ in ordered)} IN {mode} MODE{nowait}",
+        statement=f"LOCK TABLE {', '.join(sql for sql, _ in ordered)} IN {mode} MODE{' NOWAIT' if nowait else ''}",
         subject=f"{', '.join(names)} in {mode} mode",
-        limit=limit,
         blockers="lock.relation = ANY ($1::text[]::regclass[]) AND lock.mode = ANY ($2)",
         blocked_by=([sql for sql, _ in ordered], [_as_pg_locks_spells(other) for other in _CONFLICTS[mode]]),
         tables=names,
@@ -226,15 +234,12 @@ def _advisory_key(key: int | tuple[int, int] | str) -> tuple[int, ...]:
     raise ValueError(f"key is a 64-bit integer, a pair of 32-bit integers or a name, not {key!r}")
 
 
-def _advisory_acquisition(
-    key: int | tuple[int, int] | str, words: tuple[int, ...], shared: bool, limit: float | None
-) -> Acquisition:
+def _advisory_acquisition(key: int | tuple[int, int] | str, words: tuple[int, ...], shared: bool) -> Acquisition:
     take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     high, low = words if len(words) == 2 else (words[0] >> 32, words[0])
     return Acquisition(
         statement=literal(select(take(*words))),
         subject=f"Advisory lock {key!r}",
-        limit=0.001 if limit == 0 else limit,
         blockers="lock.locktype = 'advisory' AND (lock.classid, lock.objid, lock.objsubid) = ($1, $2, $3)",
         blocked_by=(high % 2**32, low % 2**32, len(words)),
     )

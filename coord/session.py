@@ -111,10 +111,15 @@ async def _closing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
     try:
         yield session
     finally:
-        if session.in_transaction():
-            await uninterrupted(session.close())
-        else:
-            await session.close()  # there is nothing to wait for, and so nothing that could be cancelled
+        await closed(session)
+
+
+async def closed(session: AsyncSession) -> None:
+    """Close it whatever cancels the caller; outside a transaction there is nothing to wait for."""
+    if session.in_transaction():
+        await uninterrupted(session.close())
+    else:
+        session.sync_session.close()
 
 
 @asynccontextmanager

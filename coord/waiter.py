@@ -26,6 +26,8 @@ class Waiter(Generic[M]):
 
     counts = 1
     """How many it is of those that a process may have."""
+    curious = True
+    """Whether it looks at its row although its bell does not ring and it is not time."""
     __slots__ = (
         "_alarm",
         "_group",

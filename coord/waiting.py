@@ -78,12 +78,14 @@ async def wait_for_row_change(
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
     watcher = Watcher.of(source_of(session))
+    job_id = None if job is None else job_id_of(job)
+    patient = job_id is not None and since is None and until is None and watcher.holds(job_id)
     with ExitStack() as stack:
         waiter = stack.enter_context(
-            watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None)
+            watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None, patient=patient)
         )
-        if job is not None:
-            stack.enter_context(job_waiter(watcher, waiter, job_id_of(job), schemas))
+        if job_id is not None:
+            stack.enter_context(job_waiter(watcher, waiter, job_id, schemas))
         row = await waiter.changed(began, deadline)
         while until is not None and not until(row) and not waiter.concluded:
             row = await waiter.changed(began, deadline)

@@ -40,6 +40,8 @@ class Watcher:
         self._max_waiters = MAX_WAITERS
         self._coordinated = False
         self._hear: Hear = _hear_nothing
+        self.holds: Callable[[object], bool] = _hold_nothing
+        """Whether a job has yet to be handed over, so that nobody can have begun it."""
         self._groups: dict[tuple[Mapper[Any], Schemas], Group] = {}
 
     @classmethod
@@ -59,30 +61,37 @@ class Watcher:
         *,
         interval: float,
         fresh: bool = False,
+        patient: bool = False,
         make: Callable[..., Waiter[M]] = Waiter,
     ) -> Waiter[M]:
-        """A place among the waiters from now until the waiter's block ends; `fresh` wants its first row in any case."""
-        if self.waiters >= self._max_waiters:
+        """A place among the waiters from now until the waiter's block ends.
+
+        `fresh` wants its first row in any case, `patient` knows that nothing can happen to it before its bell is heard.
+        """
+        if make is Waiter and self.waiters >= self._max_waiters:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
         kind = (target.mapper, schemas)
         if (group := self._groups.get(kind)) is None:
             group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind), on_leave=self._left)
             self._groups[kind] = group
         waiter = make(group, target, baseline, interval=interval, fresh=fresh)
+        waiter.patient = patient
         group.add(waiter)
         self.waiters += waiter.counts
         return waiter
 
     @contextmanager
-    def coordinate(self, max_waiters: int, hear: Hear) -> Iterator[None]:
+    def coordinate(self, max_waiters: int, hear: Hear, holds: Callable[[object], bool]) -> Iterator[None]:
         """Have another cap and a bell until the block ends; waits that go on meanwhile hear it too."""
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
         self._set(max_waiters, hear, coordinated=True)
+        self.holds = holds
         try:
             yield
         finally:
             self._set(MAX_WAITERS, _hear_nothing, coordinated=False)
+            self.holds = _hold_nothing
             self._forget_if_idle()
 
     def _set(self, max_waiters: int, hear: Hear, *, coordinated: bool) -> None:
@@ -108,6 +117,11 @@ def _key(source: AsyncEngine | AsyncConnection) -> Dialect | AsyncConnection:
 
 def _hear_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
     """Waits go by polling alone."""
+
+
+def _hold_nothing(_job_id: object) -> bool:
+    """Whatever is to be handed over is handed over by somebody else."""
+    return False
 
 
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect | AsyncConnection, Watcher]] = WeakKeyDictionary()

@@ -77,6 +77,14 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     await engine.dispose()
 
 
+@pytest.fixture
+async def single(database_url: str) -> AsyncIterator[AsyncEngine]:
+    """An engine with one connection."""
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    yield engine
+    await engine.dispose()
+
+
 @pytest.fixture(scope="session")
 def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     return async_sessionmaker(engine, expire_on_commit=False)

@@ -16,7 +16,7 @@ from coord.jobs.feed import Message
 from coord.jobs.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -68,19 +68,31 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
     return {ATTEMPT: attempt}
 
 
-@contextlib.contextmanager
-def statements(engine: AsyncEngine) -> Iterator[list[str]]:
-    """What the engine's connections are told to execute until the block ends."""
+@contextlib.asynccontextmanager
+async def statements(engine: AsyncEngine) -> AsyncIterator[list[str]]:
+    """What the connection of an engine with one is told to execute, but for where transactions begin and end.
+
+    The driver is asked as well, which logs what SQLAlchemy has not prepared: coord's hottest statements pass that by.
+    """
     seen: list[str] = []
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+    def note(query: Any) -> None:
+        if query.query.split()[0].rstrip(";") not in ("BEGIN", "COMMIT", "ROLLBACK"):
+            seen.append(query.query)
+
+    def note_cursor(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         seen.append(statement)
 
-    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    async with engine.connect() as connection:
+        driver: Any = (await connection.get_raw_connection()).driver_connection
+    driver.add_query_logger(note)
+    event.listen(engine.sync_engine, "before_cursor_execute", note_cursor)
     try:
         yield seen
+        await asyncio.sleep(0)  # asyncpg tells its loggers a turn of the event loop later
     finally:
-        event.remove(engine.sync_engine, "before_cursor_execute", note)
+        event.remove(engine.sync_engine, "before_cursor_execute", note_cursor)
+        driver.remove_query_logger(note)
 
 
 class Wire:

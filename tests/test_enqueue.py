@@ -173,18 +173,16 @@ async def test_the_caller_may_change_what_it_has_given_afterwards(
         assert job.arguments == [[{"lines": [1]}], {}]
 
 
-async def test_enqueue_is_one_statement(engine: AsyncEngine, session_maker: SessionMaker) -> None:
-    async with session_maker() as session:
-        with statements(engine) as seen:
-            await enqueue(session, a_task, 5)
-        assert len(seen) == 1
-        assert seen[0].startswith("INSERT INTO coord_jobs")
-        with statements(engine) as seen:
-            await enqueue(session, task_options(a_task, unique_key="k"))
-        assert [statement.split()[0] for statement in seen] == ["SELECT", "INSERT"]
-        with statements(engine) as seen:
-            await enqueue(session, task_options(a_task, unique_key="k"))
-        assert [statement.split()[0] for statement in seen] == ["SELECT"]
+async def test_enqueue_is_one_statement(single: AsyncEngine) -> None:
+    maker = async_sessionmaker(single)
+    async with statements(single) as seen, maker() as session:
+        await enqueue(session, a_task, 5)
+    assert len(seen) == 1
+    assert seen[0].startswith("INSERT INTO coord_jobs")
+    async with statements(single) as seen, maker() as session:
+        await enqueue(session, task_options(a_task, unique_key="k"))
+        await enqueue(session, task_options(a_task, unique_key="k"))
+    assert [statement.split()[0] for statement in seen] == ["SELECT", "INSERT", "SELECT"]
 
 
 async def test_a_rollback_per_test_session_enqueues_in_its_connections_transaction(

@@ -14,7 +14,7 @@ from tests.shop import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
-CALLS = '''
+CALLS = """
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -72,16 +72,18 @@ async def calls(session: AsyncSession) -> None:
 
 
 kept: TaskOptions[int] = task_options(nothing)  # refused
-'''
+"""
 
 
 @pytest.mark.slow
 def test_mypy_refuses_the_wrong_calls_and_no_other(tmp_path: Path) -> None:
     module = tmp_path / "calls.py"
     module.write_text(CALLS)
-    command = ["-m", "mypy", "--config-file", "pyproject.toml", "--no-pretty", str(module)]
+    command = ["-m", "mypy", "--config-file", "pyproject.toml", "--no-pretty", "--no-color-output", str(module)]
     found = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 1, found.stderr or found.stdout
-    refused = {int(line) for line in re.findall(rf"^{re.escape(str(module))}:(\d+): error", found.stdout, re.MULTILINE)}
+    refused = {
+        int(line) for line in re.findall(r"/calls\.py:(\d+): error", found.stdout)
+    }  # mypy may know it by an old path
     wrong = {n for n, line in enumerate(CALLS.splitlines(), start=1) if line.endswith("# refused")}
     assert refused == wrong, found.stdout

@@ -459,11 +459,10 @@ async def test_a_job_under_a_table_lock_takes_five_round_trips(database_url: str
         assert counts[1:] == [5, 5], f"with {counts[0]} when everything was new"
 
 
-async def test_claiming_is_one_statement(engine: AsyncEngine, session_maker: SessionMaker) -> None:
+async def test_claiming_is_one_statement(single: AsyncEngine, session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
-    with statements(engine) as seen:
-        async with job_transaction(delivered(job, session_maker)):
-            pass
+    async with statements(single) as seen, job_transaction(delivered(job, async_sessionmaker(single))):
+        pass
     assert len(seen) == 1
     assert seen[0].startswith("UPDATE coord_jobs")
 

@@ -213,8 +213,8 @@ async def locked_in(session_maker: SessionMaker, engine: AsyncEngine, tables: li
     seen: list[str] = []
     original = coord.acquisition.acquire
 
-    async def spy(connection: Any, acquisition: Any) -> None:
-        await original(connection, acquisition)
+    async def spy(connection: Any, acquisition: Any, limit: Any) -> None:
+        await original(connection, acquisition, limit)
         seen.extend(acquisition.statement.split(" IN ")[0].removeprefix("LOCK TABLE ").split(", "))
 
     with pytest.MonkeyPatch.context() as patch:

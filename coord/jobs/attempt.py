@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session
 
     from coord.jobs.feed import Message
 
@@ -39,8 +38,3 @@ class Attempt:
         if self.entered:
             raise RuntimeError("An attempt has one job_transaction, and this one has had its.")
         self.entered = True
-
-    def note_commit(self, session: Session) -> None:
-        """SQLAlchemy says so at a savepoint's release as well."""
-        if not session.in_nested_transaction():
-            self.applied = True

@@ -23,6 +23,7 @@ class JobWaiter(Waiter[Job]):
 
     __slots__ = ("_owner",)
     counts = 0
+    curious = False
 
     def __init__(self, owner: Waiter[Any], *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -38,7 +39,8 @@ class JobWaiter(Waiter[Job]):
             case JobState.DONE:
                 self._owner.conclude()
             case JobState.FAILED:
-                self._owner.fail(JobFailedError(job_id=row.id, reason=row.error or "no reason was recorded"))
+                reason = " ".join((row.error or "no reason was recorded").split())
+                self._owner.fail(JobFailedError(job_id=row.id, reason=reason))
             case JobState.CANCELLED:
                 self._owner.fail(JobCancelledError(job_id=row.id))
 
@@ -55,7 +57,14 @@ def job_waiter(watcher: Watcher, owner: Waiter[Any], job_id: UUID, schemas: Sche
     """To be left when the wait ends."""
     target = Target.of(Job, job_id, [Job.state])
     baseline = {"state": JobState.QUEUED}
-    return watcher.register(target, schemas, baseline, interval=owner.interval, make=partial(JobWaiter, owner))
+    return watcher.register(
+        target,
+        schemas,
+        baseline,
+        interval=owner.interval,
+        patient=watcher.holds(job_id),
+        make=partial(JobWaiter, owner),
+    )
 
 
 def job_id_of(job: Job | UUID) -> UUID:

@@ -13,7 +13,7 @@ from coord.engine import engine_of
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
-from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs, new_id
+from coord.jobs.ledger import Job, JobState, execute, fetch, is_queued, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
 
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 
 _given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", "created_at", "trace")
 # The text itself, which was made to see that it can be: the claim compares it.
-_values: dict[str, Any] = {name: bindparam(name) for name in _given} | {
-    "arguments": cast(bindparam("text", type_=Text), JSON)
-}
+_text = cast(bindparam("text", type_=Text), JSON)
+_values: dict[str, Any] = {name: bindparam(name) for name in _given} | {"arguments": _text}
 _unfinished = is_queued & jobs.c.unique_key.is_not(None)
 _insert = insert(jobs).values(_values)
 _insert_unique = _insert.on_conflict_do_nothing(
@@ -59,10 +58,20 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     engine_of(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
-    return await session.run_sync(_write, _new_job(options, arguments), text)
+    values = _new(options)
+    if options.unique_key is not None:
+        joined = await session.run_sync(_join, values | {"text": text}, text)
+        if joined is not None:
+            return joined
+    else:
+        trace = values["trace"] and to_json(values["trace"])
+        await fetch(session, _insert, values | {"text": text, "trace": trace})
+    job = Job.snapshot(values | {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1})
+    collect(session.sync_session, (inspect(Job), (job.id,)), job)
+    return job
 
 
-def _new_job(options: TaskOptions[Any], arguments: Any) -> Job:
+def _new(options: TaskOptions[Any]) -> dict[str, Any]:
     now = datetime.now(UTC)
     match options.delay:
         case None:
@@ -71,39 +80,26 @@ def _new_job(options: TaskOptions[Any], arguments: Any) -> Job:
             due = max(options.delay, now)
         case seconds:
             due = now + timedelta(seconds=seconds)
-    return Job(
-        id=new_id(),
-        task=options.name,
-        queue=options.queue or DEFAULT_QUEUE,
-        arguments=arguments,
-        state=JobState.QUEUED,
-        attempt=1,
-        attempts=options.attempts,
-        timeout=options.timeout,
-        unique_key=options.unique_key,
-        due_at=due,
-        created_at=now,
-        trace=current_trace(),
-    )
+    return {
+        "id": new_id(),
+        "task": options.name,
+        "queue": options.queue or DEFAULT_QUEUE,
+        "due_at": due,
+        "attempts": options.attempts,
+        "timeout": options.timeout,
+        "unique_key": options.unique_key,
+        "created_at": now,
+        "trace": current_trace(),
+    }
 
 
-def _write(session: Session, job: Job, text: str) -> Job:
-    values = {name: getattr(job, name) for name in _given} | {"text": text}
-    if job.unique_key is None:
-        execute(session, _insert, values)
-    else:
-        # Looked for first: to an insert, a job that runs just now is a conflict to wait for.
-        while (found := execute(session, _find_unique, values).mappings().one_or_none()) is None:
-            if execute(session, _insert_unique, values).one_or_none() is not None:
-                break
-        else:
-            return _joined(dict(found), text)
-    collect(session, (inspect(Job), (job.id,)), job)
-    return job
-
-
-def _joined(found: dict[str, Any], text: str) -> Job:
-    job = Job(**found)
+def _join(session: Session, values: dict[str, Any], text: str) -> Job | None:
+    """The unfinished job with the same unique key, or None, and the job is written."""
+    # Looked for first: to an insert, a job that runs just now is a conflict to wait for.
+    while (found := execute(session, _find_unique, values).mappings().one_or_none()) is None:
+        if execute(session, _insert_unique, values).one_or_none() is not None:
+            return None
+    job = Job.snapshot(dict(found))
     if to_json(job.arguments) != text:
         raise UniqueKeyConflictError(
             f"{job} is unfinished under the unique key {job.unique_key!r} with the arguments {job.arguments}"

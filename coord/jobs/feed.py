@@ -11,9 +11,10 @@ from uuid import UUID
 from arq.constants import default_queue_name, job_key_prefix
 
 from coord.jobs.arguments import to_json
+from coord.publisher import Packet, packed, ring_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Hashable, Iterable
 
     from sqlalchemy import Row
 
@@ -25,8 +26,6 @@ KEPT = 7 * 86_400_000
 """Milliseconds after its time that Redis keeps a job nobody runs; the ledger keeps it longer."""
 SKEW = 1_000
 """Milliseconds by which a job that is due counts as due longer, so that no difference of clocks delays it."""
-
-Command = tuple[str | bytes | int | float, ...]
 
 
 def queue_key(namespace: str, queue: str) -> str:
@@ -117,18 +116,18 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def hand_over(jobs: Iterable[Job], namespace: str) -> list[Command]:
-    """The commands that give new jobs, or new attempts of old ones, to the workers of their queues."""
+def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Packet]:
+    """What gives new jobs, or new attempts of old ones, to the workers of their queues."""
     now = milliseconds(datetime.now(UTC))
-    commands: list[Command] = []
-    queues: dict[str, list[str | int]] = {}
+    packets: dict[Hashable, Packet] = {}
+    bells = {}
     for job in jobs:
-        due = milliseconds(job.due_at)
-        commands.append(("SET", f"{job_key_prefix}{job.id}", Message.of(job).text(), "PX", max(0, due - now) + KEPT))
-        queues.setdefault(queue_key(namespace, job.queue), []).extend((score(due, now), str(job.id)))
-    for key, members in queues.items():
-        commands += [("ZADD", key, *members), ("PUBLISH", queue_bell(key), b"")]
-    return commands
+        due, key = milliseconds(job.due_at), queue_key(namespace, job.queue)
+        text = Message.of(job).text()
+        keep = packed("SET", f"{job_key_prefix}{job.id}", text, "PX", max(0, due - now) + KEPT)
+        packets[job.id] = Packet(keep + packed("ZADD", key, score(due, now), str(job.id)), 2)
+        bells[queue_bell(key)] = ring_of(queue_bell(key))
+    return packets | bells
 
 
 def score(due: int, now: int) -> int:

@@ -20,6 +20,7 @@ from sqlalchemy import (
     TypeDecorator,
     cast,
     func,
+    inspect,
     literal_column,
     text,
     type_coerce,
@@ -27,13 +28,15 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from coord import driver
 from coord.jobs.arguments import to_json
 from coord.schemas import schemas_in_use
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
 
@@ -87,7 +90,7 @@ class Job(Ledger):
     __tablename__ = "coord_jobs"
 
     id: Mapped[UUID] = mapped_column(primary_key=True)
-    """Ordered by time (RFC 9562, version 7), so that new rows lie together."""
+    """Ordered by time, so that new rows lie together."""
     task: Mapped[str] = mapped_column(Text)
     queue: Mapped[str] = mapped_column(Text)
     """The sorted set in Redis that it is handed to."""
@@ -116,6 +119,13 @@ class Job(Ledger):
     result: Mapped[Any] = mapped_column(_Json, nullable=True)
     trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
     """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
+
+    @classmethod
+    def snapshot(cls, values: Mapping[str, Any]) -> Job:
+        """A row as it is, in no session; made without what an instance costs that is to be written."""
+        job: Job = inspect(cls).class_manager.new_instance()
+        inspect(job).dict.update(values)
+        return job
 
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
@@ -179,6 +189,7 @@ class IdempotencyKey(Ledger):
     expires_at: Mapped[datetime] = mapped_column(_Time)
 
 
+Ledger.registry.configure()  # or the first snapshot would come before SQLAlchemy has
 jobs = Job.metadata.tables[Job.__tablename__]
 """For statements that are no business of the unit of work's."""
 is_queued = jobs.c.state == literal_column("'queued'")
@@ -197,13 +208,27 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
     try:
         return session.connection().execute(statement, values, execution_options=options)
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) == "42P01":
-            error.add_note(MISSING)
+        _explain(error)
         raise
 
 
+async def fetch(session: AsyncSession, statement: Executable, values: Mapping[str, Any]) -> Sequence[Any]:
+    """The same, for the two statements that a job costs everybody: see `coord.driver.fetch`."""
+    connection = await session.connection()
+    try:
+        return await driver.fetch(connection, statement, schemas_in_use(session.sync_session), values)
+    except ProgrammingError as error:
+        _explain(error)
+        raise
+
+
+def _explain(error: ProgrammingError) -> None:
+    if getattr(error.orig, "sqlstate", None) == "42P01":
+        error.add_note(MISSING)
+
+
 def new_id() -> UUID:
-    """A UUID of version 7: 48 bits of milliseconds, then 74 random ones."""
-    stamp = time.time_ns() // 1_000_000 << 80
-    chance = int.from_bytes(os.urandom(10))
-    return UUID(int=(stamp | chance) & ~(0xF << 76 | 0x3 << 62) | 0x7 << 76 | 0x2 << 62)
+    """A UUID of version 7 (RFC 9562, section 6.2): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    chance = int.from_bytes(os.urandom(8)) >> 2
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | (rest << 12) // 1_000_000 << 64 | 0x2 << 62 | chance)

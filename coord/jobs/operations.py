@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import case, delete, inspect, select, update
+from sqlalchemy import bindparam, case, delete, func, inspect, select, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
@@ -15,15 +15,28 @@ from coord.changes import collect
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Cancellation, Job, JobState, cancellations, is_queued, jobs, workers
+from coord.jobs.ledger import Cancellation, Job, JobState, cancellations, execute, is_queued, jobs, workers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
 
 MOST = 1_000
 """Jobs in one answer of `list_jobs`."""
+DEAD = 10.0
+"""Seconds since its heartbeat after which nothing is said of a worker: its jobs run elsewhere by then."""
+AGAIN = (JobState.FAILED, JobState.CANCELLED)
+
+
+class Beat(NamedTuple):
+    """What a worker's heartbeat says of one job."""
+
+    id: UUID
+    attempt: int
+    progress: Any
+    worker: UUID
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +64,10 @@ class JobReport:
 
 async def get_job(session: AsyncSession, job_id: UUID) -> JobReport:
     """The job; `RowNotFoundError` if the ledger does not have it, or not any more. Joins the session's transaction."""
-    rows = (await session.execute(select(jobs).where(jobs.c.id == job_id))).all()
-    if not rows:
-        raise RowNotFoundError(f"Job({job_id}) not found")
-    return (await _reports(session, rows))[0]
+    found = (await session.run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
+    if found is None:
+        raise _not_found(job_id)
+    return _report(found, [] if found.state.is_final else await _beats(session))
 
 
 async def list_jobs(
@@ -67,21 +80,28 @@ async def list_jobs(
 ) -> list[JobReport]:
     """Jobs, the newest first; `before` is the last one of the answer before. Joins the session's transaction.
 
-    `state` may also be "running". Raises `ValueError` for an unknown one, or a `limit` that is not 1 to 1,000.
+    `state` is that of the reports, "running" among them. Raises `ValueError` for an unknown one, or a `limit` that is
+    not 1 to 1,000.
     """
-    if not 1 <= limit <= MOST:
-        raise ValueError(f"limit is 1 to {MOST}, not {limit!r}")
+    if not isinstance(limit, int) or not 1 <= limit <= MOST:
+        raise ValueError(f"limit is a whole number, 1 to {MOST}, not {limit!r}")
     wanted = None if state is None else JobState(state)
+    beats = [] if wanted is not None and wanted.is_final else await _beats(session)
     statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    if wanted is JobState.RUNNING:
-        statement = statement.where(is_queued, jobs.c.id.in_(await _running(session)))
-    elif wanted is not None:
-        statement = statement.where(is_queued if wanted is JobState.QUEUED else jobs.c.state == wanted)
+    held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+    match wanted:
+        case JobState.RUNNING:
+            statement = statement.where(is_queued, held)
+        case JobState.QUEUED:
+            statement = statement.where(is_queued, ~held)
+        case JobState():  # written out, as in is_queued
+            statement = statement.where(jobs.c.state == bindparam(None, wanted, literal_execute=True))
     if task is not None:
         statement = statement.where(jobs.c.task == task)
     if before is not None:
         statement = statement.where(jobs.c.id < before)
-    return await _reports(session, (await session.execute(statement)).all())
+    found = (await session.run_sync(execute, statement)).all()
+    return [_report(row, beats) for row in found]
 
 
 async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
@@ -90,21 +110,7 @@ async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
     `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
     back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
     """
-    free = select(jobs.c.id).where(jobs.c.id == job_id, is_queued).with_for_update(skip_locked=True)
-    values = {"state": JobState.CANCELLED, "finished_at": datetime.now(UTC)}
-    ended = await session.execute(update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs.c.id))
-    running = ended.one_or_none() is None
-    if running:
-        state = await session.scalar(select(jobs.c.state).where(jobs.c.id == job_id))
-        if state is None:
-            raise RowNotFoundError(f"Job({job_id}) not found")
-        if state is not JobState.QUEUED:
-            return JobState(state)
-    # Kept until a reconciler has taken the job out of Redis, or its worker has ended it.
-    await session.execute(insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
-    collect(session.sync_session, (inspect(Job), (job_id,)))
-    collect(session.sync_session, (inspect(Cancellation), None))
-    return JobState.RUNNING if running else JobState.CANCELLED
+    return await session.run_sync(_cancel, job_id)
 
 
 async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
@@ -113,23 +119,7 @@ async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
     Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
     another unfinished one with its unique key, `RowNotFoundError`.
     """
-    state = await session.scalar(select(jobs.c.state).where(jobs.c.id == job_id).with_for_update())
-    if state is None:
-        raise RowNotFoundError(f"Job({job_id}) not found")
-    if state not in (JobState.FAILED, JobState.CANCELLED):
-        raise ValueError(f"Job {job_id} is {state}; only a failed or cancelled one can be run again")
-    more = case((jobs.c.attempts <= jobs.c.attempt, jobs.c.attempt + 1), else_=jobs.c.attempts)
-    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "attempts": more, "due_at": datetime.now(UTC)}
-    again = update(jobs).where(jobs.c.id == job_id).values(values | {"finished_at": None, "started_at": None})
-    try:
-        async with session.begin_nested():
-            row = (await session.execute(again.returning(jobs))).mappings().one()
-    except IntegrityError as error:
-        raise UniqueKeyConflictError(f"Another unfinished job has the unique key of job {job_id}") from error
-    await session.execute(delete(cancellations).where(cancellations.c.job_id == job_id))
-    job = Job(**row)
-    collect(session.sync_session, (inspect(Job), (job_id,)), job)
-    return job
+    return await session.run_sync(_retry, job_id)
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
@@ -143,28 +133,72 @@ def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
     _, attempt.progress = as_it_arrives("progress", value)
 
 
-async def _running(session: AsyncSession) -> list[UUID]:
-    beats = await session.scalars(select(workers.c.jobs))
-    return [UUID(job_id) for held in beats for job_id in held]
+def _cancel(session: Session, job_id: UUID) -> JobState:
+    free = select(jobs.c.id).where(jobs.c.id == job_id, is_queued).with_for_update(skip_locked=True)
+    values = {"state": JobState.CANCELLED, "finished_at": datetime.now(UTC)}
+    end = update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs.c.id)
+    running = execute(session, end).one_or_none() is None
+    if running:
+        state = execute(session, select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+        if state is None:
+            raise _not_found(job_id)
+        if state is not JobState.QUEUED:
+            return JobState(state)
+    # Kept until a reconciler has taken the job out of Redis, or its worker has ended it.
+    execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
+    collect(session, (inspect(Job), (job_id,)))
+    collect(session, (inspect(Cancellation), None))
+    return JobState.RUNNING if running else JobState.CANCELLED
 
 
-async def _reports(session: AsyncSession, rows: Sequence[Any]) -> list[JobReport]:
-    unfinished = any(row.state is JobState.QUEUED for row in rows)
-    beats = (await session.execute(select(workers.c.id, workers.c.jobs))).all() if unfinished else []
-    return [_report(row, beats) for row in rows]
+def _retry(session: Session, job_id: UUID) -> Job:
+    found = execute(session, select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if found is None:
+        raise _not_found(job_id)
+    # Looked for first: an update would wait for a job that runs just now, this one or one with its key.
+    conflict = UniqueKeyConflictError(f"another unfinished job has the unique key of {Job(**found._mapping)}")
+    same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
+    if found.state in AGAIN and found.unique_key is not None and execute(session, same_key).first() is not None:
+        raise conflict
+    more = case((jobs.c.attempts <= jobs.c.attempt, jobs.c.attempt + 1), else_=jobs.c.attempts)
+    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "attempts": more, "due_at": datetime.now(UTC)}
+    again = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(AGAIN))
+    again = again.values(values | {"finished_at": None, "started_at": None})
+    try:
+        with session.connection().begin_nested():
+            row = execute(session, again.returning(jobs)).mappings().one_or_none()
+    except IntegrityError as error:
+        raise conflict from error
+    if row is None:
+        raise ValueError(f"Job {job_id} is {found.state}; only a failed or cancelled one can be run again")
+    execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
+    job = Job(**row)
+    collect(session, (inspect(Job), (job_id,)), job)
+    return job
 
 
-def _report(row: Any, beats: Sequence[Any]) -> JobReport:
-    held = next(
-        ((worker, told) for worker, jobs in beats if (told := jobs.get(str(row.id), {})).get("attempt") == row.attempt),
-        None,
-    )
-    worker, told = held if held is not None and row.state is JobState.QUEUED else (None, {})
+def _not_found(job_id: UUID) -> RowNotFoundError:
+    return RowNotFoundError(f"Job({job_id}) not found")
+
+
+async def _beats(session: AsyncSession) -> list[Beat]:
+    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
+    found = (await session.run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
+    return [
+        Beat(UUID(job_id), told["attempt"], told.get("progress"), worker.id)
+        for worker in found
+        for job_id, told in worker.jobs.items()
+    ]
+
+
+def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
+    queued = row.state is JobState.QUEUED
+    beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
     own = ("id", "task", "queue", "attempt", "arguments", "unique_key", "created_at", "due_at", "started_at")
     rest = ("finished_at", "error", "traceback", "result")
     return JobReport(
         **{name: getattr(row, name) for name in own + rest},
-        state=row.state if worker is None else JobState.RUNNING,
-        progress=told.get("progress"),
-        worker=worker,
+        state=row.state if beat is None else JobState.RUNNING,
+        progress=None if beat is None else beat.progress,
+        worker=None if beat is None else beat.worker,
     )

@@ -7,7 +7,19 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Connection, Integer, Table, create_mock_engine, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    Connection,
+    Integer,
+    Table,
+    create_mock_engine,
+    func,
+    insert,
+    make_url,
+    select,
+    update,
+)
+from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from coord.jobs.ledger import Ledger
@@ -15,6 +27,8 @@ from coord.jobs.ledger import Ledger
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Sequence
+
+    from sqlalchemy import URL
 
 _versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 _KEY = 0x636F6F7264
@@ -77,21 +91,41 @@ def run(options: argparse.Namespace) -> int:
     if not options.apply:
         print(ddl())
         return 0
-    if not options.url:
-        print("coord schema: say where with --url or COORD_DATABASE_URL", file=sys.stderr)
-        return 1
     try:
-        asyncio.run(_apply(options.url))
+        asyncio.run(_apply(_url(options.url)))
     except Exception as error:  # noqa: BLE001 - whatever it is, one line says it
         print(f"coord schema: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 
 
-async def _apply(url: str) -> None:
+def _url(given: str | None) -> URL:
+    if not given:
+        raise ValueError("say where with --url or COORD_DATABASE_URL")
+    try:
+        url = make_url(given)
+    except (ArgumentError, ValueError):  # not shown: what cannot be parsed may hold a password anywhere
+        message = "the URL is malformed; it looks like postgresql+asyncpg://user:password@host:5432/database"
+        raise ValueError(message) from None
+    if url.drivername != "postgresql+asyncpg":
+        raise ValueError(f"the URL needs the driver postgresql+asyncpg, not {url.drivername}")
+    return url
+
+
+async def _apply(url: URL) -> None:
     engine = create_async_engine(url)
     try:
         async with engine.begin() as connection:
             await create_ledger(connection)
+    except Exception as error:
+        shown = url.set(query={}).render_as_string(hide_password=True)
+        raise RuntimeError(f"cannot use {shown}: {_reason(error)}") from error
     finally:
         await engine.dispose()
+
+
+def _reason(error: BaseException) -> str:
+    """PostgreSQL's own words, beneath the driver's and SQLAlchemy's."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error) or type(error).__name__

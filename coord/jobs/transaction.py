@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Text, bindparam, cast, event, func, inspect, update
+from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, inspect, update
 from sqlalchemy.exc import InvalidRequestError
 
-from coord.cancellation import settled, uninterrupted
+from coord.cancellation import settled
 from coord.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Job, JobState, execute, is_queued, jobs
+from coord.jobs.ledger import Job, JobState, execute, fetch, is_queued, jobs
+from coord.session import closed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -55,13 +57,11 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session = attempt.session_maker(close_resets_only=False)  # used after the block, it would begin another transaction
-    session.info[ATTEMPT] = attempt
-    event.listen(session.sync_session, "after_commit", attempt.note_commit)
+    session = _session(attempt)
     transaction = session.begin()
     try:
         async with settled(transaction):
-            await session.run_sync(_claim, attempt)
+            await _claim(session, attempt)
             yield session
         if not attempt.applied:  # SQLAlchemy leaves the block without a word
             raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
@@ -70,7 +70,30 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         raise
     finally:
         del session.info[ATTEMPT]
-        await uninterrupted(session.close())
+        await closed(session)
+
+
+def _session(attempt: Attempt) -> AsyncSession:
+    """Which knows its attempt, and tells it of the commit; used after the block, it would begin nothing."""
+    maker = attempt.session_maker
+    kind: Any = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
+    session: AsyncSession = maker(sync_session_class=_telling(kind), close_resets_only=False)
+    session.info[ATTEMPT] = attempt
+    return session
+
+
+@lru_cache(maxsize=16)
+def _telling(kind: type[Session]) -> type[Session]:
+    """A class of coord's own to listen to, since to listen to each session takes longer than to make it."""
+    telling = type(kind.__name__, (kind,), {})
+    event.listen(telling, "after_commit", _note_commit)
+    return telling
+
+
+def _note_commit(session: Session) -> None:
+    """SQLAlchemy says so at a savepoint's release as well."""
+    if not session.in_nested_transaction():
+        session.info[ATTEMPT].applied = True
 
 
 async def set_result(session: AsyncSession, value: Any) -> None:
@@ -109,11 +132,11 @@ is_ours = (
 _done = (
     update(jobs)
     .where(is_ours)
-    .values(state=JobState.DONE, started_at=bindparam("began"), finished_at=func.now())
+    .values(state=bindparam("state"), started_at=bindparam("began"), finished_at=func.now())
     .returning(
         func.set_config("client_connection_check_interval", bindparam("check"), True),
         func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
-        func.pg_advisory_xact_lock_shared(CLASS, bindparam("lock")),
+        func.pg_advisory_xact_lock_shared(bindparam("class", type_=Integer), bindparam("lock", type_=Integer)),
     )
 )
 _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=cast(bindparam("text", type_=Text), JSON))
@@ -124,17 +147,19 @@ def _failure(transaction: AsyncSessionTransaction) -> BaseException | None:
     return getattr(transaction.sync_transaction, "_rollback_exception", None)
 
 
-def _claim(session: Session, attempt: Attempt) -> None:
+async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
         "check": f"{CONNECTION_CHECK:g}s",
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
+        "state": JobState.DONE,
+        "class": CLASS,
     }
     try:
-        claimed = execute(session, _done, ours(attempt) | settings).first()
+        claimed = await fetch(session, _done, ours(attempt) | settings)
     except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
-    if claimed is None:
+    if not claimed:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
-    collect(session, (inspect(Job), (attempt.job_id,)))
+    collect(session.sync_session, (inspect(Job), (attempt.job_id,)))

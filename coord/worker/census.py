@@ -23,6 +23,7 @@ DEAD = 6.0
 """Seconds without a heartbeat: two are missing, and then some."""
 BLINK = 3.0
 """Seconds between two looks after which nothing can be said of the time between."""
+NEVER = float("-inf")
 
 
 @dataclass(slots=True)
@@ -32,6 +33,8 @@ class Seen:
     beats: int
     since: float
     """When this heartbeat was first seen."""
+    after: float
+    """When it had certainly not been written yet."""
     jobs: dict[str, Any]
 
 
@@ -40,29 +43,32 @@ class Census:
 
     def __init__(self, identity: Identity) -> None:
         self._identity = identity
-        self._looked = 0.0
+        self._looked = NEVER
         self.seen: dict[UUID, Seen] = {}
         self.dead: dict[UUID, Seen] = {}
 
     async def take(self, connection: Any) -> None:
+        now = time.monotonic()
         statement = select(workers.c.id, workers.c.beats, workers.c.jobs)
         rows = await connection.execute(statement.where(workers.c.queue == self._identity.queue))
-        now = time.monotonic()
-        before = {} if now - self._looked > BLINK else self.seen
-        self._looked = now
-        self.seen = {}
+        watched = now - self._looked <= BLINK
+        seen = {}
         for id_, beats, jobs in rows:
-            last = before.get(id_)
-            moved = last is None or last.beats != beats
-            self.seen[id_] = Seen(beats, now if moved or last is None else last.since, jobs)
-        self.dead = {
-            id_: seen for id_, seen in self.seen.items() if now - seen.since > DEAD and id_ != self._identity.id
-        }
+            last = self.seen.get(id_)
+            if last is None or last.beats != beats:
+                seen[id_] = Seen(beats, now, NEVER if last is None else self._looked, jobs)
+            else:
+                seen[id_] = Seen(beats, last.since if watched else now, last.after, jobs)
+        self._looked, self.seen = now, seen
+        self.dead = {id_: worker for id_, worker in seen.items() if now - worker.since > DEAD and not self._is_me(id_)}
+
+    def _is_me(self, worker: UUID) -> bool:
+        return worker == self._identity.id
 
     @property
     def leads(self) -> bool:
         """Whether this worker, of those alive, is the eldest: the one that looks after the others' jobs."""
-        return min((id_ for id_ in self.seen if id_ not in self.dead), default=None) == self._identity.id
+        return self._is_me(min(self.living, default=self._identity.id)) and self._identity.id in self.seen
 
     @property
     def living(self) -> dict[UUID, Seen]:
@@ -75,4 +81,4 @@ class Census:
 
     def all_heard_since(self, moment: float) -> bool:
         """Whether every living worker has said since then what it runs."""
-        return all(seen.since > moment for seen in self.living.values())
+        return all(seen.after > moment for seen in self.living.values())

@@ -14,8 +14,12 @@ if TYPE_CHECKING:
 
 GONE = "gone"
 """The job is over, or is no business of this worker's any more."""
-AGAIN = "again"
-"""Its next attempt was handed over by itself."""
+AGAIN = "0"
+"""Somebody may claim it at once."""
+LATER = "1000"
+"""Somebody may claim it in a second."""
+TOLD = ""
+"""Redis knows already."""
 
 
 @dataclass(slots=True, eq=False)
@@ -28,8 +32,8 @@ class Claim:
     message: Message | None = None
     """None of a job that arq has enqueued without a ledger."""
     job_id: UUID | None = None
-    ending: str = GONE
-    """GONE, AGAIN, or the milliseconds after which somebody may claim it again."""
+    ending: str | None = None
+    """As it is known before the claim has ended: GONE, or the milliseconds after which somebody may claim it again."""
     attempt: Attempt | None = None
     """Once it runs."""
     task: asyncio.Task[Any] | None = None
@@ -70,7 +74,8 @@ class Claims:
         claim.ending = ending
         if self._by_id.get(claim.id) is claim:
             del self._by_id[claim.id]
-        self._ended.append(claim)
+        if ending != TOLD:
+            self._ended.append(claim)
 
     def take_ended(self) -> list[Claim]:
         ended, self._ended = self._ended, []

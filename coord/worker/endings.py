@@ -10,11 +10,11 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import delete, func, inspect, select, update
+from sqlalchemy import bindparam, delete, func, inspect, select, update
 
 from coord.changes import collect
 from coord.jobs.ledger import Job, JobState, cancellations, jobs
-from coord.jobs.transaction import is_ours, ours
+from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.session import create_db_context
 from coord.transient import is_transient
 
@@ -92,7 +92,8 @@ class Endings:
         wait = backoff(row["attempt"]) if pause is None else pause
         due = datetime.now(UTC) + timedelta(seconds=wait)
         values = {"attempt": row["attempt"] + 1, "due_at": due, "error": one_line(error)}
-        await session.run_sync(_write, attempt, values | {"traceback": _traceback(error)}, Job(**{**row, **values}))
+        following = Job(**{column.name: row[column.name] for column in jobs.c} | values)
+        await session.run_sync(_write, attempt, values | {"traceback": _traceback(error)}, following)
         return wait
 
     async def _persistent(self, write: Callable[..., Awaitable[Any]], attempt: Attempt, *arguments: Any) -> Any:
@@ -109,10 +110,21 @@ class Endings:
             pause = min(2 * pause, LEDGER_PAUSE[1])
 
 
+_lock = (
+    select(
+        jobs,
+        func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
+        func.pg_advisory_xact_lock_shared(CLASS, bindparam("lock")),
+    )
+    .where(is_ours)
+    .with_for_update(of=jobs)
+)
+
+
 async def _locked(session: AsyncSession, attempt: Attempt) -> RowMapping | None:
-    """The job's row, if it is still this attempt's to end."""
-    statement = select(jobs).where(is_ours).with_for_update()
-    return (await session.execute(statement, ours(attempt))).mappings().one_or_none()
+    """The job's row, if it is still this attempt's to end; what a dead worker leaves is bounded as for its effect."""
+    bounds = {"idle": f"{attempt.idle_limit * 1000:.0f}ms", "lock": attempt.worker_lock}
+    return (await session.execute(_lock, ours(attempt) | bounds)).mappings().one_or_none()
 
 
 def _write(session: Session, attempt: Attempt, values: dict[str, Any], next_attempt: Job | None = None) -> None:
@@ -128,9 +140,17 @@ def backoff(attempt: int) -> float:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:LINE] if text else type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # noqa: BLE001 - an error must not be lost because it cannot say what it is
+        text = "cannot say what it is"
+    return _storable(f"{type(error).__name__}: {text}"[:LINE] if text else type(error).__name__)
 
 
 def _traceback(error: BaseException) -> str:
-    return "".join(traceback.format_exception(error))[-TEXT:]
+    return _storable("".join(traceback.format_exception(error))[-TEXT:])
+
+
+def _storable(text: str) -> str:
+    """Without what PostgreSQL's text cannot hold: a null character, half a surrogate pair."""
+    return text.replace("\0", "\ufffd").encode(errors="replace").decode()

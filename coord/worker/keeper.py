@@ -22,11 +22,13 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coord.jobs.ledger import JobState, cancellations, jobs, workers
 from coord.outage import Outage
-from coord.worker.census import Census
+from coord.worker.census import NEVER, Census
+from coord.worker.pickup import LEASE
 from coord.worker.reconciler import Reconciler
+from coord.worker.scripts import renew
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from redis.asyncio import ConnectionPool
 
@@ -37,8 +39,10 @@ logger = logging.getLogger("arq.coord")
 
 ROUND = 0.5
 """Seconds between two looks at who lives."""
-BEAT = 4
-"""Looks to a heartbeat."""
+BEAT = 2.0
+"""Seconds between two heartbeats."""
+CREDIBLE = 5.0
+"""Seconds since the last heartbeat after which others may soon take this worker for dead."""
 RECONCILE_LIMIT = 60.0
 """Seconds after which the comparison with Redis begins anew."""
 ROUND_LIMIT = 5.0
@@ -61,6 +65,8 @@ class Identity(NamedTuple):
     channels: Channels
     attempts: int
     """How many a job has that says nothing else."""
+    tries: Mapping[str, int]
+    """The same by task, where its function says something else."""
     keep: float
     """Seconds that the ledger keeps what has ended."""
 
@@ -89,18 +95,25 @@ class Keeper:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
         self._stopping = False
+        self._beaten = self._told = self._renewed = NEVER
         self._outage = Outage(
             logger, away="PostgreSQL is away, jobs cannot be looked after", back="PostgreSQL answers again"
         )
 
+    def is_credible(self) -> bool:
+        """Whether others know that this worker lives. From any thread."""
+        return time.monotonic() - self._beaten < CREDIBLE
+
     async def start(self) -> None:
         """Return once the worker is on the list; raises what keeps it off."""
         engine = _another(self._engine)
+        began = time.monotonic()
         try:
-            async with engine.begin() as connection:
+            async with engine.connect() as connection:
                 await connection.execute(insert(workers), self._row())
         finally:
             await engine.dispose()
+        self._beaten = began
         self._thread = threading.Thread(target=self._main, name="coord keeper", daemon=True)
         self._thread.start()
 
@@ -126,23 +139,26 @@ class Keeper:
         async with AsyncExitStack() as stack:
             engine = _another(self._engine)
             stack.push_async_callback(engine.dispose)
-            redis = await stack.enter_async_context(Redis(connection_pool=self._redis()))
+            redis = await stack.enter_async_context(Redis.from_pool(self._redis()))
             looking_after = asyncio.create_task(self._look_after(Reconciler(self.identity, engine, redis)))
             stack.push_async_callback(_ended, looking_after)
-            rounds = 0
             while not self._stopping:
                 self._wake.clear()
-                await self._guarded(self._round(engine, redis, beats=rounds % BEAT == 0))
-                rounds += 1
+                await self._guarded(self._round(engine))
+                await self._guarded(self._tell_redis(redis))
                 await self._pause()
             await self._guarded(self._leave(engine, redis))
 
     async def _look_after(self, reconciler: Reconciler) -> None:
-        """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily."""
+        """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily.
+
+        At most a fifth of the time, as it is time that tasks do not have.
+        """
         while True:
+            began = time.monotonic()
             if self._census.leads:
                 await self._guarded(reconciler.look_after(self._census), limit=RECONCILE_LIMIT)
-            await asyncio.sleep(ROUND)
+            await asyncio.sleep(max(ROUND, 4 * (time.monotonic() - began)))
 
     async def _pause(self) -> None:
         assert self._wake is not None
@@ -150,28 +166,44 @@ class Keeper:
         await self._wake.wait()
         timer.cancel()
 
-    async def _guarded(self, work: Coroutine[Any, Any, None], *, limit: float = ROUND_LIMIT) -> None:
-        """What fails is done again in the next round."""
+    async def _guarded(self, work: Coroutine[Any, Any, bool], *, limit: float = ROUND_LIMIT) -> None:
+        """What fails is done again in the next round. `work` says whether it has heard of PostgreSQL."""
         try:
             async with asyncio.timeout(limit):
-                await work
+                answered = await work
         except RedisError as error:
             logger.debug("Redis is away: %s", error)  # the pick-up says so aloud
         except Exception as error:  # noqa: BLE001 - whatever it is, the heartbeat goes on
             self._outage.report(error)
         else:
-            self._outage.report(None)
+            if answered:
+                self._outage.report(None)
 
-    async def _round(self, engine: AsyncEngine, redis: Any, *, beats: bool) -> None:
+    async def _round(self, engine: AsyncEngine) -> bool:
+        """Each statement by itself: in a transaction, a worker that is frozen would keep its row from who buries it."""
         held = self._jobs()
-        async with engine.begin() as connection:
-            if beats:
+        now = time.monotonic()
+        async with engine.connect() as connection:
+            if now - self._beaten >= BEAT - ROUND / 2:
                 await self._beat(connection, held)
+                self._beaten = now
             for job_id in await _unwanted(connection, held):
                 self._cancel(str(job_id))
             await self._census.take(connection)
-        if beats and time.monotonic() - self._polled() < STUCK:
-            await redis.set(self.identity.health_key, _health(held), px=HEALTHY * 1000)
+        return True
+
+    async def _tell_redis(self, redis: Any) -> bool:
+        """That this worker is well, and that its claims last."""
+        now = time.monotonic()
+        if self._told != self._beaten and now - self._polled() < STUCK:
+            await redis.set(self.identity.health_key, _health(len(self._claims.all())), px=HEALTHY * 1000)
+            self._told = self._beaten
+        if now - self._renewed > LEASE / 3:
+            ids = [claim.id for claim in self._claims.all()]
+            if ids:
+                await renew.run(redis, self.identity.key, str(self.identity.id), int(LEASE * 1000), *ids)
+            self._renewed = now
+        return False
 
     async def _beat(self, connection: Any, held: dict[str, Any]) -> None:
         beaten = await connection.execute(
@@ -183,13 +215,14 @@ class Keeper:
             logger.warning("This worker was taken for dead and its jobs were given to others; it goes on with new ones")
             await connection.execute(insert(workers), self._row())
 
-    async def _leave(self, engine: AsyncEngine, redis: Any) -> None:
+    async def _leave(self, engine: AsyncEngine, redis: Any) -> bool:
         here = (workers.c.queue == self.identity.queue) & (workers.c.host == socket.gethostname())
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             await connection.execute(delete(workers).where(workers.c.id == self.identity.id))
             others = await connection.scalar(select(func.count()).select_from(workers).where(here))
         if not others:
             await redis.delete(self.identity.health_key)
+        return True
 
     def _row(self) -> dict[str, Any]:
         return {
@@ -223,15 +256,17 @@ async def _unwanted(connection: Any, held: dict[str, Any]) -> list[UUID]:
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.wait([task])
+    while not task.done():  # redis-py may swallow a cancellation; see Link
+        task.cancel()
+        await asyncio.wait([task], timeout=ROUND)
 
 
 def _another(engine: AsyncEngine) -> AsyncEngine:
-    """An engine for another event loop, whose connections are made as this one's are."""
+    """An engine for another event loop, whose connections are made as this one's are, and commit each statement."""
     sync = engine.sync_engine
-    return AsyncEngine(Engine(sync.pool.recreate(), sync.dialect, sync.url))
+    another = AsyncEngine(Engine(sync.pool.recreate(), sync.dialect, sync.url))
+    return another.execution_options(isolation_level="AUTOCOMMIT")
 
 
-def _health(held: dict[str, Any]) -> str:
-    return f"{time.strftime('%b-%d %H:%M:%S')} j_ongoing={len(held)}"
+def _health(ongoing: int) -> str:
+    return f"{time.strftime('%b-%d %H:%M:%S')} j_ongoing={ongoing}"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ResponseError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
@@ -18,7 +20,7 @@ ANSWER_LIMIT = 2.0
 
 
 class Link:
-    """Opened by the first command, and anew by the next one after an error."""
+    """Opened by the first command, and anew by the next one after an error: it may be a replica's by now."""
 
     def __init__(self, pool: ConnectionPool, outage: Outage) -> None:
         self._pool = pool
@@ -28,20 +30,32 @@ class Link:
 
     async def execute_command(self, *command: Any) -> Any:
         async with self._turn:
-            connection = self._connection or self._pool.make_connection()  # type: ignore[no-untyped-call]
-            self._connection = None
-            try:
-                async with asyncio.timeout(ANSWER_LIMIT):
-                    await connection.send_command(*command, check_health=False)
-                    answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
-            except ResponseError:
-                self._connection = connection
-                raise
-            except BaseException:
-                await connection.disconnect(nowait=True)
-                raise
+            if self._connection is not None:
+                with suppress(RedisConnectionError):  # Redis has closed it since, and may well take another
+                    return await self._execute(self._connection, command)
+            return await self._execute(self._opened(), command)
+
+    async def _execute(self, connection: Connection, command: tuple[Any, ...]) -> Any:
+        self._connection = None
+        try:
+            async with asyncio.timeout(ANSWER_LIMIT):
+                await connection.send_command(*command, check_health=False)
+                answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
+        except NoScriptError:
             self._connection = connection
-            return answer
+            raise
+        except BaseException:
+            await connection.disconnect(nowait=True)
+            raise
+        self._connection = connection
+        return answer
+
+    def _opened(self) -> Connection:
+        connection: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        # redis-py would keep it by `asyncio.wait_for`, which takes a task a command and, before Python 3.12, may
+        # swallow a cancellation (python/cpython#86296): the worker would not stop.
+        connection.socket_timeout = None
+        return connection
 
     def report(self, error: Exception | None) -> None:
         """Say that Redis is away, or back, once."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from redis.exceptions import RedisError
 
 from coord.jobs.feed import Message, id_of, queue_bell
-from coord.worker.claims import GONE, Claim, Claims
-from coord.worker.scripts import give_back, take
+from coord.worker.claims import GONE, LATER, Claim, Claims
+from coord.worker.scripts import give_back, release, take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container
@@ -25,6 +25,8 @@ logger = logging.getLogger("arq.coord")
 
 POLL = 0.5
 """Seconds after which the queue is looked at although no bell rang, and arq gets to its own chores."""
+LEASE = 60.0
+"""Seconds that a claim lasts, unless it is renewed."""
 BACKOFF = (0.1, 2.0)
 """Seconds before the first and any later attempt to reach Redis again."""
 UNKNOWN_LIMIT = 900.0
@@ -35,23 +37,25 @@ UNKNOWN_PAUSE = (0.5, 30.0)
 class Pickup:
     """The queue of one worker. arq is given no more than it starts, and nothing that it could not run."""
 
-    def __init__(self, link: Link, claims: Claims, *, queue: str, worker: UUID, lease: float) -> None:
+    def __init__(self, link: Link, claims: Claims, *, queue: str, worker: UUID) -> None:
         self.claims = claims
         self.queue = queue
         self.known: Container[str] = ()
         """The tasks that this worker can run."""
         self.give_up: Callable[[Claim], None] = self.end
         """Told of a job whose task nobody has known for too long; it is to end the claim."""
-        self._link = link
-        self._worker = str(worker)
-        self._lease = int(lease * 1000)
-        self._stir = asyncio.Event()
-        self._unknown: list[Claim] = []
-        self._draining = False
-        self._pause = 0.0
-        self._next_due = 0.0
+        self.is_alive: Callable[[], bool] = lambda: True
+        """Whether others know that this worker lives. Who cannot say so claims nothing: it would be taken away."""
+        self.draining = False
         self.polled = time.monotonic()
         """When arq last asked for work, on the system's monotonic clock."""
+        self._link = link
+        self._worker = str(worker)
+        self._lease = int(LEASE * 1000)
+        self._stir = asyncio.Event()
+        self._unknown: list[Claim] = []
+        self._pause = 0.0
+        self._next_due = 0.0
 
     def listening(self) -> None:
         """What was rung before this was not heard."""
@@ -65,7 +69,7 @@ class Pickup:
 
     def drain(self) -> None:
         """Claim nothing any more."""
-        self._draining = True
+        self.draining = True
         self._stir.set()
 
     def end(self, claim: Claim, ending: str = GONE) -> None:
@@ -80,7 +84,7 @@ class Pickup:
         self.polled = time.monotonic()
         while True:
             self._stir.clear()
-            free = 0 if self._draining else min(self.claims.free, most)
+            free = min(self.claims.free, most) if not self.draining and self.is_alive() else 0
             if (free > 0 or self.claims.has_ended) and (found := await self._exchange(free)):
                 return found
             if (now := loop.time()) >= deadline:
@@ -93,6 +97,15 @@ class Pickup:
         if self.claims.has_ended:
             await self._exchange(0)
 
+    async def leave(self) -> None:
+        """Give back what is left when nothing runs any more: what was never begun, or came with a lost answer."""
+        self.drain()
+        await self.flush()
+        try:
+            await release.run(self._link, self.queue, self._worker, self._lease)
+        except (RedisError, OSError) as error:
+            self._away(error)
+
     async def _stirred(self, until: float) -> None:
         timer = asyncio.get_running_loop().call_at(until, self._stir.set)
         try:
@@ -102,9 +115,9 @@ class Pickup:
 
     async def _exchange(self, free: int) -> list[bytes]:
         ended = self.claims.take_ended()
-        arguments = [part for claim in ended for part in (claim.id, claim.ending)]
+        told = [part for claim in ended for part in (_raw(claim.id), claim.ending)]
         try:
-            following, *found = await take.run(self._link, self.queue, self._worker, self._lease, free, *arguments)
+            following, *found = await take.run(self._link, self.queue, self._worker, self._lease, free, *told)
         except (RedisError, OSError) as error:
             self.claims.restore_ended(ended)
             self._away(error)
@@ -114,9 +127,10 @@ class Pickup:
             raise
         self._link.report(None)
         self._pause = 0.0
-        self._next_due = asyncio.get_running_loop().time() + (int(following) / 1000 if int(following) >= 0 else POLL)
+        wait = float(following) / 1000
+        self._next_due = asyncio.get_running_loop().time() + (wait if wait >= 0 else POLL)
         triples = zip(found[::3], found[1::3], found[2::3], strict=True)
-        taken = [id_ for id_, score, raw in triples if self._accept(id_.decode(), int(float(score)), raw)]
+        taken = [id_ for id_, score, raw in triples if self._accept(id_, score, raw)]
         await self._send_back()
         return taken
 
@@ -124,24 +138,24 @@ class Pickup:
         self._link.report(error)
         self._pause = min(max(self._pause * 2, BACKOFF[0]), BACKOFF[1]) * random.uniform(0.75, 1.0)
 
-    def _accept(self, id_: str, score: int, raw: bytes) -> bool:
+    def _accept(self, raw_id: bytes, score: bytes, raw: bytes) -> bool:
         """Whether arq shall run it; otherwise it goes back."""
-        job_id = id_of(id_)
+        id_ = raw_id.decode(errors="surrogateescape")
+        # By this process's clock, which arq goes by, it may not be due yet; it would be left lying.
+        claim = Claim(id_, int(min(max(float(score), 1), time.time() * 1000)))
         try:
-            message = Message.read(raw)
+            claim.job_id = id_of(id_)
+            claim.message = None if claim.job_id is None else Message.read(raw)
+            raw_id.decode()
         except ValueError as error:
-            logger.error("Job %s was dropped, its message in Redis is garbled: %s", id_, error)
-            self.end(Claim(id_, score))
+            logger.error("Job %r was dropped, its message in Redis is garbled: %s", id_, error)
+            self.end(claim)
             return False
-        if message is None or job_id is None:
-            self.claims.add(Claim(id_, score))
-            return True
-        claim = Claim(id_, score, message, job_id)
         if (running := self.claims.get(id_)) is not None:
-            if running.message is not None and running.message.attempt < message.attempt:
-                self.end(claim, "1000")  # the one that runs has lost its right to, and ends
+            if _attempt(running) < _attempt(claim):
+                self.end(claim, LATER)  # the one that runs has lost its right to, and ends
             return False
-        if message.task not in self.known:
+        if claim.message is not None and claim.message.task not in self.known:
             self._unknown.append(claim)
             return False
         self.claims.add(claim)
@@ -166,4 +180,12 @@ class Pickup:
                 await give_back.run(self._link, self.queue, claim.id, self._worker, text, now + int(pause * 1000))
             except (RedisError, OSError) as error:
                 self._away(error)
-                self.end(claim, "1000")
+                self.end(claim, LATER)
+
+
+def _raw(id_: str) -> bytes:
+    return id_.encode(errors="surrogateescape")
+
+
+def _attempt(claim: Claim) -> int:
+    return 0 if claim.message is None else claim.message.attempt

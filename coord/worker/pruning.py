@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from sqlalchemy import delete, exists, select
+from sqlalchemy import delete, select
 
-from coord.jobs.ledger import cancellations, is_queued, jobs
+from coord.jobs.ledger import is_queued, jobs
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -22,7 +22,10 @@ BATCHES = 20
 
 
 class Pruning:
-    """Deletes jobs that ended `keep` seconds ago. Ids are ordered by time, so the primary key finds the eldest."""
+    """Deletes jobs that ended `keep` seconds ago. Ids are ordered by time, so the primary key finds the eldest.
+
+    `engine` commits each statement.
+    """
 
     def __init__(self, engine: AsyncEngine, *, keep: float) -> None:
         self._engine = engine
@@ -47,14 +50,11 @@ class Pruning:
         )
         deleted = 0
         for _ in range(BATCHES):
-            async with self._engine.begin() as connection:
+            async with self._engine.connect() as connection:
                 gone = (await connection.execute(delete(jobs).where(jobs.c.id.in_(old)))).rowcount
             deleted += gone
             if gone < BATCH:
                 break
-        unfinished = exists().where(jobs.c.id == cancellations.c.job_id, is_queued)
-        async with self._engine.begin() as connection:
-            await connection.execute(delete(cancellations).where(~unfinished))
         return deleted
 
 

@@ -1,4 +1,4 @@
-"""Redis as arq's worker sees it: the queue is answered by the pick-up, and a claimed job's bookkeeping from memory.
+"""Redis as arq sees it: the queue is answered by the pick-up, and a claimed job's bookkeeping from memory.
 
 arq's `Worker` (0.28) asks this of its `redis_pool`: `zrangebyscore` for the ids that are due, then for each a pipeline
 that claims it, one that reads it and counts the try, and one that removes it. All of that has happened in one script by
@@ -9,16 +9,16 @@ the time arq is given an id, or happens in the next; what arq asks about jobs wi
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import TYPE_CHECKING, Any
 
 from arq.connections import ArqRedis
 from arq.constants import abort_jobs_ss, in_progress_key_prefix, job_key_prefix, retry_key_prefix
 from redis.asyncio.client import Pipeline
+from redis.exceptions import ClusterDownError, OutOfMemoryError, ReadOnlyError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from coord.worker.claims import GONE, Claim
+from coord.worker.claims import AGAIN, GONE, TOLD, Claim
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 RETRY = 1.0
 """Seconds between attempts at what arq cannot do without: an error would end its worker."""
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
+AWAY = (RedisConnectionError, RedisTimeoutError, OSError, ReadOnlyError, OutOfMemoryError, ClusterDownError)
 
 
 class WorkerRedis(ArqRedis):
@@ -52,9 +52,31 @@ class WorkerRedis(ArqRedis):
         job: ArqJob | None = await _persistent(lambda: ArqRedis.enqueue_job(self, function, *args, **kwargs))
         return job
 
+    async def zcard(self, name: Any) -> Any:
+        """Asked in burst mode, whether anything is left."""
+        if self.pickup is None or name != self.pickup.queue:
+            return await super().zcard(name)
+        return await _persistent(lambda: ArqRedis.zcard(self, name))
+
+    async def zrem(self, name: Any, *values: Any) -> Any:
+        """Asked when jobs were aborted."""
+        if name != abort_jobs_ss:
+            return await super().zrem(name, *values)
+        return await _persistent(lambda: ArqRedis.zrem(self, name, *values))
+
+    async def setex(self, name: Any, *args: Any) -> Any:
+        """Asked of a job that was enqueued with a number of tries."""
+        if not str(name).startswith(retry_key_prefix):
+            return await super().setex(name, *args)
+        return await _persistent(lambda: ArqRedis.setex(self, name, *args))
+
     async def delete(self, *names: Any) -> Any:
         """Not the health key, arq's last act: it is for another living worker of this host too, and expires soon."""
         return 0 if names == (self.health_check_key,) else await super().delete(*names)
+
+    async def close(self, close_connection_pool: bool | None = None) -> None:
+        """Under the name that redis-py warns of, and arq calls."""
+        await self.aclose(close_connection_pool)
 
 
 class ClaimPipeline(Pipeline):
@@ -72,7 +94,7 @@ class ClaimPipeline(Pipeline):
             self.watching = self._claim is not None
         if self._claim is None:
             return await super().immediate_execute_command(*args, **options)  # type: ignore[no-untyped-call]
-        return {"EXISTS": 0, "ZSCORE": max(self._claim.score, 1)}.get(args[0], True)
+        return {"EXISTS": 0, "ZSCORE": self._claim.score}.get(args[0], True)
 
     async def execute(self, raise_on_error: bool = True) -> list[Any]:
         commands = [command for command, _ in self.command_stack]
@@ -82,14 +104,11 @@ class ClaimPipeline(Pipeline):
         if claim.message is None:
             return await self._without_ledger(claim, commands, raise_on_error)
         if self._claim is None and commands[0][0] != "GET":
-            self._end(claim, finished=any(command[0] == "ZREM" for command in commands))
+            assert self._pickup is not None
+            finished = any(command[0] == "ZREM" for command in commands)
+            self._pickup.end(claim, claim.ending or (GONE if finished else AGAIN))
         await self.reset()  # type: ignore[no-untyped-call]
         return [_answer(claim, command) for command in commands]
-
-    def _end(self, claim: Claim, *, finished: bool) -> None:
-        assert self._pickup is not None
-        # arq wants it to run again, and nobody has said when.
-        self._pickup.end(claim, "0" if claim.ending == GONE and not finished else claim.ending)
 
     async def _without_ledger(self, claim: Claim, commands: list[Any], raise_on_error: bool) -> list[Any]:
         """What arq has enqueued it also keeps; only its time in the queue is what the claim has made of it."""
@@ -103,9 +122,10 @@ class ClaimPipeline(Pipeline):
             later = sum(command[2] for command in commands if command[0] == "ZINCRBY")
             self.command_stack = [entry for entry in self.command_stack if entry[0][0] != "ZINCRBY"]
             self.zadd(self._pickup.queue, {claim.id: claim.score + later}, xx=True)
-        answers = await self._by_redis(raise_on_error)
-        self._pickup.end(claim, GONE)
-        return answers
+        try:
+            return await self._by_redis(raise_on_error)
+        finally:
+            self._pickup.end(claim, TOLD)
 
     async def _of_no_claim(self, commands: list[Any], raise_on_error: bool) -> list[Any]:
         """The task's own, or what arq asks at its start, and of aborted jobs, without which it can do."""
@@ -120,11 +140,17 @@ class ClaimPipeline(Pipeline):
             raise
 
     async def _by_redis(self, raise_on_error: bool) -> list[Any]:
+        """A worker that stops waits for Redis no longer: what it could not say, the end of its claim says."""
         stack = self.command_stack
 
         async def execute() -> list[Any]:
             self.command_stack = [*stack]
-            return await Pipeline.execute(self, raise_on_error)
+            try:
+                return await Pipeline.execute(self, raise_on_error)
+            except AWAY:
+                if self._pickup is not None and self._pickup.draining and stack[0][0][0] != "GET":
+                    return []
+                raise
 
         answers: list[Any] = await _persistent(execute)
         return answers
@@ -146,35 +172,11 @@ def _answer(claim: Claim, command: tuple[Any, ...]) -> Any:
     match command:
         case ("GET", *_):
             return claim
-        case ("INCR", key) if key == f"{retry_key_prefix}{claim.id}":
+        case ("INCRBY", key, 1) if key == f"{retry_key_prefix}{claim.id}":
             return 1 if claim.message is None else claim.message.attempt
         case ("ZREM", *_):
             return 0
     return True
-
-
-def deserialized(read: Callable[[bytes], dict[str, Any]]) -> Callable[[bytes | Claim], dict[str, Any]]:
-    """arq's `job_deserializer`: a claimed job was read already."""
-
-    def deserialize(text: bytes | Claim) -> dict[str, Any]:
-        if not isinstance(text, Claim):
-            return read(text)
-        message = text.message
-        assert message is not None
-        return {
-            "f": message.task,
-            "a": message.args,
-            "k": message.kwargs,
-            "t": message.attempt,
-            "et": message.enqueued,
-        }
-
-    return deserialize
-
-
-def serialize(message: dict[str, Any]) -> bytes:
-    """JSON: nothing that is read from Redis is ever unpickled. arq puts exceptions in results, as text here."""
-    return json.dumps(message, default=str).encode()
 
 
 async def _persistent(call: Callable[[], Awaitable[Any]]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import case, column, delete, exists, func, select, table, tuple_, update
+from sqlalchemy import case, column, exists, func, select, table, tuple_, update
 from sqlalchemy.exc import DBAPIError
 
 from coord.jobs.ledger import JobState, cancellations, is_queued, jobs
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from coord.worker.keeper import Identity
+    from coord.worker.reconciler import Missing
+
 logger = logging.getLogger("arq.coord")
+
+DIED = "the worker that ran it died"
 
 _locks = table(
     "pg_locks",
@@ -48,7 +53,7 @@ async def end_transactions(engine: AsyncEngine, worker: UUID) -> None:
         _locks.c.database == here,
     )
     try:
-        async with engine.begin() as connection:
+        async with engine.connect() as connection:
             ended = list(await connection.scalars(statement))
     except DBAPIError as error:
         logger.warning("The transactions of worker %s cannot be ended: %s", worker, error.orig)
@@ -57,28 +62,31 @@ async def end_transactions(engine: AsyncEngine, worker: UUID) -> None:
             logger.warning("Ended %d transactions of worker %s", len(ended), worker)
 
 
-async def next_attempts(engine: AsyncEngine, orphans: Sequence[Row[Any]], attempts: int) -> Sequence[Row[Any]]:
-    """Raise the attempt of each of these jobs, or end it, if it is still as it was found and nobody has locked it."""
-    found = tuple_(jobs.c.id, jobs.c.attempt).in_([(row.id, row.attempt) for row in orphans])
+async def next_attempts(engine: AsyncEngine, orphans: Sequence[Missing], identity: Identity) -> Sequence[Row[Any]]:
+    """Raise the attempt of each of these jobs, or end it, if it is still as it was found and nobody has locked it.
+
+    One statement, which commits by itself: nothing stays locked if this worker dies in the middle of it.
+    """
+    found = tuple_(jobs.c.id, jobs.c.attempt).in_([(job.id, job.attempt) for job in orphans])
     free = select(jobs.c.id).where(is_queued, found).with_for_update(skip_locked=True)
     unwanted = exists().where(cancellations.c.job_id == jobs.c.id)
-    most = func.coalesce(jobs.c.attempts, attempts)
-    state = case((unwanted, JobState.CANCELLED), (jobs.c.attempt >= most, JobState.FAILED), else_=JobState.QUEUED)
+    usual = case(identity.tries, value=jobs.c.task, else_=identity.attempts) if identity.tries else identity.attempts
+    most = func.coalesce(jobs.c.attempts, usual)
+    last = ~unwanted & (jobs.c.attempt >= most)
+    counted = func.concat(DIED, " (attempt ", jobs.c.attempt, " of ", most, ")")
     raised = (
         update(jobs)
         .where(jobs.c.id.in_(free))
         .values(
-            state=state,
-            attempt=case((jobs.c.attempt >= most, jobs.c.attempt), else_=jobs.c.attempt + 1),
+            state=case((unwanted, JobState.CANCELLED), (last, JobState.FAILED), else_=JobState.QUEUED),
+            attempt=case((unwanted | last, jobs.c.attempt), else_=jobs.c.attempt + 1),
             due_at=func.now(),
-            finished_at=case((unwanted | (jobs.c.attempt >= most), func.now())),
-            error="the worker that ran it died",
+            finished_at=case((unwanted | last, func.now())),
+            error=case((last, counted), else_=DIED),
+            traceback=None,
         )
         .returning(jobs)
     )
-    async with engine.begin() as connection:
+    async with engine.connect() as connection:
         rows: Sequence[Row[Any]] = (await connection.execute(raised)).all()
-        ended = [row.id for row in rows if row.state.is_final]
-        if ended:
-            await connection.execute(delete(cancellations).where(cancellations.c.job_id.in_(ended)))
     return rows

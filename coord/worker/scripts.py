@@ -1,7 +1,9 @@
 """What workers ask of Redis in one round trip each: arq's keys, moved by scripts that nobody can come between.
 
-A job that runs stays in its queue, as arq has it, with the end of its claim as its time: so the head of the queue is
-what waits, and what nobody finishes comes up again. The claim is arq's in-progress key, holding who claims.
+The claim on a job is arq's in-progress key, holding who claims. A claimed job stays in its queue, as arq has it, with
+the end of its claim as its time, which ends in half a millisecond: what has another time was handed over anew since.
+So the head of the queue is what waits, what nobody finishes comes up again, and an attempt that ends never takes the
+next one with it.
 """
 
 from __future__ import annotations
@@ -12,70 +14,110 @@ from typing import Any
 from arq.constants import in_progress_key_prefix, job_key_prefix, retry_key_prefix
 from redis.exceptions import NoScriptError
 
-_NOW = """
+# What cannot be read, since somebody has put another type of value there, is an error object and equals nothing.
+_COMMON = f"""
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local queue, worker, lease = KEYS[1], ARGV[1], tonumber(ARGV[2])
+local function claim_of(id) return '{in_progress_key_prefix}' .. id end
+local function is_claimed(id) return (redis.call('ZSCORE', queue, id) or 0) % 1 == 0.5 end
+local function is_mine(id) return redis.pcall('GET', claim_of(id)) == worker end
 """
 
-TAKE = f"""{_NOW}
-local queue, worker, lease, free = KEYS[1], ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
+TAKE = f"""{_COMMON}
+local free, answer = tonumber(ARGV[3]), {{'-1'}}
 for i = 4, #ARGV, 2 do
   local id, ending = ARGV[i], ARGV[i + 1]
-  if redis.call('GET', '{in_progress_key_prefix}' .. id) == worker then
-    redis.call('DEL', '{in_progress_key_prefix}' .. id)
-    if ending == 'gone' then
-      redis.call('DEL', '{job_key_prefix}' .. id, '{retry_key_prefix}' .. id)
-      redis.call('ZREM', queue, id)
-    elseif ending ~= 'again' then
-      redis.call('ZADD', queue, 'XX', now + tonumber(ending), id)
+  if is_mine(id) then
+    redis.call('DEL', claim_of(id))
+    if is_claimed(id) then
+      if ending == 'gone' then
+        redis.call('DEL', '{job_key_prefix}' .. id, '{retry_key_prefix}' .. id)
+        redis.call('ZREM', queue, id)
+      else
+        redis.call('ZADD', queue, now + tonumber(ending), id)
+        if tonumber(ending) == 0 then redis.call('PUBLISH', queue .. ':bell', '') end
+      end
     end
   end
 end
-local answer = {{}}
-if free > 0 then
-  local found = redis.call('ZRANGEBYSCORE', queue, '-inf', now, 'WITHSCORES', 'LIMIT', 0, free)
+local others = 0
+while free > 0 do
+  local found = redis.call('ZRANGEBYSCORE', queue, '-inf', now, 'WITHSCORES', 'LIMIT', others, free)
+  if #found == 0 then break end
   for i = 1, #found, 2 do
     local id = found[i]
-    if redis.call('SET', '{in_progress_key_prefix}' .. id, worker, 'NX', 'PX', lease) then
-      local job = redis.call('GET', '{job_key_prefix}' .. id)
-      if job then
-        redis.call('ZADD', queue, now + lease, id)
-        answer[#answer + 1] = id
-        answer[#answer + 1] = found[i + 1]
-        answer[#answer + 1] = job
+    if redis.call('SET', claim_of(id), worker, 'NX', 'PX', lease) then
+      local job = redis.pcall('GET', '{job_key_prefix}' .. id)
+      if type(job) == 'string' then
+        redis.call('ZADD', queue, now + lease + 0.5, id)
+        for _, part in ipairs({{id, found[i + 1], job}}) do answer[#answer + 1] = part end
+        free = free - 1
       else
-        redis.call('DEL', '{in_progress_key_prefix}' .. id)
+        redis.call('DEL', claim_of(id))
         redis.call('ZREM', queue, id)
       end
     else
-      redis.call('ZADD', queue, now + math.max(redis.call('PTTL', '{in_progress_key_prefix}' .. id), 1000), id)
+      others = others + 1
     end
   end
 end
-local following = redis.call('ZRANGEBYSCORE', queue, '-inf', '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
-table.insert(answer, 1, following[2] and tostring(following[2] - now) or '-1')
-return answer
-"""
-"""End claims (gone; again: handed over anew; or back in so many milliseconds), then claim as many as are free.
-
-Answers the milliseconds until the next job (-1: none), then id, score and job of each that is claimed."""
-
-LOOK = f"""
-local answer = {{}}
-for i = 1, #ARGV do
-  local id = ARGV[i]
-  local there = redis.call('ZSCORE', KEYS[1], id) and redis.call('EXISTS', '{job_key_prefix}' .. id) == 1
-  answer[i] = {{there and 1 or 0, redis.call('GET', '{in_progress_key_prefix}' .. id) or ''}}
+if free > 0 then
+  local following = redis.call('ZRANGEBYSCORE', queue, '(' .. now, '+inf', 'WITHSCORES', 'LIMIT', 0, 1)
+  if following[2] then answer[1] = string.format('%.0f', following[2] - now) end
 end
 return answer
 """
-"""Whether each job is in the queue, and who claims it."""
+"""End claims (gone, or back in so many milliseconds), then claim as many as are free.
 
-RETURN = f"""{_NOW}
+Answers the milliseconds until the next job (-1: unknown), then id, score and job of each that is claimed."""
+
+RENEW = f"""{_COMMON}
+for i = 3, #ARGV do
+  if is_mine(ARGV[i]) and is_claimed(ARGV[i]) then
+    redis.call('PEXPIRE', claim_of(ARGV[i]), lease)
+    redis.call('ZADD', queue, now + lease + 0.5, ARGV[i])
+  end
+end
+"""
+"""Make claims last for another lease."""
+
+RELEASE = f"""{_COMMON}
+local released = 0
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', queue, now, now + lease + 1)) do
+  if is_claimed(id) and is_mine(id) then
+    redis.call('DEL', claim_of(id))
+    redis.call('ZADD', queue, now, id)
+    released = released + 1
+  end
+end
+if released > 0 then redis.call('PUBLISH', queue .. ':bell', '') end
+return released
+"""
+"""Give back whatever the worker claims, also what it does not know of because the answer was lost."""
+
+LOOK = f"""
+local claims, jobs, answer = {{}}, {{}}, {{}}
+for i, id in ipairs(ARGV) do
+  claims[i], jobs[i] = '{in_progress_key_prefix}' .. id, '{job_key_prefix}' .. id
+end
+local scores = redis.call('ZMSCORE', KEYS[1], unpack(ARGV))
+local held = redis.call('MGET', unpack(claims))
+local all = redis.call('EXISTS', unpack(jobs)) == #ARGV
+for i = 1, #ARGV do
+  local there = scores[i] and (all or redis.call('EXISTS', jobs[i]) == 1)
+  answer[i] = {{there and 1 or 0, held[i] or ''}}
+end
+return answer
+"""
+"""Whether each job, of a thousand at most, is in the queue, and who claims it."""
+
+RETURN = f"""
 local returned = 0
 for i = 1, #ARGV, 4 do
   local id, claim, job, due = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
-  if (redis.call('GET', '{in_progress_key_prefix}' .. id) or '') == claim then
+  local found = redis.pcall('GET', '{in_progress_key_prefix}' .. id)
+  if (type(found) == 'string' and found or '') == claim then
     redis.call('DEL', '{in_progress_key_prefix}' .. id)
     redis.call('SET', '{job_key_prefix}' .. id, job)
     redis.call('ZADD', KEYS[1], math.max(due, 0), id)
@@ -92,7 +134,7 @@ for i = 1, #ARGV do
   redis.call('ZREM', KEYS[1], ARGV[i])
 end
 """
-"""Forget jobs that ended without having been claimed."""
+"""Forget jobs that have ended otherwise than by their claim."""
 
 
 class Script:
@@ -110,4 +152,4 @@ class Script:
             return await redis.execute_command("EVAL", self._text, 1, key, *arguments)
 
 
-take, look, give_back, drop = map(Script, (TAKE, LOOK, RETURN, DROP))
+take, renew, release, look, give_back, drop = map(Script, (TAKE, RENEW, RELEASE, LOOK, RETURN, DROP))

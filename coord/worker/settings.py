@@ -16,7 +16,9 @@ from coord.durations import seconds
 from coord.engine import engine_of
 from coord.jobs.feed import DEFAULT_QUEUE, NAMESPACE, queue_key
 from coord.worker.address import Address
-from coord.worker.redis import WorkerRedis, deserialized, serialize
+from coord.worker.hooks import uncancelled
+from coord.worker.messages import deserialized, serialize
+from coord.worker.redis import WorkerRedis
 from coord.worker.running import UNLIMITED, Limits
 from coord.worker.shift import Shift, Terms
 
@@ -32,6 +34,15 @@ KEPT = 7 * 86_400
 """Seconds that the ledger keeps jobs that have ended."""
 NEVER = 10.0**12
 """Seconds since 1970 that arq will not live to see."""
+_FIXED = {
+    "health_check_interval": NEVER,  # the keeper writes it
+    "handle_signals": False,
+    "poll_delay": 0,  # the pick-up waits
+    "max_jobs": int(UNLIMITED),  # and counts
+    "max_tries": int(UNLIMITED),
+    "job_timeout": UNLIMITED,
+    "retry_jobs": True,
+}
 
 
 def worker_settings(
@@ -69,11 +80,50 @@ def worker_settings(
     } | arq_settings
     _check(options)
     key = queue_key(namespace, options["queue_name"])
+    pool = _pool(address, key, options)
+    own: dict[str, Any] = {"namespace": namespace, "grace": grace, "idle_limit": idle_limit, "keep": keep}
+    tasks = [func(function) for function in functions]
+    tries = {task.name: task.max_tries for task in tasks}
+    shift = Shift(session_maker, pool, address, tries, _terms(key, pool.health_check_key, options, **own))
+    ours = {
+        "functions": _Functions(map(shift.wrapped, tasks)),
+        "cron_jobs": [shift.wrapped(job) for job in options.get("cron_jobs") or ()],
+        "redis_pool": pool,
+        "redis_settings": address.settings(),
+        "queue_name": key,
+        "health_check_key": pool.health_check_key,
+        "job_serializer": pool.job_serializer,
+        "job_deserializer": pool.job_deserializer,
+        "on_startup": shift.begin,
+        "on_shutdown": shift.end,
+        "on_job_start": None,  # called where it cannot end the worker
+        "on_job_end": uncancelled(options.get("on_job_end")),
+        "after_job_end": uncancelled(options.get("after_job_end")),
+        "keep_result": options.get("keep_result", 0),
+    }
+    return type("Settings", (), {"__doc__": "Made by coord's worker_settings.", **options, **_FIXED, **ours})
+
+
+def _pool(address: Address, key: str, options: dict[str, Any]) -> WorkerRedis:
     pool = WorkerRedis(address.pool(), default_queue_name=key)
     pool.health_check_key = options.get("health_check_key") or f"{key}:health-check:{socket.gethostname()}"
     pool.job_serializer = options.get("job_serializer") or serialize
     pool.job_deserializer = deserialized(options.get("job_deserializer") or json.loads)
-    terms = Terms(
+    pool.expires_extra_ms = options.get("expires_extra_ms", pool.expires_extra_ms)
+    return pool
+
+
+def _terms(
+    key: str,
+    health_key: str,
+    options: dict[str, Any],
+    *,
+    namespace: str,
+    grace: Seconds,
+    idle_limit: Seconds,
+    keep: Seconds,
+) -> Terms:
+    return Terms(
         queue=options["queue_name"],
         key=key,
         namespace=namespace,
@@ -85,32 +135,12 @@ def worker_settings(
         ),
         grace=seconds("grace", grace),
         keep=seconds("keep", keep),
-        health_key=pool.health_check_key,
+        health_key=health_key,
         on_startup=options.get("on_startup"),
         on_shutdown=options.get("on_shutdown"),
+        on_job_start=options.get("on_job_start"),
         handles_signals=options.get("handle_signals", True),
     )
-    shift = Shift(session_maker, pool, address, terms)
-    ours = {
-        "functions": _Functions(shift.wrapped(func(function)) for function in functions),
-        "redis_pool": pool,
-        "redis_settings": address.settings(),
-        "queue_name": key,
-        "health_check_key": pool.health_check_key,
-        "health_check_interval": NEVER,  # the keeper writes it
-        "job_serializer": pool.job_serializer,
-        "job_deserializer": pool.job_deserializer,
-        "on_startup": shift.begin,
-        "on_shutdown": shift.end,
-        "handle_signals": False,
-        "poll_delay": 0,  # the pick-up waits
-        "max_jobs": int(UNLIMITED),  # and counts
-        "max_tries": int(UNLIMITED),
-        "job_timeout": UNLIMITED,
-        "keep_result": options.get("keep_result", 0),
-        "retry_jobs": True,
-    }
-    return type("Settings", (), {"__doc__": "Made by coord's worker_settings.", **options, **ours})
 
 
 class _Functions(tuple[Function, ...]):

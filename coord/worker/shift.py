@@ -6,7 +6,7 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.exc import ProgrammingError
 
@@ -15,7 +15,6 @@ from coord.engine import engine_of
 from coord.jobs.ledger import new_id
 from coord.outage import Outage
 from coord.worker.claims import Claims
-from coord.worker.endings import Endings
 from coord.worker.keeper import Identity, Keeper
 from coord.worker.link import Link
 from coord.worker.pickup import Pickup
@@ -24,20 +23,21 @@ from coord.worker.running import UNLIMITED, Limits, Runner
 from coord.worker.shutdown import Shutdown
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable, Mapping
+    from uuid import UUID
 
+    from arq.cron import CronJob
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+    from coord.channels import Channels
     from coord.worker.address import Address
+    from coord.worker.hooks import Hook
     from coord.worker.redis import WorkerRedis
 
-    Hook = Callable[[dict[Any, Any]], Awaitable[None]] | None
+    F = TypeVar("F", Function, CronJob)
 
 logger = logging.getLogger("arq.coord")
-
-LEASE = 60.0
-"""Seconds that a claim lasts beyond what its attempt may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +54,9 @@ class Terms:
     grace: float
     keep: float
     health_key: str
-    on_startup: Hook
-    on_shutdown: Hook
+    on_startup: Hook | None
+    on_shutdown: Hook | None
+    on_job_start: Hook | None
     handles_signals: bool
 
 
@@ -63,31 +64,36 @@ class Shift:
     """Begun and ended by arq's own hooks, any number of times, but not twice at once."""
 
     def __init__(
-        self, session_maker: async_sessionmaker[AsyncSession], redis: WorkerRedis, address: Address, terms: Terms
+        self,
+        session_maker: async_sessionmaker[AsyncSession],
+        redis: WorkerRedis,
+        address: Address,
+        tries: Mapping[str, int | None],
+        terms: Terms,
     ) -> None:
         self._session_maker = session_maker
         self._redis = redis
         self._address = address
         self._terms = terms
-        self._tasks: set[str] = set()
-        self._longest = terms.limits.timeout
+        self._tries = tries
         self._runner: Runner | None = None
         self._stack = AsyncExitStack()
 
-    def wrapped(self, function: Function) -> Function:
+    def wrapped(self, function: F) -> F:
         """The function as arq is given it: its limits are kept here, and its end is told to the ledger."""
-        self._tasks.add(function.name)
-        self._longest = max(self._longest, function.timeout_s or 0)
 
-        async def run(ctx: dict[Any, Any], *args: Any, **kwargs: Any) -> Any:
+        async def run(ctx: dict[Any, Any], /, *args: Any, **kwargs: Any) -> Any:
             if self._runner is None:
                 raise RuntimeError("the worker has not begun its shift")
             return await self._runner.run(function, ctx, args, kwargs)
 
-        return replace(function, coroutine=run, timeout_s=UNLIMITED, max_tries=int(UNLIMITED))
+        coroutine: Any = run  # a task may have an argument of its own that is called ctx
+        return replace(function, coroutine=coroutine, timeout_s=UNLIMITED, max_tries=int(UNLIMITED))
 
     async def begin(self, ctx: dict[Any, Any]) -> None:
         """arq's `on_startup`: first the application's own, which may make the tables."""
+        if ctx["redis"] is not self._redis:
+            raise SystemExit("arq --watch would go on with another Redis; `watchfiles 'arq module.Settings'` does not")
         async with AsyncExitStack() as stack:
             if self._terms.on_shutdown is not None:
                 stack.push_async_callback(self._terms.on_shutdown, ctx)
@@ -101,40 +107,23 @@ class Shift:
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
-        terms = self._terms
+        terms, worker = self._terms, new_id()
         coordinator = Coordinator(self._session_maker, redis=self._redis, namespace=terms.namespace)
         coordinator.outage = Outage(logger, away="Redis is away, jobs wait", back="Redis is back")
         await stack.enter_async_context(coordinator)
-        claims = Claims(terms.slots)
         link = Link(self._redis.connection_pool, coordinator.outage)
         stack.push_async_callback(link.close)
-        worker = new_id()
-        pickup = Pickup(link, claims, queue=terms.key, worker=worker, lease=self._longest + LEASE)
-        runner = Runner(self._session_maker, pickup, Endings(self._session_maker), terms.limits, lock_of(worker))
-        pickup.known, pickup.give_up = self._tasks, runner.give_up
-        loop = asyncio.get_running_loop()
-        identity = Identity(
-            id=worker,
-            queue=terms.queue,
-            key=terms.key,
-            health_key=terms.health_key,
-            channels=coordinator.channels,
-            attempts=terms.limits.attempts,
-            keep=terms.keep,
+        pickup = Pickup(link, Claims(terms.slots), queue=terms.key, worker=worker)
+        runner = Runner(
+            self._session_maker, pickup, terms.limits, worker_lock=lock_of(worker), on_job_start=terms.on_job_start
         )
-        keeper = Keeper(
-            identity,
-            engine_of(self._session_maker),
-            self._address.pool,
-            claims,
-            cancel=lambda job_id: _call(loop, runner.cancel, job_id),
-            polled=lambda: pickup.polled,
-        )
+        keeper = self._keeper(self._identity(worker, coordinator.channels), pickup, runner)
         await _enrolled(keeper)
         stack.push_async_callback(keeper.stop)
+        pickup.known, pickup.give_up, pickup.is_alive = self._tries, runner.give_up, keeper.is_credible
         coordinator.listen(pickup.bell, pickup)
         coordinator.listen(coordinator.channels.cancellations, _Nudge(keeper))
-        stack.push_async_callback(pickup.flush)
+        stack.push_async_callback(pickup.leave)
         self._redis.pickup, self._runner = pickup, runner
         stack.callback(setattr, self._redis, "pickup", None)
         main = asyncio.current_task()
@@ -142,6 +131,30 @@ class Shift:
             shutdown = Shutdown(pickup, grace=terms.grace)
             shutdown.handle_signals(main)
             stack.callback(shutdown.forget_signals)
+
+    def _identity(self, worker: UUID, channels: Channels) -> Identity:
+        terms = self._terms
+        return Identity(
+            id=worker,
+            queue=terms.queue,
+            key=terms.key,
+            health_key=terms.health_key,
+            channels=channels,
+            attempts=terms.limits.attempts,
+            tries={task: tries for task, tries in self._tries.items() if tries},
+            keep=terms.keep,
+        )
+
+    def _keeper(self, identity: Identity, pickup: Pickup, runner: Runner) -> Keeper:
+        loop = asyncio.get_running_loop()
+        return Keeper(
+            identity,
+            engine_of(self._session_maker),
+            self._address.pool,
+            pickup.claims,
+            cancel=lambda job_id: _call(loop, runner.cancel, job_id),
+            polled=lambda: pickup.polled,
+        )
 
 
 class _Nudge:

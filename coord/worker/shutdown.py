@@ -52,7 +52,9 @@ class Shutdown:
                 claim.task.cancel()
         await self._ended(LAST)
         await self._pickup.flush()
-        worker.cancel()
+        while not worker.done():  # redis-py may swallow a cancellation; see Link
+            worker.cancel()
+            await asyncio.wait([worker], timeout=0.5)
 
     async def _ended(self, limit: float, hurry: asyncio.Event | None = None) -> None:
         """Return when no job runs any more, or the time is up, or somebody is in a hurry."""

@@ -1,0 +1,501 @@
+"""Waits that depend on a job: they end with it, the moment it is known, and with the row as the job has left it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+
+import coord.watcher
+from coord import (
+    Coordinator,
+    Job,
+    JobCancelledError,
+    JobFailedError,
+    JobState,
+    RowNotFoundError,
+    TooManyWaitersError,
+    UncommittedChangesError,
+    WaitTimeoutError,
+    cancel_job,
+    enqueue,
+    job_transaction,
+    retry_job,
+    wait_for_row_change,
+    watch_row,
+)
+from coord.reading import Reader
+from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.models import User
+from tests.serving import eventually
+from tests.waits import registered, waiting
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+pytestmark = pytest.mark.usefixtures("tables", "ledger", "nobody_left_waiting")
+
+NEVER = 60.0
+"""An interval that no test lives to see."""
+
+
+def reported(where: str) -> pytest.MarkDecorator:
+    """A bug that is not the ledger's own, and that its owner has a patch for: take the mark away with it."""
+    return pytest.mark.xfail(reason=f"reported: {where}")
+
+
+@pytest.fixture
+async def user(tables: None, observer: Connection) -> int:
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    return 1
+
+
+@pytest.fixture
+async def job(ledger: None, session_maker: SessionMaker) -> Job:  # noqa: F811
+    return await committed(session_maker)
+
+
+@pytest.fixture
+async def coordinator(
+    nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
+) -> AsyncIterator[Coordinator]:
+    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+        await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
+        yield coordinator
+
+
+async def end(observer: Connection, state: str, error: str | None = None) -> None:
+    await observer.execute("UPDATE coord_jobs SET state = $1, error = $2", state, error)
+
+
+class Held:
+    """Reads of one mapped class, kept between PostgreSQL's answer and their waiters as long as somebody likes."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, model: type, kind: str) -> None:
+        self.free = asyncio.Event()
+        self.free.set()
+        self.under_way = 0
+        read = getattr(Reader, kind)
+
+        async def held(reader: Reader, *arguments: Any) -> Any:
+            found = await read(reader, *arguments)
+            if reader.mapper.class_ is model:
+                self.under_way += 1
+                await self.free.wait()
+                self.under_way -= 1
+            return found
+
+        patch.setattr(Reader, kind, held)
+
+
+# Its end ends the wait
+
+
+@pytest.mark.parametrize("kind", ["job", "id"])
+@pytest.mark.parametrize("until", [None, lambda _: False])
+async def test_a_job_that_is_done_ends_the_wait_though_nothing_has_changed(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, kind: str, until: Any
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job if kind == "job" else job.id, until=until)
+        await registered()
+        began = time.monotonic()
+        await end(observer, "done")
+        row = await task
+        assert time.monotonic() - began < 0.3
+        assert row.name == "before"
+        assert row in session
+
+
+@pytest.mark.parametrize("columns", [["name"], ["id"]])
+async def test_the_row_is_as_the_job_has_left_it(
+    session_maker: SessionMaker, user: int, job: Job, columns: list[str]
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, columns=columns)
+        await registered()
+        async with job_transaction(delivered(job, session_maker)) as working:
+            (await working.get_one(User, user)).name = "after"
+        assert (await task).name == "after"
+
+
+async def test_a_job_that_fails_is_raised_with_its_reason_in_one_line(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job)
+        await registered()
+        await end(observer, "failed", "KeyError: 'sku'")
+        with pytest.raises(JobFailedError) as caught:
+            await task
+        assert (caught.value.job_id, caught.value.reason) == (job.id, "KeyError: 'sku'")
+        assert str(caught.value) == f"Job {job.id} failed: KeyError: 'sku'"
+        assert not caught.value.retryable
+
+
+async def test_a_reason_of_several_lines_is_told_in_one(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    """Whoever has written it into the ledger."""
+    for error, reason in (("ValueError: a\n  b\r\nc", "ValueError: a b c"), (None, "no reason was recorded")):
+        await end(observer, "failed", error)
+        async with session_maker() as session:
+            with pytest.raises(JobFailedError) as caught:
+                await wait_for_row_change(session, User, user, job=job)
+            assert caught.value.reason == reason
+
+
+async def test_a_job_that_is_cancelled_is_raised(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    async with session_maker() as session, session_maker() as other:
+        task = waiting(session, User, user, job=job)
+        await registered()
+        await cancel_job(other, job.id)
+        await other.commit()
+        with pytest.raises(JobCancelledError) as caught:
+            await task
+        assert caught.value.job_id == job.id
+
+
+@pytest.mark.parametrize("until", [None, lambda _: False])
+async def test_a_job_that_has_ended_before_the_call_ends_it_at_once(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, until: Any
+) -> None:
+    async with session_maker() as session:
+        options = {"job": job, "until": until, "interval": NEVER, "timeout": 5}
+        await end(observer, "done")
+        assert (await wait_for_row_change(session, User, user, **options)).name == "before"
+        await end(observer, "failed")
+        with pytest.raises(JobFailedError):
+            await wait_for_row_change(session, User, user, **options)
+        await end(observer, "cancelled")
+        with pytest.raises(JobCancelledError):
+            await wait_for_row_change(session, User, user, **options)
+
+
+async def test_a_change_of_the_row_ends_the_wait_before_the_job_does(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job)
+        await registered()
+        await observer.execute("UPDATE users SET name = 'after'")
+        assert (await task).name == "after"
+
+
+@pytest.mark.parametrize("first", ["change", "failure"])
+async def test_of_a_change_and_a_failure_the_one_that_is_known_first_ends_the_wait(
+    session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job, first: str
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job)
+        await registered()
+        held = Held(monkeypatch, Job if first == "change" else User, "columns")
+        held.free.clear()
+        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await observer.execute("UPDATE users SET name = 'half'")
+        await end(observer, "failed")
+        if first == "change":
+            assert (await task).name == "half"
+        else:
+            with pytest.raises(JobFailedError):
+                await task
+        held.free.set()
+
+
+async def test_a_failure_ends_a_wait_whose_changes_were_not_the_ones(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    seen: list[str] = []
+
+    def another(row: User) -> bool:
+        seen.append(row.name)
+        return False
+
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, until=another)
+        await registered()
+        await observer.execute("UPDATE users SET name = 'half'")
+        await eventually(lambda: asyncio.sleep(0, "half" in seen))
+        await end(observer, "failed")
+        with pytest.raises(JobFailedError):
+            await task
+
+
+async def test_an_unfinished_job_leaves_the_wait_its_deadline(session_maker: SessionMaker, user: int, job: Job) -> None:
+    async with session_maker() as session:
+        began = time.monotonic()
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, job=job, timeout=0.2)
+        assert 0.2 <= time.monotonic() - began < 1.2
+
+
+@reported("the last look is not at the job")
+@pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
+async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
+) -> None:
+    """An interval of a minute never comes; the last look does, and it is at the job as well."""
+    async with session_maker() as session:
+        began = time.monotonic()
+        task = waiting(session, User, user, job=job, interval=NEVER, timeout=0.5)
+        await registered()
+        await end(observer, state)
+        if state == "done":
+            assert (await task).name == "before"
+        else:
+            with pytest.raises((JobFailedError, JobCancelledError)):
+                await task
+        assert 0.5 <= time.monotonic() - began < 1.5
+
+
+# What is no job
+
+
+async def test_a_job_that_the_ledger_does_not_have_is_not_found(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    unknown = uuid4()
+    async with session_maker() as session:
+        with pytest.raises(RowNotFoundError, match=str(unknown)):
+            await wait_for_row_change(session, User, user, job=unknown, interval=NEVER, timeout=5)
+        task = waiting(session, User, user, job=job)
+        await registered()
+        await observer.execute("DELETE FROM coord_jobs")
+        with pytest.raises(RowNotFoundError, match=str(job.id)):
+            await task
+
+
+@pytest.mark.parametrize("nonsense", ["x", 5, b"", str(UUID(int=7)), object(), User(id=1), Job, True])
+async def test_what_is_neither_a_job_nor_an_id_is_refused(
+    session_maker: SessionMaker, user: int, nonsense: Any
+) -> None:
+    async with session_maker() as session:
+        with pytest.raises(ValueError, match="job is what enqueue returned"):
+            await wait_for_row_change(session, User, user, job=nonsense, timeout=5)
+
+
+async def test_the_job_has_to_be_committed_first(session_maker: SessionMaker, user: int) -> None:
+    async with session_maker() as session:
+        job = await enqueue(session, a_task)
+        with pytest.raises(UncommittedChangesError, match="Commit first"):
+            await wait_for_row_change(session, User, user, job=job)
+        await session.commit()
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, job=job, timeout=0)
+
+
+async def test_a_row_that_is_not_there_is_not_found_whatever_the_job(
+    session_maker: SessionMaker, observer: Connection, job: Job
+) -> None:
+    async with session_maker() as session:
+        with pytest.raises(RowNotFoundError, match=r"User\(2\)"):
+            await wait_for_row_change(session, User, 2, job=job, timeout=5)
+
+
+# Reads that began too early
+
+
+async def known_to_have_ended() -> None:
+    """Return when a wait that is under way has been told that its job is done."""
+
+    async def concluding() -> bool:
+        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+        groups = [group for watcher in watchers for group in watcher._groups.values()]
+        return any(waiter.concluding for group in groups for found in group.waiters.values() for waiter in found)
+
+    await eventually(concluding)
+
+
+@pytest.mark.parametrize(
+    "kind", ["columns", pytest.param("entities", marks=reported("news from before the end is taken for the last word"))]
+)
+async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
+    session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job, kind: str
+) -> None:
+    """Nor if what it found was news: the entity is read when a column has changed."""
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, until=lambda row: row.name == "nothing like it")
+        await registered()
+        held = Held(monkeypatch, User, kind)
+        held.free.clear()
+        if kind == "entities":
+            await observer.execute("UPDATE users SET name = 'half'")
+        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        async with job_transaction(delivered(job, session_maker)) as working:
+            (await working.get_one(User, user)).name = "final"
+        await known_to_have_ended()
+        held.free.set()
+        assert (await task).name == "final"
+
+
+async def test_a_last_read_that_fails_is_made_again(
+    session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=0.1)
+        await registered()
+        held = Held(monkeypatch, User, "columns")
+        held.free.clear()
+        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await observer.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        await end(observer, "done")
+        held.free.set()
+        assert (await task).name == "before"
+
+
+# How many they are
+
+
+@reported("the last wait that a process may have cannot have a job")
+async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user: int, job: Job) -> None:
+    async with Coordinator(session_maker, max_waiters=2), session_maker() as session:
+        tasks = [waiting(session, User, user, job=job, timeout=0.3) for _ in range(2)]
+        await registered()
+        with pytest.raises(TooManyWaitersError):
+            await wait_for_row_change(session, User, user, job=job)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, WaitTimeoutError)
+
+
+async def test_a_thousand_waits_for_their_jobs_share_their_reads(
+    engine: AsyncEngine, session_maker: SessionMaker, observer: Connection
+) -> None:
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 1000) AS n")
+    async with session_maker() as session:
+        made = [await enqueue(session, a_task, n) for n in range(1, 1001)]
+        await session.commit()
+    sessions = [session_maker() for _ in made]
+    tasks = [
+        waiting(session, User, n, job=job) for n, (session, job) in enumerate(zip(sessions, made, strict=True), start=1)
+    ]
+    await registered()
+    with statements(engine) as reads:
+        await end(observer, "done")
+        assert {row.name for row in await asyncio.gather(*tasks)} == {"before"}
+    assert len(reads) < 50
+    await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+    for session in sessions:
+        await session.close()
+
+
+@pytest.mark.parametrize("how", ["cancelled", "until raises"])
+async def test_a_wait_that_is_left_leaves_nothing(
+    session_maker: SessionMaker, engine: AsyncEngine, user: int, job: Job, how: str
+) -> None:
+    """As `nobody_left_waiting` sees."""
+    async with session_maker() as session:
+        if how == "cancelled":
+            task = waiting(session, User, user, job=job)
+            await registered()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        else:
+            with pytest.raises(ZeroDivisionError):
+                await wait_for_row_change(session, User, user, job=job, until=lambda row: row.id / 0 > 1)
+    await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+
+
+# The bell
+
+
+@pytest.mark.parametrize("state", ["done", "cancelled"])
+async def test_the_bell_tells_of_the_end_without_any_interval(
+    session_maker: SessionMaker, coordinator: Coordinator, user: int, job: Job, state: str
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=NEVER)
+        await registered()
+        began = time.monotonic()
+        if state == "done":
+            async with job_transaction(delivered(job, session_maker)):
+                pass
+            assert (await task).name == "before"
+        else:
+            async with session_maker() as other:
+                await cancel_job(other, job.id)
+                await other.commit()
+            with pytest.raises(JobCancelledError):
+                await task
+        assert time.monotonic() - began < 1
+
+
+async def test_the_bell_of_a_job_that_rolls_back_is_not_rung(
+    session_maker: SessionMaker, coordinator: Coordinator, user: int, job: Job
+) -> None:
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=NEVER, timeout=0.4)
+        await registered()
+        with pytest.raises(ZeroDivisionError):
+            async with job_transaction(delivered(job, session_maker)):
+                raise ZeroDivisionError
+        with pytest.raises(WaitTimeoutError):
+            await task
+
+
+@pytest.mark.parametrize("rung", [True, False])
+async def test_a_job_itself_can_be_waited_for(
+    session_maker: SessionMaker, redis_url: str, observer: Connection, job: Job, rung: bool
+) -> None:
+    async with Coordinator(session_maker, redis=redis_url if rung else None) as coordinator, session_maker() as session:
+        if rung:
+            await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
+        interval = NEVER if rung else 0.05
+        task = waiting(session, Job, job.id, until=lambda job: job.state.is_final, interval=interval)
+        await registered()
+        async with job_transaction(delivered(job, session_maker)):
+            pass
+        ended = await task
+        assert (ended.state, ended.id) == (JobState.DONE, job.id)
+        assert ended in session
+        with pytest.raises(RowNotFoundError):
+            await wait_for_row_change(session, Job, uuid4())
+
+
+async def test_a_watch_of_a_job_ends_with_its_final_state(
+    session_maker: SessionMaker, observer: Connection, job: Job
+) -> None:
+    seen: list[tuple[JobState, int]] = []
+    async with session_maker() as session, session_maker() as other:
+        async with watch_row(session, Job, job.id, columns=[Job.state, Job.attempt], interval=0.05, timeout=5) as rows:
+            async for row in rows:
+                seen.append((row.state, row.attempt))
+                match seen[-1]:
+                    case (JobState.QUEUED, 1):
+                        await end(observer, "failed")
+                    case (JobState.FAILED, 1):
+                        await retry_job(other, job.id)
+                        await other.commit()
+                    case (JobState.QUEUED, 2):
+                        await end(observer, "done")
+                    case _:
+                        break
+    assert [state for state, _ in seen] == [JobState.QUEUED, JobState.FAILED, JobState.QUEUED, JobState.DONE]
+
+
+@reported("a job that is handed over again is not rung")
+async def test_a_retry_is_rung(
+    session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, job: Job
+) -> None:
+    await end(observer, "failed")
+    async with session_maker() as session, session_maker() as other:
+        task = waiting(session, Job, job.id, until=lambda job: not job.state.is_final, interval=NEVER, timeout=1.5)
+        await registered()
+        began = time.monotonic()
+        await retry_job(other, job.id)
+        await other.commit()
+        assert (await task).attempt == 2
+        assert time.monotonic() - began < 1

@@ -1,0 +1,122 @@
+"""Tasks of workers that run as processes: what they do is noted in a file, and they wait for files to go on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from arq.worker import func
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from coord import create_ledger, job_transaction, lock_tables, worker_settings
+from coord.jobs.attempt import ATTEMPT
+from tests.models import User
+
+NOTES = Path(os.environ.get("COORD_TEST_NOTES", "/nonexistent"))
+engine = create_async_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0})
+session_maker = async_sessionmaker(engine, expire_on_commit=False)
+
+
+def note(ctx: dict[str, Any], what: str) -> None:
+    """One write, so that lines of several processes do not mix."""
+    attempt = ctx[ATTEMPT].message.attempt if ATTEMPT in ctx else 0
+    file = os.open(NOTES / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    try:
+        os.write(file, f"{ctx['job_id']} {attempt} {os.getpid()} {what}\n".encode())
+    finally:
+        os.close(file)
+
+
+async def allowed(name: str) -> None:
+    while not (NOTES / name).exists():  # noqa: ASYNC110 - another process makes it
+        await asyncio.sleep(0.03)
+
+
+async def effect(session: Any, ctx: dict[str, Any]) -> None:
+    statement = text("INSERT INTO effects (job, attempt, pid) VALUES (:job, :attempt, :pid)")
+    attempt = ctx[ATTEMPT].message.attempt
+    await session.execute(statement, {"job": ctx["job_id"], "attempt": attempt, "pid": os.getpid()})
+
+
+async def quick(ctx: dict[str, Any]) -> None:
+    note(ctx, "starts")
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+
+
+async def hold(ctx: dict[str, Any], name: str) -> None:
+    """Waits outside its transaction."""
+    note(ctx, "starts")
+    await allowed(name)
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+    note(ctx, "ends")
+
+
+async def hold_lock(ctx: dict[str, Any], name: str) -> None:
+    """Waits holding a table's lock; it looks at the table meanwhile, so that it is never idle for long."""
+    note(ctx, "starts")
+    async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=60):
+        await effect(session, ctx)
+        note(ctx, "locked")
+        while not (NOTES / name).exists():
+            await session.execute(text("SELECT 1"))
+            await asyncio.sleep(0.02)
+    note(ctx, "ends")
+
+
+async def block(ctx: dict[str, Any], seconds: float) -> None:
+    """Lets nothing else in the process's event loop happen for so long."""
+    note(ctx, "starts")
+    time.sleep(seconds)  # noqa: ASYNC251 - that is the point
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+    note(ctx, "ends")
+
+
+async def sleep(ctx: dict[str, Any], seconds: float) -> None:
+    note(ctx, "starts")
+    await asyncio.sleep(seconds)
+
+
+async def deadly(ctx: dict[str, Any]) -> None:
+    note(ctx, "starts")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def plain(ctx: dict[str, Any], name: str) -> None:
+    """A function that knows nothing of ledgers."""
+    note(ctx, "starts")
+    await allowed(name)
+    note(ctx, "ends")
+
+
+async def loop(ctx: dict[str, Any]) -> None:
+    note(ctx, type(asyncio.get_running_loop()).__module__)
+
+
+async def on_startup(ctx: dict[str, Any]) -> None:
+    async with engine.begin() as connection:
+        await create_ledger(connection)
+
+
+async def on_shutdown(ctx: dict[str, Any]) -> None:
+    await engine.dispose()
+
+
+TASKS = [quick, hold, hold_lock, block, sleep, func(deadly, max_tries=3), plain, loop]
+
+Settings = worker_settings(
+    TASKS,
+    session_maker=session_maker,
+    redis=os.environ["COORD_REDIS_URL"],
+    grace=float(os.environ.get("COORD_TEST_GRACE", "20")),
+    max_jobs=int(os.environ.get("COORD_TEST_MAX_JOBS", "10")),
+    on_startup=on_startup,
+    on_shutdown=on_shutdown,
+)

@@ -1,0 +1,297 @@
+"""Workers under test: some in this process and its event loop, some as `arq` runs them, and what they leave behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from arq.connections import ArqRedis
+from arq.constants import default_queue_name
+from arq.worker import Worker, create_worker
+from redis.asyncio import ConnectionPool
+from sqlalchemy import select, text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from coord import Coordinator, Job, enqueue, worker_settings
+from coord.jobs.feed import queue_bell
+from coord.jobs.ledger import jobs, workers
+from tests.serving import eventually
+from tests.shop import ROOT, Command
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from pathlib import Path
+    from uuid import UUID
+
+    from sqlalchemy import Row
+
+    from coord.worker.redis import WorkerRedis
+    from tests.ledger import SessionMaker
+
+
+class Office:
+    """Where jobs come from and are watched: sessions with a coordinator, and a Redis client to look with."""
+
+    def __init__(self, session_maker: SessionMaker, redis: ArqRedis, redis_url: str, database_url: str) -> None:
+        self.session_maker = session_maker
+        self.redis = redis
+        self.redis_url = redis_url
+        self.database_url = database_url
+
+    async def enqueue(self, task: Any, *args: Any, **kwargs: Any) -> Job:
+        """A committed job, which this process hands over if it has a coordinator."""
+        async with self.session_maker() as session:
+            job = await enqueue(session, task, *args, **kwargs)
+            await session.commit()
+        return job
+
+    async def row(self, job: Job | UUID) -> Row[Any]:
+        statement = select(jobs).where(jobs.c.id == (job.id if isinstance(job, Job) else job))
+        async with self.session_maker() as session:
+            return (await session.execute(statement)).one()
+
+    async def effects(self, job: Job) -> list[int]:
+        """The attempts whose effect is there."""
+        statement = text("SELECT attempt FROM effects WHERE job = :job")
+        async with self.session_maker() as session:
+            return [*await session.scalars(statement, {"job": job.id})]
+
+    async def workers(self) -> Sequence[Row[Any]]:
+        async with self.session_maker() as session:
+            return (await session.execute(select(workers).order_by(workers.c.id))).all()
+
+    async def final(self, job: Job | UUID, within: float = 10.0) -> Row[Any]:
+        """The job's row, once it has ended."""
+
+        async def ended() -> Row[Any] | None:
+            row = await self.row(job)
+            return row if row.state.is_final else None
+
+        found: Row[Any] = await eventually(ended, within=within, message=f"{job} has not ended within {within} s")
+        return found
+
+    async def listeners(self) -> int:
+        """How many workers hear the queue's bell: each can be told to stop from then on."""
+        (_, count), *_ = await self.redis.pubsub_numsub(queue_bell(default_queue_name))
+        return int(count)
+
+    async def put(self, id_: str | bytes, text: str | bytes, score: float = 1) -> None:
+        """A message for workers, from whoever can write to Redis."""
+        raw = id_ if isinstance(id_, bytes) else id_.encode()
+        await self.redis.set(b"arq:job:" + raw, text)
+        await self.redis.zadd(default_queue_name, {raw: score})
+        await self.redis.publish(queue_bell(default_queue_name), b"")
+
+    async def queued(self, count: int, within: float = 5.0) -> None:
+        """Return when so many jobs are in the queue in Redis, those that run included."""
+
+        async def are() -> bool:
+            return int(await self.redis.zcard(default_queue_name)) == count
+
+        await eventually(are, within=within)
+
+    async def left_in_redis(self) -> list[str]:
+        """Keys, but for what says that workers live."""
+        return sorted(key.decode() for key in await self.redis.keys("*") if b"health-check" not in key)
+
+    async def nothing_left_in_redis(self, within: float = 5.0) -> None:
+        async def nothing() -> bool:
+            return not await self.left_in_redis()
+
+        try:
+            await eventually(nothing, within=within)
+        except AssertionError:
+            raise AssertionError(f"left in Redis: {await self.left_in_redis()}") from None
+
+
+def client(redis_url: str, **options: Any) -> ArqRedis:
+    """Stock arq's own client; closed, it closes its connections."""
+    redis = ArqRedis(ConnectionPool.from_url(redis_url), **options)
+    redis.auto_close_connection_pool = True
+    return redis
+
+
+@contextlib.asynccontextmanager
+async def opened(database_url: str, redis_url: str, *, coordinated: bool = True) -> AsyncIterator[Office]:
+    engine = create_async_engine(database_url, pool_size=10, max_overflow=20)
+    session_maker = async_sessionmaker(engine, expire_on_commit=False)
+    redis = client(redis_url)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(redis.aclose)
+        if coordinated:
+            await stack.enter_async_context(Coordinator(session_maker, redis=redis_url))
+        yield Office(session_maker, redis, redis_url, database_url)
+
+
+@pytest.fixture
+async def office(ledger: None, database_url: str, redis_url: str) -> AsyncIterator[Office]:
+    """With the ledger and Redis empty, and a coordinator."""
+    async with opened(database_url, redis_url) as office:
+        await office.redis.flushdb()
+        async with office.session_maker.begin() as session:
+            await session.execute(text("CREATE TABLE IF NOT EXISTS effects (job uuid, attempt int, pid int)"))
+            await session.execute(text("TRUNCATE effects"))
+        yield office
+
+
+class Working:
+    """A worker of this process."""
+
+    def __init__(self, worker: Worker, redis: WorkerRedis) -> None:
+        self.worker = worker
+        self.redis = redis
+        self.running = asyncio.create_task(worker.async_run())
+
+    @property
+    def lives(self) -> bool:
+        return not self.running.done()
+
+    @property
+    def claimed(self) -> set[str]:
+        assert self.redis.pickup is not None
+        return {claim.id for claim in self.redis.pickup.claims.all()}
+
+    async def started(self, within: float = 10.0) -> None:
+        async def begun() -> bool:
+            if self.running.done():
+                self.running.result()
+            return self.redis.pickup is not None
+
+        await eventually(begun, within=within)
+
+    async def stop(self) -> None:
+        """As arq's own `run` ends."""
+        await self.worker.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.running
+
+
+@contextlib.asynccontextmanager
+async def working(
+    office: Office, functions: Sequence[Any], *, engine: dict[str, Any] | None = None, **settings: Any
+) -> AsyncIterator[Working]:
+    """A worker of this process that has begun its shift, with an engine of its own."""
+    database_url = settings.pop("database_url", office.database_url)
+    own = create_async_engine(database_url, **{"pool_size": 15, "max_overflow": 5, **(engine or {})})
+    options = {"redis": office.redis_url, "handle_signals": False, **settings}
+    made: Any = worker_settings(functions, session_maker=async_sessionmaker(own, expire_on_commit=False), **options)
+    found = Working(create_worker(made), made.redis_pool)
+    try:
+        await found.started()
+        yield found
+    finally:
+        await found.stop()
+        await own.dispose()
+
+
+class Process(Command):
+    """A worker as `arq` runs it, with `tests.worker_app`'s tasks, which tell what they do in a file."""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    async def stop(self) -> int:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.send_signal(signal.SIGCONT)
+        return await super().stop()
+
+
+class Notes:
+    """What tasks in processes say, a line each: job, attempt, process, what."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.file = directory / "notes"
+
+    def all(self) -> list[tuple[str, int, int, str]]:
+        if not self.file.exists():
+            return []
+        lines = [line.split(" ", 3) for line in self.file.read_text().splitlines()]
+        return [(job, int(attempt), int(pid), what) for job, attempt, pid, what in lines]
+
+    def of(self, job: Job, what: str | None = None) -> list[tuple[int, int, str]]:
+        return [
+            (attempt, pid, said)
+            for id_, attempt, pid, said in self.all()
+            if id_ == str(job.id) and what in (None, said)
+        ]
+
+    async def say(self, job: Job, what: str, *, times: int = 1, within: float = 15.0) -> tuple[int, int, str]:
+        """The last of so many notes, waited for."""
+
+        async def said() -> bool:
+            return len(self.of(job, what)) >= times
+
+        await eventually(said, within=within, message=f"{job} never said {what!r} {times} times, but {self.of(job)}")
+        return self.of(job, what)[times - 1]
+
+    def let(self, name: str) -> None:
+        """Release whoever waits for that name."""
+        (self.directory / name).touch()
+
+
+@pytest.fixture
+def notes(tmp_path: Path) -> Notes:
+    return Notes(tmp_path)
+
+
+@contextlib.asynccontextmanager
+async def process(
+    office: Office,
+    notes: Notes,
+    *options: str,
+    started: bool = True,
+    module: str = "tests.worker_app.Settings",
+    **variables: str,
+) -> AsyncIterator[Process]:
+    """A worker as a process of its own, which has begun its shift."""
+    environment = {
+        "COORD_DATABASE_URL": office.database_url,
+        "COORD_REDIS_URL": office.redis_url,
+        "COORD_TEST_NOTES": str(notes.directory),
+    }
+    heard = await office.listeners()
+    found = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "arq",
+        module,
+        *options,
+        cwd=ROOT,
+        env={**os.environ, **environment, **variables},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    running = Process(found)
+
+    async def begun() -> bool:
+        assert found.returncode is None, running.lines
+        return found.pid in [row.pid for row in await office.workers()] and await office.listeners() > heard
+
+    try:
+        if started:
+            await eventually(begun, within=20, message=f"it has not begun its shift, but said {running.lines}")
+        yield running
+    finally:
+        if found.returncode is None:
+            await running.stop()
+
+
+async def until(condition: Callable[[], Any], within: float = 5.0, message: str = "") -> Any:
+    """`eventually` of what needs no waiting for."""
+
+    async def look() -> Any:
+        return condition()
+
+    return await eventually(look, within=within, message=message)
