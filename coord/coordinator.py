@@ -132,7 +132,8 @@ class Coordinator:
         if self._bell is None or self._loop is None:
             return
         try:
-            rings = self.channels.of_changes(session, [change for change, job in changes.items() if job is None])
+            heard = [change for change, job in changes.items() if job is None or job.attempt > 1]
+            rings = self.channels.of_changes(session, heard)  # nobody waits for a job that is new
             jobs = [job for job in changes.values() if job is not None]
             packets = hand_over(jobs, self._namespace) if jobs else {}
         except Exception:

@@ -128,7 +128,7 @@ class Group:
         if not all(waiter.patient for waiter in waiters):
             self.look(key)
         for waiter in waiters:
-            waiter.patient = False
+            waiter.heard()
 
     def rung(self, key: Key | None) -> None:
         """Have the row read, or all of them, since somebody says that it has changed."""
@@ -182,7 +182,7 @@ class Group:
             logger.warning("PostgreSQL answers again; waits go on")
             self.error = None
         for waiter in last:
-            waiter.wake()
+            waiter.has_looked_last()
 
     async def _read(self, due: Due, rung: AbstractSet[Key]) -> None:
         """The watched columns of every row; the whole row of those that have changed, or are said to have."""

@@ -38,6 +38,7 @@ class Waiter(Generic[M]):
         "error",
         "fresh",
         "interval",
+        "job",
         "last",
         "looked",
         "patient",
@@ -60,6 +61,8 @@ class Waiter(Generic[M]):
         self.looked = False
         self.patient = False
         """Whether nothing can have happened to the row before its bell is heard."""
+        self.job: Waiter[Any] | None = None
+        """Who waits for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
         """Whose row to look at after the look with this number, if that is no news."""
         self.last = False
@@ -102,13 +105,18 @@ class Waiter(Generic[M]):
         first, self.looked = not self.looked, True
         if values is None or row is None:
             self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
-        elif self.differs(values) or 0 < self.fresh <= self._group.generation:
-            self.fresh = 0
+        elif self.differs(values) or self._is_wanted:
+            self.fresh = 0 if self._is_wanted else self.fresh
             self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
             self.row, self.alone = row, alone
             self.wake()
         else:
             self.seen()
+
+    @property
+    def _is_wanted(self) -> bool:
+        """Whether this look was waited for, be it news or not."""
+        return 0 < self.fresh <= self._group.generation
 
     def seen(self) -> None:
         """A look at the row was no news."""
@@ -124,6 +132,10 @@ class Waiter(Generic[M]):
         """Look at this row, and at the other's only if that is no news."""
         self.then = (self._group.generation + 1, other)
         self.look()
+
+    def heard(self) -> None:
+        """The row's bell is heard from now on; a later time that this is said it was not meanwhile."""
+        self.patient = False
 
     def passes_on(self) -> bool:
         """Whether somebody else looks first when the row's bell rings."""
@@ -163,13 +175,22 @@ class Waiter(Generic[M]):
         self.look()
 
     def overdue(self, when: float) -> None:
-        """Have one last look at the deadline, and wait for it no longer than `LAST_LOOK`."""
+        """Have one last look at the deadline, at the job as well, and wait for it no longer than `LAST_LOOK`."""
         if self.last:
             self.wake()
             return
         self.last = True
         self._alarm = self._group.deadlines.set(when + LAST_LOOK, self)
-        self.look()
+        if self.job is None:
+            self.look()
+        else:
+            self.job.last = True
+            self.look_first(self.job)
+
+    def has_looked_last(self) -> None:
+        """There is nothing more to wait for, if it was the last look at the job as well."""
+        if self.job is None:
+            self.wake()
 
 
 def timed_out(target: Target[Any], began: float) -> WaitTimeoutError:

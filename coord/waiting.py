@@ -72,13 +72,12 @@ async def wait_for_row_change(
     beat = _interval(interval)
     if iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
-    target = Target.of(model, pk_value, columns)
+    target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)
     baseline, schemas = baseline_of(session, target, since), schemas_in_use(session.sync_session)
     await _release(session, target, began, deadline)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
     watcher = Watcher.of(source_of(session))
-    job_id = None if job is None else job_id_of(job)
     patient = job_id is not None and since is None and until is None and watcher.holds(job_id)
     with ExitStack() as stack:
         waiter = stack.enter_context(

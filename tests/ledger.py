@@ -16,7 +16,7 @@ from coord.jobs.feed import Message
 from coord.jobs.ledger import Ledger
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -66,6 +66,21 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
         idle_limit=idle_limit,
     )
     return {ATTEMPT: attempt}
+
+
+@contextlib.contextmanager
+def executed(engine: AsyncEngine) -> Iterator[list[str]]:
+    """What SQLAlchemy has the engine's connections execute until the block ends."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        seen.append(statement)
+
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(engine.sync_engine, "before_cursor_execute", note)
 
 
 @contextlib.asynccontextmanager

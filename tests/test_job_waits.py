@@ -28,7 +28,7 @@ from coord import (
     watch_row,
 )
 from coord.reading import Reader
-from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered, executed, ledger  # noqa: F401 - a fixture
 from tests.models import User
 from tests.serving import eventually
 from tests.waits import registered, waiting
@@ -45,11 +45,6 @@ pytestmark = pytest.mark.usefixtures("tables", "ledger", "nobody_left_waiting")
 
 NEVER = 60.0
 """An interval that no test lives to see."""
-
-
-def reported(where: str) -> pytest.MarkDecorator:
-    """A bug that is not the ledger's own, and that its owner has a patch for: take the mark away with it."""
-    return pytest.mark.xfail(reason=f"reported: {where}")
 
 
 @pytest.fixture
@@ -239,7 +234,6 @@ async def test_an_unfinished_job_leaves_the_wait_its_deadline(session_maker: Ses
         assert 0.2 <= time.monotonic() - began < 1.2
 
 
-@reported("the last look is not at the job")
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
@@ -316,9 +310,7 @@ async def known_to_have_ended() -> None:
     await eventually(concluding)
 
 
-@pytest.mark.parametrize(
-    "kind", ["columns", pytest.param("entities", marks=reported("news from before the end is taken for the last word"))]
-)
+@pytest.mark.parametrize("kind", ["columns", "entities"])
 async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job, kind: str
 ) -> None:
@@ -359,7 +351,6 @@ async def test_a_last_read_that_fails_is_made_again(
 # How many they are
 
 
-@reported("the last wait that a process may have cannot have a job")
 async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user: int, job: Job) -> None:
     async with Coordinator(session_maker, max_waiters=2), session_maker() as session:
         tasks = [waiting(session, User, user, job=job, timeout=0.3) for _ in range(2)]
@@ -382,7 +373,7 @@ async def test_a_thousand_waits_for_their_jobs_share_their_reads(
         waiting(session, User, n, job=job) for n, (session, job) in enumerate(zip(sessions, made, strict=True), start=1)
     ]
     await registered()
-    with statements(engine) as reads:
+    with executed(engine) as reads:
         await end(observer, "done")
         assert {row.name for row in await asyncio.gather(*tasks)} == {"before"}
     assert len(reads) < 50
@@ -486,7 +477,6 @@ async def test_a_watch_of_a_job_ends_with_its_final_state(
     assert [state for state, _ in seen] == [JobState.QUEUED, JobState.FAILED, JobState.QUEUED, JobState.DONE]
 
 
-@reported("a job that is handed over again is not rung")
 async def test_a_retry_is_rung(
     session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, job: Job
 ) -> None:

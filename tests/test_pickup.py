@@ -80,7 +80,7 @@ async def test_an_idle_worker_costs_next_to_nothing(office: Office, notes: Notes
         await office.final(await office.enqueue("quick"))
         await asyncio.sleep(1)  # until it has begun: no part of its keep
         commands, cpu = await measured(office, worker.pid)
-    assert commands < 16, commands
+    assert commands < 13, commands
     assert cpu < 0.02
 
 
@@ -93,7 +93,7 @@ async def test_a_worker_with_all_slots_busy_costs_next_to_nothing(office: Office
         await asyncio.sleep(1)  # until it has begun: no part of its keep
         commands, cpu = await measured(office, worker.pid)
         worker.signal(signal.SIGKILL)
-    assert commands < 16, commands
+    assert commands < 13, commands
     assert cpu < 0.02
 
 

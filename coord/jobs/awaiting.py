@@ -28,6 +28,7 @@ class JobWaiter(Waiter[Job]):
     def __init__(self, owner: Waiter[Any], *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._owner = owner
+        owner.job = self
 
     def tell(self, row: Job | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         self.looked = True
@@ -44,10 +45,19 @@ class JobWaiter(Waiter[Job]):
             case JobState.CANCELLED:
                 self._owner.fail(JobCancelledError(job_id=row.id))
 
+    def heard(self) -> None:
+        """A patient one knows that the job is as it was."""
+        self.looked = self.looked or self.patient
+        self.patient = False
+
     def passes_on(self) -> bool:
         """The job's commit is its effect's as well, which is all that a wait mostly wants to know."""
         self._owner.look_first(self)
         return True
+
+    def has_looked_last(self) -> None:
+        if not self._owner.concluding:
+            self._owner.wake()
 
     def fail(self, error: BaseException) -> None:
         self._owner.fail(error)

@@ -139,11 +139,16 @@ def backoff(attempt: int) -> float:
     return float(min(PAUSE[0] * 2 ** min(attempt - 1, 30), PAUSE[1]) * random.uniform(0.5, 1.0))
 
 
-def one_line(error: BaseException) -> str:
+def can_be_told(error: BaseException) -> bool:
     try:
-        text = " ".join(str(error).split())
-    except Exception:  # noqa: BLE001 - an error must not be lost because it cannot say what it is
-        text = "cannot say what it is"
+        str(error)
+    except Exception:  # noqa: BLE001 - whatever it is, the error itself must not be lost for it
+        return False
+    return True
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) if can_be_told(error) else "cannot say what it is"
     return _storable(f"{type(error).__name__}: {text}"[:LINE] if text else type(error).__name__)
 
 

@@ -87,10 +87,10 @@ class Pickup:
             free = min(self.claims.free, most) if not self.draining and self.is_alive() else 0
             if (free > 0 or self.claims.has_ended) and (found := await self._exchange(free)):
                 return found
-            if (now := loop.time()) >= deadline:
-                return []
             wake = min(deadline, self._next_due) if free > 0 else deadline
-            await self._stirred(max(wake, now + self._pause))
+            await self._stirred(max(wake, loop.time() + self._pause))
+            if loop.time() >= deadline:
+                return []  # to be asked again at once
 
     async def flush(self) -> None:
         """Tell Redis what has ended, claiming nothing."""

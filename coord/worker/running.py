@@ -15,7 +15,7 @@ from coord.jobs.trace import continued
 from coord.jobs.transaction import JobSuperseded
 from coord.transient import is_transient
 from coord.worker.claims import AGAIN, GONE, LATER
-from coord.worker.endings import Endings, one_line
+from coord.worker.endings import Endings, can_be_told, one_line
 from coord.worker.hooks import call
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ def _is_superseded(error: BaseException) -> bool:
 
 def _told_to_arq(error: BaseException) -> Exception:
     """What arq logs as a failure, whatever it was that the task has raised."""
-    if isinstance(error, Exception) and not isinstance(error, Retry | RetryJob):
+    if isinstance(error, Exception) and not isinstance(error, Retry | RetryJob) and can_be_told(error):
         return error
     told = RuntimeError(one_line(error))
     told.__cause__ = error
