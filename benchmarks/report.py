@@ -67,4 +67,5 @@ class Section:
 
 def milliseconds(seconds: float) -> str:
     value = seconds * 1_000
-    return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} ms"
