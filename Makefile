@@ -7,10 +7,10 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast bench-waiting check format pin clean
+.PHONY: help venv demo serve test test-fast bench-waiting bench-roundtrip bench-scaling check format pin clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
 
 venv: $(READY) ## the virtual environment, pinned by constraints.txt
 
@@ -29,6 +29,12 @@ test-fast: $(READY) ## the suite without its slow tests
 bench-waiting: $(BENCH) ## measure how waits scale, in six minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
+bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in half an hour, and write docs/roundtrip.md
+	@$(BIN)/python -m benchmarks.roundtrip
+
+bench-scaling: $(BENCH) ## measure more processes, in eight minutes, and write docs/scaling.md
+	@$(BIN)/python -m benchmarks.scaling
+
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -42,8 +48,8 @@ pin: $(BENCH) ## write what is installed to constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable > constraints.txt
 	@touch $(READY) $(BENCH)
 
-clean: ## delete the virtual environment, the caches and the data of coord dev
-	@rm -rf .venv .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+clean: ## delete the virtual environments, the caches and the data of coord dev
+	@rm -rf .venv .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes first: the one that Python 3.11 brings knows no dependency groups.

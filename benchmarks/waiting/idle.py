@@ -14,16 +14,18 @@ from redis.asyncio import Redis
 from sqlalchemy import event, update
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
+from benchmarks.cpu import postgresql_seconds
+from benchmarks.loop import installed
+from benchmarks.report import Section, Table, Target
 from benchmarks.waiting.crowd import INTERVAL, Crowd
-from benchmarks.waiting.process import apart, postgresql_seconds, resident_bytes
-from benchmarks.waiting.report import Section, Table, Target
-from benchmarks.waiting.stage import Order, coord_wait, installed, missing_peer, toolsets_wait
+from benchmarks.waiting.process import apart, resident_bytes
+from benchmarks.waiting.stage import Order, coord_wait, missing_peer, toolsets_wait
 from coord import Coordinator
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-    from benchmarks.waiting.report import Row
+    from benchmarks.report import Row
     from benchmarks.waiting.scale import Scale
     from benchmarks.waiting.stage import Stage
 

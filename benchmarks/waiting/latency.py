@@ -14,10 +14,11 @@ from redis.asyncio import Redis
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from benchmarks.waiting.figures import percentile, ratio_of_blocks
+from benchmarks.figures import percentile, ratio_of_blocks
+from benchmarks.loop import installed
+from benchmarks.report import Section, Table, Target, milliseconds
 from benchmarks.waiting.process import apart
-from benchmarks.waiting.report import Section, Table, Target, milliseconds
-from benchmarks.waiting.stage import Base, Order, coord_wait, installed, missing_peer, toolsets_wait
+from benchmarks.waiting.stage import Base, Order, coord_wait, missing_peer, toolsets_wait
 from coord import Coordinator
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from benchmarks.waiting.report import Row
+    from benchmarks.report import Row
     from benchmarks.waiting.scale import Scale
     from benchmarks.waiting.stage import Stage, Wait
 

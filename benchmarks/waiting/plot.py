@@ -1,12 +1,13 @@
-"""One figure with a panel for each section; the same figures make the same file."""
+"""One figure with a panel for each section."""
 
 from __future__ import annotations
 
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.waiting.figures import percentile
-from benchmarks.waiting.report import milliseconds
+from benchmarks.figures import percentile
+from benchmarks.plot import OURS, PLAIN, THEIRS, WHISKER, bars, drawing, logarithmic
+from benchmarks.report import milliseconds
 from benchmarks.waiting.waves import FLUSH, LIMIT, RAW
 from benchmarks.waiting.writer import Way
 from benchmarks.waiting.writers import TARGET, ratio
@@ -19,36 +20,16 @@ if TYPE_CHECKING:
     from benchmarks.waiting.waves import Waves
     from benchmarks.waiting.writers import Throughput
 
-OURS, THEIRS, PLAIN = "#1f6f8b", "#d98f3d", "#8a8f98"
 POINTS = 40
 """Of a curve."""
-WHISKER: dict[str, Any] = {"fmt": "none", "ecolor": "black", "elinewidth": 0.8, "capsize": 2}
-STYLE = {
-    "svg.hashsalt": "coord",
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def draw(path: Path, latencies: Latencies, idle: dict[str, Idle], waves: Waves, throughput: Throughput) -> None:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 6), layout="constrained")
-        panels = figure.subplots(2, 2)
+    with drawing(path, 2, 2) as panels:
         _latencies(panels[0][0], latencies)
         _idle(panels[0][1], idle)
         _waves(panels[1][0], waves)
         _throughput(panels[1][1], throughput)
-        figure.savefig(path, metadata={"Date": None, "Creator": None})
-    # matplotlib ends lines with blanks
-    path.write_text("\n".join(line.rstrip() for line in path.read_text().splitlines()) + "\n")
 
 
 def _latencies(panel: Any, found: Latencies) -> None:
@@ -57,7 +38,7 @@ def _latencies(panel: Any, found: Latencies) -> None:
     worst = [percentile(each, 0.99) for each in values.values()]
     _bars(panel, [*values], middles, [milliseconds(middle / 1_000) for middle in middles])
     panel.errorbar(middles, range(len(values)), xerr=[[0] * len(worst), _minus(worst, middles)], **WHISKER)
-    _logarithmic(panel)
+    logarithmic(panel)
     panel.set(title="Commit → waiter returns", xlabel="milliseconds, p50 and p99", xlim=(0.1, 2_000))
 
 
@@ -66,7 +47,7 @@ def _idle(panel: Any, found: dict[str, Idle]) -> None:
     rates = [idle.statements_a_second for idle in each.values()]
     notes = [f"{rate:.0f}" for rate in rates]
     _bars(panel, [*each], rates, notes)
-    _logarithmic(panel)
+    logarithmic(panel)
     panel.set(title="Idle, looked at every 0.5 s", xlabel="statements a second", xlim=(0.1, 2_000))
 
 
@@ -101,16 +82,7 @@ def _throughput(panel: Any, found: Throughput) -> None:
 
 
 def _bars(panel: Any, names: list[str], values: list[float], notes: list[str]) -> None:
-    """Each with its note inside, where no whisker is."""
-    panel.barh(names, values, color=[_colour(name) for name in names], height=0.6)
-    for place, note in enumerate(notes):
-        panel.text(0.02, place, note, transform=panel.get_yaxis_transform(), color="white", va="center")
-
-
-def _logarithmic(panel: Any) -> None:
-    panel.set_xscale("log")
-    panel.minorticks_off()
-    panel.xaxis.set_major_formatter("{x:g}")
+    bars(panel, names, values, notes, [_colour(name) for name in names])
 
 
 def _minus(those: list[float], these: list[float]) -> list[float]:

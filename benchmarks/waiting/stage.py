@@ -1,28 +1,21 @@
-"""Where it is played: a PostgreSQL and a Valkey of its own, with default settings, and a table of orders."""
+"""Where it is played: the servers, and a table of orders."""
 
 from __future__ import annotations
 
-import asyncio
-import importlib
-import importlib.util
-import tempfile
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-import asyncpg
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from benchmarks.loop import installed
+from benchmarks.servers import Servers
 from coord import wait_for_row_change
-from coord.embedded import PostgreSQL, Valkey
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator
-
-T = TypeVar("T")
+    from collections.abc import AsyncIterator
 
 PATIENCE = 120.0
 """Seconds after which anything here has gone wrong."""
@@ -45,15 +38,7 @@ Wait = Callable[[AsyncSession, int, float], Awaitable[Order]]
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    database_url: str
-    redis_url: str
-    postgresql_pid: int
-
-    @property
-    def dsn(self) -> str:
-        return self.database_url.replace("+asyncpg", "")
-
+class Stage(Servers):
     def redis(self, name: str) -> str:
         """The URL of Valkey for clients of this name."""
         return f"{self.redis_url}?client_name={name}"
@@ -71,14 +56,6 @@ class Stage:
             await engine.dispose()
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
-        connection = await asyncpg.connect(self.dsn)
-        try:
-            yield connection
-        finally:
-            await connection.close()
-
-    @asynccontextmanager
     async def orders(self, count: int) -> AsyncIterator[None]:
         """A fresh table with the orders 1 to `count`."""
         async with self.engine("orders", 1) as engine, engine.begin() as connection:
@@ -90,26 +67,6 @@ class Stage:
             await plain.execute("VACUUM ANALYZE orders")
             await plain.execute("CHECKPOINT")
             yield
-
-
-@contextmanager
-def opened() -> Iterator[Stage]:
-    with tempfile.TemporaryDirectory(prefix="coord-benchmark-", ignore_cleanup_errors=True) as name:
-        directory = Path(name)
-        directory.chmod(0o711)  # as root, PostgreSQL runs as somebody else
-        with PostgreSQL(directory / "postgresql") as postgresql, Valkey(directory / "valkey") as valkey:
-            yield Stage(postgresql.url, valkey.url, postgresql.pid)
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """As `asyncio.run` does, on uvloop if it is there."""
-    loop = importlib.import_module("uvloop").new_event_loop if installed("uvloop") else None
-    with asyncio.Runner(loop_factory=loop) as runner:
-        return runner.run(main)
-
-
-def installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def missing_peer() -> list[str]:

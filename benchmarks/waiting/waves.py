@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import async_sessionmaker
 
+from benchmarks.report import Section, Table, Target, milliseconds
 from benchmarks.waiting.crowd import Crowd
 from benchmarks.waiting.process import apart
-from benchmarks.waiting.report import Section, Table, Target, milliseconds
 from benchmarks.waiting.stage import Order, coord_wait
 from coord import Coordinator
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from benchmarks.waiting.report import Row
+    from benchmarks.report import Row
     from benchmarks.waiting.scale import Scale
     from benchmarks.waiting.stage import Stage
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from benchmarks.waiting.stage import Order, run
+from benchmarks.loop import run
+from benchmarks.waiting.stage import Order
 from coord import Coordinator, create_db_context
 
 if TYPE_CHECKING:

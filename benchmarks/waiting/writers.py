@@ -10,18 +10,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from benchmarks.waiting.figures import estimate
-from benchmarks.waiting.process import PROCESSES, postgresql_seconds
-from benchmarks.waiting.report import Section, Table, Target
-from benchmarks.waiting.stage import run
+from benchmarks.cpu import postgresql_seconds
+from benchmarks.figures import estimate
+from benchmarks.loop import run
+from benchmarks.report import Section, Table, Target
+from benchmarks.waiting.process import PROCESSES
 from benchmarks.waiting.writer import ROWS, Crew, Turn, Way, main
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
     from multiprocessing.connection import Connection
 
-    from benchmarks.waiting.figures import Estimate
-    from benchmarks.waiting.report import Row
+    from benchmarks.figures import Estimate
+    from benchmarks.report import Row
     from benchmarks.waiting.scale import Scale
     from benchmarks.waiting.stage import Stage
 

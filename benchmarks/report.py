@@ -47,21 +47,25 @@ TARGETS_HEAD = ("what", "target", "measured", "holds")
 class Section:
     title: str
     tables: Sequence[Table]
-    targets: Sequence[Target]
+    targets: Sequence[Target] = field(default=())
     remarks: Sequence[str] = field(default=())
-    load: tuple[float, float] = (0.0, 0.0)
+    load: tuple[float, float] | None = None
     """Load averages of the last minute, before and after."""
 
     def text(self) -> str:
-        load = f"load average {self.load[0]:.2f} before, {self.load[1]:.2f} after"
-        parts = [f"== {self.title}", *(table.text() for table in self.tables), *self.remarks, load]
+        parts = [f"== {self.title}", *(table.text() for table in self.tables), *self.remarks]
+        if self.load is not None:
+            parts.append(f"load average {self.load[0]:.2f} before, {self.load[1]:.2f} after")
         return "\n\n".join(parts) + "\n"
 
     def markdown(self) -> str:
-        load = f"Load average {self.load[0]:.2f} before, {self.load[1]:.2f} after."
-        return "\n\n".join([f"### {self.title}", *(table.markdown() for table in self.tables), *self.remarks, load])
+        parts = [f"### {self.title}", *(table.markdown() for table in self.tables), *self.remarks]
+        if self.load is not None:
+            parts.append(f"Load average {self.load[0]:.2f} before, {self.load[1]:.2f} after.")
+        return "\n\n".join(parts)
 
 
 def milliseconds(seconds: float) -> str:
     value = seconds * 1_000
-    return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+    digits = 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:.{digits}f} ms"

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.scaling`: coord with more processes, what a request costs, and where that leads."""
