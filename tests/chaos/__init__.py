@@ -1,0 +1,1 @@
+"""The shop under faults: customers who want every order dealt with, and a storm of what ends or stops processes."""

@@ -1,0 +1,82 @@
+"""Drive orders through the shop while its workers, Redis and PostgreSQL fail, and look up that nothing came of it."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.chaos.customers import customers, serve, stock_for
+from tests.chaos.faults import Storm
+from tests.chaos.stack import Stack
+from tests.chaos.verdict import answered_in_the_calm, broken, settled
+
+PACE = 36.0
+"""Orders a second: 2,000 a minute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    lines: list[str]
+    broken: list[str]
+
+    def __str__(self) -> str:
+        verdict = [f"BROKEN: {line}" for line in self.broken] or ["everything holds"]
+        return "\n".join([*self.lines, *verdict])
+
+
+async def run(directory: Path, seconds: float, seed: int, pace: float = PACE) -> Report:
+    """A storm of so many seconds; some more pass until everybody is served."""
+    crowd = customers(int(seconds * pace))
+    stock = stock_for(crowd)
+    stack = Stack(directory)
+    async with stack.running():
+        storm = Storm(stack, seconds, seed)
+        serving = asyncio.create_task(serve(crowd, stock, stack.url, seconds, lambda: storm.is_calm))
+        await storm.rage()
+        over = time.monotonic()
+        final, found = await settled(stack.postgresql.url, over)
+        await serving
+        final, found = await settled(stack.postgresql.url, over) if len(found.jobs) < len(crowd) else (final, found)
+    effect, asked = answered_in_the_calm(crowd)
+    everything = [one for customer in crowd for one in customer.asked]
+    answers = Counter(str(one.answer) for one in everything)
+    slowest = {answer: max(one.seconds for one in everything if str(one.answer) == answer) for answer in answers}
+    attempts = Counter(job["attempt"] for job in found.jobs)
+    return Report(
+        [
+            f"{len(crowd)} orders in {seconds:g} s, seed {seed}",
+            "faults: " + ", ".join(f"{count} × {kind}" for kind, count in sorted(storm.done.items())),
+            "answers: "
+            + ", ".join(
+                f"{count} × {answer} within {slowest[answer]:.1f} s" for answer, count in sorted(answers.items())
+            ),
+            f"sent while the servers were up: {asked}, answered with their effect: {effect / max(asked, 1):.1%}",
+            "attempts a job: " + ", ".join(f"{count} × {attempt}" for attempt, count in sorted(attempts.items())),
+            f"the last job was final {final:.1f} s after the last fault",
+        ],
+        [*broken(crowd, stock, found)],
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=60, help="how long the storm lasts, 60 unless given")
+    parser.add_argument("--seed", type=int, help="of an earlier run, to repeat its faults")
+    options = parser.parse_args()
+    seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
+    print(f"make chaos SECONDS={options.seconds:g} SEED={seed}", flush=True)
+    directory = Path(tempfile.mkdtemp(prefix="coord-chaos-"))
+    report = asyncio.run(run(directory, options.seconds, seed))
+    print(f"{report}\nlogs: {directory}")
+    return 1 if report.broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
