@@ -128,6 +128,27 @@ async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, 
     assert [(row.state, row.attempt) for row in rows] == [("done", 1)] * 2
 
 
+async def test_what_is_given_back_rings_the_bell(office: Office) -> None:
+    """Nobody has to look for it."""
+    begun = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    async with working(office, [task]) as worker, office.redis.pubsub() as heard:
+        job = await office.enqueue(task)
+        await begun.wait()
+        await heard.subscribe("arq:queue:bell")
+        await worker.stop()
+
+        async def rung() -> bool:
+            return (await heard.get_message(ignore_subscribe_messages=True)) is not None
+
+        await eventually(rung)
+    assert (await office.row(job)).attempt == 1
+
+
 async def until_gone(office: Office) -> None:
     async def gone() -> bool:
         return not await office.workers() and not await office.redis.keys("arq:in-progress:*")
