@@ -110,9 +110,10 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
     office: Office, script: Office, notes: Notes, observer: asyncpg.Connection, fault: signal.Signals
 ) -> None:
     """Outside a job's transaction and in it, holding a table's lock and waiting for one, while it writes that a job has
-    failed and while its heart beats: everything is done by another worker, and no lock is left.
+    failed and while its heart beats: everything is done by another worker, and no lock is left. That does not hang on
+    PostgreSQL's ending what is idle.
     """
-    async with process(office, notes, COORD_TEST_MAX_JOBS="20") as worker:
+    async with process(office, notes, COORD_TEST_MAX_JOBS="20", COORD_TEST_IDLE_LIMIT="60") as worker:
         async with observer.transaction():
             await observer.execute("LOCK TABLE items IN SHARE ROW EXCLUSIVE MODE")
             jobs = await predicaments(office, script, notes, worker)
@@ -160,13 +161,19 @@ async def test_the_eldest_worker_looks_after_the_others_alone(office: Office, sc
         await notes.say(second, "starts")
         notes.let("first")
         await office.final(first)
-        forgotten = [await script.enqueue("quick") for _ in range(5)]
+        forgotten = []
+        for _ in range(8):  # at times when now the one and now the other would be the first to look
+            forgotten.append(await script.enqueue("quick"))
+            await asyncio.sleep(0.12)
         for job in forgotten:
-            assert (await office.final(job, within=5)).attempt == 1
+            row = await office.final(job, within=6)
+            (beginning,) = notes.of(job, "starts")
+            assert (row.attempt, beginning[0]) == (1, 1)
+            assert (row.started_at - row.created_at).total_seconds() < 5
         struck = Fault(younger, signal.SIGKILL)
         notes.let("second")
         await struck.over(office, second)
-        assert eldest.count("were not to be found in Redis") == 1
+        assert eldest.count("were not to be found in Redis") >= 1
         assert (eldest.count("is dead, with 1 jobs"), eldest.count("Jobs of dead workers")) == (1, 1)
         assert younger.count("not to be found|is dead") == 0
 
@@ -245,23 +252,24 @@ async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(off
 
     async with Network(office.database_url).opened() as network:
         network.up = True
-        async with working(office, tasks("cut off"), database_url=network.url, max_jobs=5) as worker:
+        async with working(office, tasks("cut off"), database_url=network.url, max_jobs=20) as worker:
             jobs = [await office.enqueue("task") for _ in range(5)]
             await until(lambda: len(ran) == 5)
             network.cut()
             cut = time.monotonic()
-            async with working(office, tasks("other"), max_jobs=10):
+            async with working(office, tasks("other"), max_jobs=20):
                 await until(lambda: ran.count("other") == 5, within=PROMISED)
                 assert time.monotonic() - cut < PROMISED
-                more = await office.enqueue("task")
-                await until(lambda: ran.count("other") == 6, within=5)
+                more = [await office.enqueue("task") for _ in range(10)]
+                await until(lambda: ran.count("other") == 15, within=5)
                 go.set()
-                rows = [await office.final(job) for job in [*jobs, more]]
-                assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 5 + [("done", 1)]
+                rows = [await office.final(job) for job in [*jobs, *more]]
+                assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 5 + [("done", 1)] * 10
+                assert ran.count("cut off") == 5
                 network.up = True
-                assert worker.lives
             assert (await office.final(await office.enqueue("task"))).state == "done"
             assert ran.count("cut off") == 6
+            assert worker.lives
 
 
 async def test_after_flushall_everything_queued_is_back_and_nothing_runs_twice(office: Office, notes: Notes) -> None:

@@ -104,6 +104,14 @@ async def sleep(ctx: dict[str, Any], seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
+async def linger(ctx: dict[str, Any]) -> None:
+    """Goes on for long after its effect was applied."""
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+    note(ctx, "applied")
+    await asyncio.sleep(60)
+
+
 async def deadly(ctx: dict[str, Any]) -> None:
     note(ctx, "starts")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -129,7 +137,7 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
     await engine.dispose()
 
 
-TASKS: list[Any] = [quick, hold, hold_lock, hold_transaction, want_lock, fail, block, sleep, plain, loop]
+TASKS: list[Any] = [quick, hold, hold_lock, hold_transaction, want_lock, fail, block, sleep, linger, plain, loop]
 TASKS.append(func(deadly, max_tries=2))
 
 Settings = worker_settings(
@@ -137,6 +145,7 @@ Settings = worker_settings(
     session_maker=session_maker,
     redis=os.environ["COORD_REDIS_URL"],
     grace=float(os.environ.get("COORD_TEST_GRACE", "20")),
+    idle_limit=float(os.environ.get("COORD_TEST_IDLE_LIMIT", "8")),
     max_jobs=int(os.environ.get("COORD_TEST_MAX_JOBS", "10")),
     on_startup=on_startup,
     on_shutdown=on_shutdown,

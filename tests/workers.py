@@ -215,10 +215,11 @@ class Working:
         await eventually(begun, within=within)
 
     async def stop(self) -> None:
-        """As arq's own `run` ends."""
-        await self.worker.close()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self.running
+        """As arq's own `run` ends. Its `close` gives up when a job was cancelled before it had begun."""
+        for step in (self.worker.close(), self.running):
+            with contextlib.suppress(asyncio.CancelledError):
+                await step
+        await until(lambda: self.redis.pickup is None)
 
 
 @contextlib.asynccontextmanager

@@ -60,15 +60,13 @@ class Census:
             else:
                 seen[id_] = Seen(beats, last.since if watched else now, last.after, jobs)
         self._looked, self.seen = now, seen
-        self.dead = {id_: worker for id_, worker in seen.items() if now - worker.since > DEAD and not self._is_me(id_)}
-
-    def _is_me(self, worker: UUID) -> bool:
-        return worker == self._identity.id
+        own = self._identity.id
+        self.dead = {id_: worker for id_, worker in seen.items() if now - worker.since > DEAD and id_ != own}
 
     @property
     def leads(self) -> bool:
         """Whether this worker, of those alive, is the eldest: the one that looks after the others' jobs."""
-        return self._is_me(min(self.living, default=self._identity.id)) and self._identity.id in self.seen
+        return min(self.living, default=None) == self._identity.id
 
     @property
     def living(self) -> dict[UUID, Seen]:

@@ -94,7 +94,7 @@ class Keeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake: asyncio.Event | None = None
-        self._stopping = False
+        self._stopping = self._looks = False
         self._beaten = self._told = self._renewed = NEVER
         self._outage = Outage(
             logger, away="PostgreSQL is away, jobs cannot be looked after", back="PostgreSQL answers again"
@@ -141,7 +141,7 @@ class Keeper:
             stack.push_async_callback(engine.dispose)
             redis = await stack.enter_async_context(Redis.from_pool(self._redis()))
             looking_after = asyncio.create_task(self._look_after(Reconciler(self.identity, engine, redis)))
-            stack.push_async_callback(_ended, looking_after)
+            stack.push_async_callback(self._ended, looking_after)
             while not self._stopping:
                 self._wake.clear()
                 await self._guarded(self._round(engine))
@@ -154,11 +154,22 @@ class Keeper:
 
         At most a fifth of the time, as it is time that tasks do not have.
         """
-        while True:
+        while not self._stopping:
             began = time.monotonic()
             if self._census.leads:
+                self._looks = True
                 await self._guarded(reconciler.look_after(self._census), limit=RECONCILE_LIMIT)
-            await asyncio.sleep(max(ROUND, 4 * (time.monotonic() - began)))
+                self._looks = False
+            if not self._stopping:
+                await asyncio.sleep(max(ROUND, 4 * (time.monotonic() - began)))
+
+    async def _ended(self, looking_after: asyncio.Task[None]) -> None:
+        """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
+        if self._looks:
+            await asyncio.wait([looking_after], timeout=ROUND)
+        while not looking_after.done():  # redis-py may swallow a cancellation; see Link
+            looking_after.cancel()
+            await asyncio.wait([looking_after], timeout=ROUND)
 
     async def _pause(self) -> None:
         assert self._wake is not None
@@ -253,12 +264,6 @@ async def _unwanted(connection: Any, held: dict[str, Any]) -> list[UUID]:
     ended = select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state == JobState.CANCELLED)
     wished = select(cancellations.c.job_id).where(cancellations.c.job_id.in_(ids))
     return list(await connection.scalars(ended.union_all(wished)))
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    while not task.done():  # redis-py may swallow a cancellation; see Link
-        task.cancel()
-        await asyncio.wait([task], timeout=ROUND)
 
 
 def _another(engine: AsyncEngine) -> AsyncEngine:

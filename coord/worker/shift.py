@@ -41,6 +41,9 @@ logger = logging.getLogger("arq.coord")
 
 UNDEFINED_TABLE = "42P01"
 
+LINGER = 0.2
+"""Seconds between two looks whether the last job has ended."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Terms:
@@ -63,7 +66,11 @@ class Terms:
 
 
 class Shift:
-    """Begun and ended by arq's own hooks, any number of times, but not twice at once."""
+    """Begun and ended by arq's own hooks, any number of times, but not twice at once.
+
+    It also ends by itself soon after arq's main task has: arq's `close` gives up when a job was cancelled at its very
+    beginning, and a worker in burst mode may be run again without having been closed.
+    """
 
     def __init__(
         self,
@@ -79,7 +86,9 @@ class Shift:
         self._terms = terms
         self._tries = tries
         self._runner: Runner | None = None
+        self._claims: Claims | None = None
         self._stack = AsyncExitStack()
+        self._ending: asyncio.Task[None] | None = None
 
     def wrapped(self, function: F) -> F:
         """The function as arq is given it: its limits are kept here, and its end is told to the ledger."""
@@ -96,18 +105,32 @@ class Shift:
         """arq's `on_startup`: first the application's own, which may make the tables."""
         if ctx["redis"] is not self._redis:
             raise SystemExit("arq --watch would go on with another Redis; `watchfiles 'arq module.Settings'` does not")
+        await self.end(ctx)
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._redis.connection_pool.disconnect)
             shutdown = self._shutdown(stack)
             if self._terms.on_shutdown is not None:
                 stack.push_async_callback(self._terms.on_shutdown, ctx)
             if self._terms.on_startup is not None:
                 await self._terms.on_startup(ctx)
             shutdown.pickup = await self._open(stack)
-            self._stack = stack.pop_all()
+            self._stack, self._ending = stack.pop_all(), None
+        main = asyncio.current_task()
+        assert main is not None
+        main.add_done_callback(self._main_has_ended)
 
     async def end(self, ctx: dict[Any, Any]) -> None:
         """arq's `on_shutdown`, when no job runs any more: last the application's own."""
-        await self._stack.aclose()
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._stack.aclose(), name="coord shift ends")
+        await asyncio.shield(self._ending)
+
+    def _main_has_ended(self, _main: asyncio.Task[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        if self._claims is not None and any(claim.task and not claim.task.done() for claim in self._claims.all()):
+            loop.call_later(LINGER, self._main_has_ended, _main)
+        elif self._ending is None:
+            self._ending = loop.create_task(self._stack.aclose(), name="coord shift ends")
 
     def _shutdown(self, stack: AsyncExitStack) -> Shutdown:
         """From the first moment on: what comes first may take long."""
@@ -124,7 +147,8 @@ class Shift:
         await stack.enter_async_context(coordinator)
         link = Link(self._redis.connection_pool, coordinator.outage)
         stack.push_async_callback(link.close)
-        pickup = Pickup(link, Claims(terms.slots), queue=terms.key, worker=worker)
+        self._claims = Claims(terms.slots)
+        pickup = Pickup(link, self._claims, queue=terms.key, worker=worker)
         runner = Runner(
             self._session_maker, pickup, terms.limits, worker_lock=lock_of(worker), on_job_start=terms.on_job_start
         )

@@ -1,0 +1,207 @@
+"""What the ledger and Redis forget: jobs that ended long ago, and those that nobody wants any more."""
+
+# ruff: noqa: F401, F811 - fixtures are imported
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import func, insert, select
+
+import coord.worker.pruning
+from coord import cancel_job, retry_job, task_options
+from coord.jobs.ledger import cancellations, jobs
+from coord.worker.pruning import Pruning
+from tests.ledger import a_task, ledger
+from tests.serving import eventually
+from tests.workers import office, opened, script, until, working
+
+if TYPE_CHECKING:
+    import pytest
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord import Job
+    from tests.workers import Office
+
+KEPT = timedelta(days=7)
+
+
+async def aged(engine: AsyncEngine, age: timedelta, state: str, *, finished: timedelta | None = None) -> UUID:
+    """A job that was enqueued so long ago, and ended at once or so long ago."""
+    now = datetime.now(UTC)
+    id_ = UUID(int=int((now - age).timestamp() * 1000) << 80 | uuid4().int & ((1 << 64) - 1))
+    row = {"id": id_, "task": "a_task", "queue": "default", "arguments": [[], {}], "state": state}
+    ended = None if state == "queued" else now - (age if finished is None else finished)
+    async with engine.begin() as connection:
+        await connection.execute(insert(jobs), row | {"finished_at": ended})
+    return id_
+
+
+async def left(engine: AsyncEngine) -> set[UUID]:
+    async with engine.connect() as connection:
+        return {*await connection.scalars(select(jobs.c.id))}
+
+
+def pruning(engine: AsyncEngine) -> Pruning:
+    return Pruning(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
+
+
+async def test_only_what_ended_long_ago_goes(ledger: None, engine: AsyncEngine) -> None:
+    day = timedelta(days=1)
+    for state in ("done", "failed", "cancelled"):
+        await aged(engine, 8 * day, state)
+    kept = {
+        await aged(engine, 8 * day, "queued"),
+        await aged(engine, 8 * day, "done", finished=day),
+        *[await aged(engine, 6 * day, state) for state in ("done", "failed", "cancelled", "queued")],
+    }
+    assert await pruning(engine).prune() == 3
+    assert await left(engine) == kept
+
+
+async def test_it_goes_in_batches(ledger: None, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once no more than some, so that nobody waits for it and vacuum keeps up."""
+    monkeypatch.setattr(coord.worker.pruning, "BATCH", 2)
+    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    for _ in range(7):
+        await aged(engine, 2 * KEPT, "done")
+    counts = [await pruning(engine).prune() for _ in range(3)]
+    assert counts == [4, 3, 0]
+
+
+async def test_what_somebody_has_locked_waits_for_the_next_time(ledger: None, engine: AsyncEngine) -> None:
+    one, two = [await aged(engine, 2 * KEPT, "done") for _ in range(2)]
+    async with engine.begin() as connection:
+        await connection.execute(select(jobs).where(jobs.c.id == one).with_for_update())
+        async with asyncio.timeout(5):
+            assert await pruning(engine).prune() == 1
+        assert two not in await left(engine)
+    assert await pruning(engine).prune() == 1
+
+
+async def test_a_worker_prunes(office: Office, engine: AsyncEngine) -> None:
+    old, new = await aged(engine, timedelta(seconds=30), "done"), await aged(engine, timedelta(seconds=1), "done")
+    async with working(office, [a_task], keep=20):
+
+        async def pruned() -> bool:
+            return old not in await left(engine)
+
+        await eventually(pruned)
+        assert new in await left(engine)
+
+
+async def cancelled(office: Office, job: Job) -> str:
+    async with office.session_maker() as session:
+        state = await cancel_job(session, job.id)
+        await session.commit()
+    return str(state)
+
+
+async def wishes(office: Office) -> int:
+    async with office.session_maker() as session:
+        return await session.scalar(select(func.count()).select_from(cancellations)) or 0
+
+
+async def forgotten(office: Office) -> None:
+    async def gone() -> bool:
+        return await wishes(office) == 0
+
+    await eventually(gone)
+
+
+async def test_a_cancelled_job_leaves_redis_and_no_worker_begins_it(office: Office) -> None:
+    """Not even a plain function's: it would begin although the ledger says that it never will."""
+    ran: list[str] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+
+    async with working(office, [task]):
+        jobs = [await office.enqueue(task_options(task, delay=2)) for _ in range(3)]
+        await office.queued(3)
+        for job in jobs:
+            assert await cancelled(office, job) == "cancelled"
+        assert await wishes(office) > 0
+        await office.nothing_left_in_redis(within=1.8)
+        await forgotten(office)
+        last = await office.enqueue(task_options(task, delay=max(0.0, (jobs[-1].due_at - now()).total_seconds()) + 0.1))
+        await office.final(last)
+    assert ran == [str(last.id)]
+    assert {(await office.row(job)).state for job in jobs} == {"cancelled"}
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+async def test_a_wish_that_came_too_late_is_forgotten(office: Office) -> None:
+    begun, go = asyncio.Event(), asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.set()
+        await go.wait()
+
+    async with working(office, [task]):
+        job = await office.enqueue(task)
+        await begun.wait()
+        async with office.session_maker() as session:
+            await session.execute(insert(cancellations).values(job_id=uuid4()))
+            await session.execute(insert(cancellations).values(job_id=(await aged_job(office)).id))
+            await session.commit()
+        await forgotten(office)
+        go.set()
+        assert (await office.final(job)).state == "done"
+
+
+async def aged_job(office: Office) -> Job:
+    """One that has ended."""
+    job = await office.enqueue("nobody", 1)
+    await cancelled(office, job)
+    async with office.session_maker.begin() as session:
+        await session.execute(cancellations.delete())
+    return job
+
+
+async def test_a_wish_for_a_job_that_is_queued_stays(office: Office, script: Office) -> None:
+    """Its worker has still to see it."""
+
+    async def task(ctx: dict[str, Any]) -> None:
+        """Nothing."""
+
+    job = await script.enqueue(task_options(task, delay=60))
+    async with script.session_maker.begin() as session:
+        await session.execute(insert(cancellations).values(job_id=job.id))
+    async with working(office, [task]):
+        await asyncio.sleep(1.2)  # a round of the reconciler, and some
+        assert await wishes(office) == 1
+
+
+async def test_the_wishes_of_other_queues_are_theirs(office: Office) -> None:
+    """It is in their sorted set that the job has to be dropped."""
+    job = await office.enqueue(task_options(a_task, queue="other", delay=60))
+    await cancelled(office, job)
+    async with working(office, [a_task]):
+        await asyncio.sleep(1.2)  # a round of the reconciler, and some
+        assert await wishes(office) == 1
+    async with working(office, [a_task], queue_name="other"):
+        await forgotten(office)
+        await office.nothing_left_in_redis()
+
+
+async def test_a_cancelled_job_can_be_run_again(office: Office) -> None:
+    ran: list[int] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_try"])
+
+    job = await office.enqueue(task_options(task, delay=60))
+    await cancelled(office, job)
+    async with working(office, [task]):
+        await forgotten(office)
+        async with office.session_maker() as session:
+            await retry_job(session, job.id)
+            await session.commit()
+        row = await office.final(job)
+    assert (row.state, row.attempt, ran) == ("done", 2, [2])
