@@ -7,7 +7,7 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast bench-waiting bench-roundtrip bench-scaling check format pin clean
+.PHONY: help venv demo serve test test-fast chaos bench-waiting bench-roundtrip bench-scaling check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,9 @@ test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 
 test-fast: $(READY) ## the suite without its slow tests
 	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
+	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
 
 bench-waiting: $(BENCH) ## measure how waits scale, in six minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting

@@ -207,3 +207,18 @@ async def test_a_pool_of_one_serves_all_who_wait(database_url: str) -> None:
         answers = await asyncio.gather(*asking)
     assert {answer.status_code for answer in answers} == {200}
     await engine.dispose()
+
+
+async def test_a_job_that_cannot_be_looked_at_in_time_is_accepted_as_it_was(database_url: str) -> None:
+    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+    async with served(counter(maker)) as client:
+        asking = fulfilling(client, await placed(maker), "wait=1")
+        job = await the_job(maker)
+        await registered()
+        async with engine.connect():  # all that the pool has
+            answer = await asking
+        assert (answer.status_code, answer.json()["job"]) == (202, {"id": str(job.id), "state": "queued"})
+        assert answer.elapsed.total_seconds() < 3
+        assert (await fulfilling(client, await placed(maker), "wait=0")).status_code == 202
+    await engine.dispose()

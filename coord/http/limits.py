@@ -18,7 +18,7 @@ ARRIVAL = "coord.arrival"
 """Where in its scope a request's `Arrival` is."""
 WAIT = 25.0
 """Seconds that a request may wait for its answer: less than what proxies allow."""
-MARGIN = 4.0
+MARGIN = 2.0
 """Seconds beyond what the client would wait, after which no answer has begun in spite of it: a pool, or a lock."""
 CLEANUP = 0.5
 """Seconds for a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
@@ -38,9 +38,9 @@ class RequestLimits:
     """ASGI middleware: bounds a request's head, body, and time, and notes when it arrived.
 
     One deadline holds for everything a handler waits for, its connection, its locks and its row: `Prefer: wait=N`, or
-    `wait`, the most that counts, and `margin` seconds more. When it has passed and no answer has begun, the handler is
-    cancelled, its transaction rolled back, and the answer is 503, or 408 if it is the client's body that is missing. An
-    answer that has begun, a stream, takes as long as it takes.
+    `wait`, the most that counts, and `margin` seconds more; what would hardly wait at all has twice the margin. When it
+    has passed and no answer has begun, the handler is cancelled, its transaction rolled back, and the answer is 503, or
+    408 if it is the client's body that is missing. An answer that has begun, a stream, takes as long as it takes.
 
         app.add_middleware(RequestLimits)
     """
@@ -67,7 +67,7 @@ class RequestLimits:
         else:
             preferred = Preference.of(value.decode("latin-1") for name, value in scope["headers"] if name == b"prefer")
             wait = self._wait if preferred.wait is None else preferred.seconds(self._wait)
-            await exchange.run(self._app, arrival.time + wait + self._margin)
+            await exchange.run(self._app, arrival.time + max(wait, self._margin) + self._margin)
 
 
 class _BodyTooLargeError(HTTPException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 from fastapi import Header, Request, Response
 from fastapi.responses import JSONResponse
@@ -15,18 +16,21 @@ from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER
 from coord.jobs.awaiting import job_id_of
 from coord.jobs.operations import get_job
+from coord.reading import is_passing
+from coord.transaction import end_transaction
 from coord.waiting import wait_for_row_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.durations import Seconds
-    from coord.jobs.ledger import Job
+    from coord.jobs.ledger import Job, JobState
     from coord.target import M
 
+LOOK = 0.5
+"""Seconds for a last look at the job, when the client has waited long enough."""
 PREFER = Header(alias="Prefer", description="RFC 7240: `wait=N`, in seconds, and `respond-async`.")
 PREFERENCE_APPLIED = {
     "Preference-Applied": {"description": "The preferences that made a difference.", "schema": {"type": "string"}}
@@ -83,13 +87,14 @@ class Reply:
             return None
 
     async def accepted(self, session: AsyncSession, job: Job | UUID, *, location: str, **members: Any) -> Response:
-        """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger."""
-        report = await get_job(session, job_id_of(job))
+        """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger.
+
+        When that takes longer than half a second, or PostgreSQL is away, a `Job` is said to be in the state it had.
+        """
         self._say_what_applied(accepted=True)
         headers = {"Location": location, "Retry-After": str(RETRY_AFTER)}
-        return self.with_headers(
-            JSONResponse({"job": {"id": str(report.id), "state": report.state}, **members}, 202, headers)
-        )
+        report = {"id": str(job_id_of(job)), "state": await _state_of(session, job)}
+        return self.with_headers(JSONResponse({"job": report, **members}, 202, headers))
 
     def with_headers(self, answer: Response) -> Response:
         """What the handler has set on its `Response`, which FastAPI adds only to what is not one itself."""
@@ -99,6 +104,18 @@ class Reply:
     def _say_what_applied(self, *, accepted: bool) -> None:
         if applied := self.preference.applied(self._cap, waited=self._waited, accepted=accepted):
             self._response.headers["Preference-Applied"] = applied
+
+
+async def _state_of(session: AsyncSession, job: Job | UUID) -> JobState:
+    depends = session.in_transaction()
+    try:
+        async with asyncio.timeout(LOOK):
+            return (await get_job(session, job_id_of(job))).state
+    except Exception as error:
+        if depends or isinstance(job, UUID) or not is_passing(error):
+            raise
+        await end_transaction(session)
+        return job.state
 
 
 async def reply(request: Request, response: Response, _prefer: Annotated[str | None, PREFER] = None) -> Reply:

@@ -69,11 +69,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60, help="how long the storm lasts, 60 unless given")
     parser.add_argument("--seed", type=int, help="of an earlier run, to repeat its faults")
+    parser.add_argument("--pace", type=float, default=PACE, help=f"orders a second, {PACE:g} unless given")
     options = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if options.seed is None else options.seed
-    print(f"make chaos SECONDS={options.seconds:g} SEED={seed}", flush=True)
+    print(f"make chaos SECONDS={options.seconds:g} SEED={seed} PACE={options.pace:g}", flush=True)
     directory = Path(tempfile.mkdtemp(prefix="coord-chaos-"))
-    report = asyncio.run(run(directory, options.seconds, seed))
+    report = asyncio.run(run(directory, options.seconds, seed, options.pace))
     print(f"{report}\nlogs: {directory}")
     return 1 if report.broken else 0
 
