@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 JSON: dict[str, Any] = {"job_serializer": serialize, "job_deserializer": json.loads}
 
+SOME_ID = uuid.UUID("4f9b0f6e-0000-7000-8000-000000000000")
+
 
 class Recording(ArqRedis):
     """Stock arq's Redis, which notes what it is asked."""
@@ -526,7 +528,7 @@ class Bomb:
         return open, (self.trace, "w")
 
 
-@pytest.mark.parametrize("id_", [str(uuid.uuid4()), uuid.uuid4().hex])
+@pytest.mark.parametrize("id_", [str(SOME_ID), SOME_ID.hex])
 async def test_nothing_is_unpickled(office: Office, tmp_path: Any, id_: str) -> None:
     bomb = pickle.dumps({"t": 1, "f": "succeed", "a": (Bomb(str(tmp_path / "trace")),), "k": {}, "et": 0})
     async with working(office, [succeed]):
@@ -563,7 +565,7 @@ UNSOUND: dict[str, bytes] = {
 }
 
 
-@pytest.mark.parametrize("id_", ["4f9b0f6e-0000-7000-8000-000000000000", "anything"])
+@pytest.mark.parametrize("id_", [str(SOME_ID), "anything"])
 async def test_no_message_ends_a_worker(office: Office, id_: str) -> None:
     """Whoever can write to Redis can have written anything."""
     async with working(office, [succeed]) as worker:

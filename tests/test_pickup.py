@@ -22,6 +22,9 @@ import coord.worker.pickup
 from coord import job_transaction, task_options
 from coord.embedded import Valkey
 from coord.jobs.feed import Message
+from coord.outage import Outage
+from coord.worker.address import Address
+from coord.worker.link import Link
 from tests.ledger import ledger
 from tests.workers import Notes, Office, Working, client, notes, office, opened, process, script, until, working
 
@@ -247,6 +250,21 @@ async def test_what_redis_has_lost_or_was_told_wrongly_is_handed_over_again_with
     assert {(row.state, row.attempt) for row in rows} == {("done", 1)}
     assert sorted(applied) == ["forged", "forgotten", "garbled", "unheard"]
     assert len([record for record in caplog.records if "is garbled" in record.getMessage()]) == 1
+
+
+async def test_a_command_that_is_cancelled_is_cancelled_whenever_that_comes(redis_url: str) -> None:
+    """Or the worker might not stop: `asyncio.wait_for`, by which redis-py sends, may swallow it before Python 3.12."""
+    pool = Address(redis_url).pool()
+    link = Link(pool, Outage(logging.getLogger("test"), away="away", back="back"))
+    await link.execute_command("PING")
+    for steps in range(20):
+        task = asyncio.create_task(link.execute_command("PING"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        is_cancelled = task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or not is_cancelled
+    await link.close()
 
 
 async def test_an_unknown_task_goes_back_until_a_worker_knows_it(

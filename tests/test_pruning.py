@@ -33,7 +33,7 @@ async def aged(engine: AsyncEngine, age: timedelta, state: str, *, finished: tim
     now = datetime.now(UTC)
     id_ = UUID(int=int((now - age).timestamp() * 1000) << 80 | uuid4().int & ((1 << 64) - 1))
     row = {"id": id_, "task": "a_task", "queue": "default", "arguments": [[], {}], "state": state}
-    ended = None if state == "queued" else now - (age if finished is None else finished)
+    ended = now - (age if finished is None else finished)
     async with engine.begin() as connection:
         await connection.execute(insert(jobs), row | {"finished_at": ended})
     return id_
