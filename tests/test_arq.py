@@ -22,7 +22,7 @@ from arq.connections import ArqRedis
 from arq.constants import default_queue_name
 from arq.jobs import Job as ArqJob
 from arq.jobs import JobStatus
-from arq.worker import Function, Retry, RetryJob, Worker, func, get_kwargs
+from arq.worker import Function, Retry, RetryJob, Worker, create_worker, func, get_kwargs
 from redis.asyncio.client import Pipeline
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -358,6 +358,24 @@ async def test_max_burst_jobs_is_kept(office: Office) -> None:
         await worker.running
         assert len(ran) == 2
     assert len(await office.redis.zrange(default_queue_name, 0, -1)) == 3
+
+
+async def test_a_burst_worker_may_be_run_again_without_having_been_closed(office: Office) -> None:
+    async with working(office, [succeed], burst=True) as worker:
+        await worker.running
+        job = await office.enqueue(succeed)
+        await worker.worker.async_run()
+        assert (await office.row(job)).state == "done"
+        assert len(await office.workers()) == 1
+
+
+async def test_a_worker_that_arq_gives_another_redis_refuses_to_work(made: Callable[..., Any], redis_url: str) -> None:
+    """As `arq --watch` does after the first change: it would run jobs that it has not claimed."""
+    other = client(redis_url)
+    worker = create_worker(made(), redis_pool=other, handle_signals=False)
+    with pytest.raises(SystemExit, match="--watch"):
+        await worker.main()
+    await other.aclose()
 
 
 async def test_cron_jobs_run(office: Office) -> None:

@@ -31,6 +31,8 @@ from tests.workers import Notes, Office, Working, client, notes, office, opened,
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 
+    from arq.connections import ArqRedis
+
     from coord import Job
 
 
@@ -222,6 +224,48 @@ async def test_a_forged_message_does_nothing_to_the_ledgers_job(office: Office, 
         assert await office.row(job) == before
         await office.nothing_left_in_redis()
     assert (applied, ran) == ([], [deed])
+
+
+async def test_a_forged_trace_does_not_fail_the_job(office: Office) -> None:
+    async def task(ctx: dict[str, Any]) -> None:
+        """Nothing."""
+
+    job = await office.enqueue(task)
+    await office.queued(1)
+    text = Message(**{**message(job), "trace": {"traceparent": 5, "baggage": 7}}).text()
+    await office.redis.set(f"arq:job:{job.id}", text)
+    async with working(office, [task]):
+        assert (await office.final(job)).state == "done"
+
+
+@pytest.mark.slow
+async def test_a_claim_lasts_as_long_as_its_job(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease is a minute, shortened here, and renewed while the worker lives; of jobs without a ledger too."""
+    monkeypatch.setattr("coord.worker.pickup.LEASE", 1.5)
+    monkeypatch.setattr("coord.worker.keeper.LEASE", 1.5)
+    ran: list[str] = []
+    go = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+        await go.wait()
+
+    tasks = [arq.worker.func(task, name="task")]
+    async with working(office, tasks, max_jobs=2) as worker:
+        job = await office.enqueue("task")
+        plain = await client_of(worker).enqueue_job("task")
+        assert plain is not None
+        await until(lambda: len(ran) == 2)
+        async with working(office, tasks):
+            await asyncio.sleep(3)  # two leases
+            go.set()
+            assert (await office.final(job)).state == "done"
+            await office.nothing_left_in_redis()
+    assert sorted(ran) == sorted([str(job.id), plain.job_id])
+
+
+def client_of(worker: Working) -> ArqRedis:
+    return worker.redis
 
 
 @pytest.mark.slow

@@ -186,7 +186,10 @@ def passing() -> list[BaseException]:
     ]
 
 
-async def test_what_passes_by_itself_is_tried_again_and_each_attempt_counted(office: Office) -> None:
+async def test_what_passes_by_itself_is_tried_again_and_each_attempt_counted(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coord.worker.endings, "PAUSE", (0.02, 30.0))
     turns = Turns(*passing(), None)
     async with working(office, [named(turns)]):
         job = await office.enqueue("task")

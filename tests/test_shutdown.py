@@ -44,7 +44,9 @@ async def test_what_runs_finishes_within_the_grace(office: Office, notes: Notes,
         assert worker.count("Traceback|rror") == 0, worker.lines
 
 
-@pytest.mark.parametrize("hurried", [False, True], ids=["grace over", "second signal"])
+@pytest.mark.parametrize(
+    "hurried", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["grace over", "second signal"]
+)
 async def test_what_does_not_finish_is_begun_elsewhere_at_once_as_the_same_attempt(
     office: Office, notes: Notes, hurried: bool
 ) -> None:
@@ -156,6 +158,7 @@ async def until_gone(office: Office) -> None:
     await eventually(gone)
 
 
+@pytest.mark.slow
 async def test_closed_in_the_middle_of_its_work_a_worker_leaves_nothing(office: Office) -> None:
     """As applications do that run it in their own event loop: many times, since it matters where it is struck."""
     ran: list[str] = []
