@@ -580,6 +580,10 @@ UNSOUND: dict[str, bytes] = {
             ("c", [None, 1e308, {"traceparent": 5}]),
         ]
     },
+    **{
+        f"of the ledger, {et}": json.dumps({**SOUND, "t": 1, "c": [None, None, None], "et": et}).encode()
+        for et in (2**52, -(2**52))
+    },
 }
 
 
@@ -604,6 +608,8 @@ async def test_no_queue_entry_ends_a_worker(office: Office) -> None:
         await office.redis.zadd(default_queue_name, {"nobody": 1, "list": 1, "claimed": 1})
         for _ in range(3):
             assert (await office.final(await office.enqueue(succeed))).state == "done"
+        await office.redis.zrem(default_queue_name, "far")  # so that the next one is due at no time at all
+        assert (await office.final(await office.enqueue(succeed))).state == "done"
         assert worker.lives
         left = {id_ for id_, _ in await office.redis.zrange(default_queue_name, 0, -1, withscores=True)}
-        assert left == {b"end", b"far", b"claimed"}
+        assert left == {b"end", b"claimed"}
