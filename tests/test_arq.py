@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import uuid
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from arq.connections import ArqRedis
 from arq.constants import default_queue_name
 from arq.jobs import Job as ArqJob
 from arq.jobs import JobStatus
-from arq.worker import Function, Retry, RetryJob, Worker, func, get_kwargs
+from arq.worker import Function, Retry, RetryJob, Worker, create_worker, func, get_kwargs
 from redis.asyncio.client import Pipeline
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     Calls = list[tuple[str, ...]]
 
 JSON: dict[str, Any] = {"job_serializer": serialize, "job_deserializer": json.loads}
+
+SOME_ID = uuid.UUID("4f9b0f6e-0000-7000-8000-000000000000")
 
 
 class Recording(ArqRedis):
@@ -357,6 +360,24 @@ async def test_max_burst_jobs_is_kept(office: Office) -> None:
     assert len(await office.redis.zrange(default_queue_name, 0, -1)) == 3
 
 
+async def test_a_burst_worker_may_be_run_again_without_having_been_closed(office: Office) -> None:
+    async with working(office, [succeed], burst=True) as worker:
+        await worker.running
+        job = await office.enqueue(succeed)
+        await worker.worker.async_run()
+        assert (await office.row(job)).state == "done"
+        assert len(await office.workers()) == 1
+
+
+async def test_a_worker_that_arq_gives_another_redis_refuses_to_work(made: Callable[..., Any], redis_url: str) -> None:
+    """As `arq --watch` does after the first change: it would run jobs that it has not claimed."""
+    other = client(redis_url)
+    worker = create_worker(made(), redis_pool=other, handle_signals=False)
+    with pytest.raises(SystemExit, match="--watch"):
+        await worker.main()
+    await other.aclose()
+
+
 async def test_cron_jobs_run(office: Office) -> None:
     ran = asyncio.Event()
 
@@ -525,7 +546,7 @@ class Bomb:
         return open, (self.trace, "w")
 
 
-@pytest.mark.parametrize("id_", ["4f9b0f6e-0000-7000-8000-000000000001", "4f9b0f6e00007000800000000000002a"])
+@pytest.mark.parametrize("id_", [str(SOME_ID), SOME_ID.hex])
 async def test_nothing_is_unpickled(office: Office, tmp_path: Any, id_: str) -> None:
     bomb = pickle.dumps({"t": 1, "f": "succeed", "a": (Bomb(str(tmp_path / "trace")),), "k": {}, "et": 0})
     async with working(office, [succeed]):
@@ -559,10 +580,14 @@ UNSOUND: dict[str, bytes] = {
             ("c", [None, 1e308, {"traceparent": 5}]),
         ]
     },
+    **{
+        f"of the ledger, {et}": json.dumps({**SOUND, "t": 1, "c": [None, None, None], "et": et}).encode()
+        for et in (2**52, -(2**52))
+    },
 }
 
 
-@pytest.mark.parametrize("id_", ["4f9b0f6e-0000-7000-8000-000000000000", "anything"])
+@pytest.mark.parametrize("id_", [str(SOME_ID), "anything"])
 async def test_no_message_ends_a_worker(office: Office, id_: str) -> None:
     """Whoever can write to Redis can have written anything."""
     async with working(office, [succeed]) as worker:
@@ -583,6 +608,8 @@ async def test_no_queue_entry_ends_a_worker(office: Office) -> None:
         await office.redis.zadd(default_queue_name, {"nobody": 1, "list": 1, "claimed": 1})
         for _ in range(3):
             assert (await office.final(await office.enqueue(succeed))).state == "done"
+        await office.redis.zrem(default_queue_name, "far")  # so that the next one is due at no time at all
+        assert (await office.final(await office.enqueue(succeed))).state == "done"
         assert worker.lives
         left = {id_ for id_, _ in await office.redis.zrange(default_queue_name, 0, -1, withscores=True)}
-        assert left == {b"end", b"far", b"claimed"}
+        assert left == {b"end", b"claimed"}

@@ -22,11 +22,16 @@ import coord.worker.pickup
 from coord import job_transaction, task_options
 from coord.embedded import Valkey
 from coord.jobs.feed import Message
+from coord.outage import Outage
+from coord.worker.address import Address
+from coord.worker.link import Link
 from tests.ledger import ledger
 from tests.workers import Notes, Office, Working, client, notes, office, opened, process, script, until, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+
+    from arq.connections import ArqRedis
 
     from coord import Job
 
@@ -221,6 +226,48 @@ async def test_a_forged_message_does_nothing_to_the_ledgers_job(office: Office, 
     assert (applied, ran) == ([], [deed])
 
 
+async def test_a_forged_trace_does_not_fail_the_job(office: Office) -> None:
+    async def task(ctx: dict[str, Any]) -> None:
+        """Nothing."""
+
+    job = await office.enqueue(task)
+    await office.queued(1)
+    text = Message(**{**message(job), "trace": {"traceparent": 5, "baggage": 7}}).text()
+    await office.redis.set(f"arq:job:{job.id}", text)
+    async with working(office, [task]):
+        assert (await office.final(job)).state == "done"
+
+
+@pytest.mark.slow
+async def test_a_claim_lasts_as_long_as_its_job(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lease is a minute, shortened here, and renewed while the worker lives; of jobs without a ledger too."""
+    monkeypatch.setattr("coord.worker.pickup.LEASE", 1.5)
+    monkeypatch.setattr("coord.worker.keeper.LEASE", 1.5)
+    ran: list[str] = []
+    go = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+        await go.wait()
+
+    tasks = [arq.worker.func(task, name="task")]
+    async with working(office, tasks, max_jobs=2) as worker:
+        job = await office.enqueue("task")
+        plain = await client_of(worker).enqueue_job("task")
+        assert plain is not None
+        await until(lambda: len(ran) == 2)
+        async with working(office, tasks):
+            await asyncio.sleep(3)  # two leases
+            go.set()
+            assert (await office.final(job)).state == "done"
+            await office.nothing_left_in_redis()
+    assert sorted(ran) == sorted([str(job.id), plain.job_id])
+
+
+def client_of(worker: Working) -> ArqRedis:
+    return worker.redis
+
+
 @pytest.mark.slow
 async def test_what_redis_has_lost_or_was_told_wrongly_is_handed_over_again_within_five_seconds(
     office: Office, script: Office, caplog: pytest.LogCaptureFixture
@@ -247,6 +294,21 @@ async def test_what_redis_has_lost_or_was_told_wrongly_is_handed_over_again_with
     assert {(row.state, row.attempt) for row in rows} == {("done", 1)}
     assert sorted(applied) == ["forged", "forgotten", "garbled", "unheard"]
     assert len([record for record in caplog.records if "is garbled" in record.getMessage()]) == 1
+
+
+async def test_a_command_that_is_cancelled_is_cancelled_whenever_that_comes(redis_url: str) -> None:
+    """Or the worker might not stop: `asyncio.wait_for`, by which redis-py sends, may swallow it before Python 3.12."""
+    pool = Address(redis_url).pool()
+    link = Link(pool, Outage(logging.getLogger("test"), away="away", back="back"))
+    await link.execute_command("PING")
+    for steps in range(20):
+        task = asyncio.create_task(link.execute_command("PING"))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        is_cancelled = task.cancel()
+        await asyncio.wait([task])
+        assert task.cancelled() or not is_cancelled
+    await link.close()
 
 
 async def test_an_unknown_task_goes_back_until_a_worker_knows_it(

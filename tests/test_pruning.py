@@ -33,7 +33,7 @@ async def aged(engine: AsyncEngine, age: timedelta, state: str, *, finished: tim
     now = datetime.now(UTC)
     id_ = UUID(int=int((now - age).timestamp() * 1000) << 80 | uuid4().int & ((1 << 64) - 1))
     row = {"id": id_, "task": "a_task", "queue": "default", "arguments": [[], {}], "state": state}
-    ended = None if state == "queued" else now - (age if finished is None else finished)
+    ended = now - (age if finished is None else finished)
     async with engine.begin() as connection:
         await connection.execute(insert(jobs), row | {"finished_at": ended})
     return id_
@@ -119,12 +119,12 @@ async def test_a_cancelled_job_leaves_redis_and_no_worker_begins_it(office: Offi
         ran.append(ctx["job_id"])
 
     async with working(office, [task]):
-        jobs = [await office.enqueue(task_options(task, delay=2)) for _ in range(3)]
+        jobs = [await office.enqueue(task_options(task, delay=1.5)) for _ in range(3)]
         await office.queued(3)
         for job in jobs:
             assert await cancelled(office, job) == "cancelled"
         assert await wishes(office) > 0
-        await office.nothing_left_in_redis(within=1.8)
+        await office.nothing_left_in_redis(within=1.3)
         await forgotten(office)
         last = await office.enqueue(task_options(task, delay=max(0.0, (jobs[-1].due_at - now()).total_seconds()) + 0.1))
         await office.final(last)
@@ -174,7 +174,7 @@ async def test_a_wish_for_a_job_that_is_queued_stays(office: Office, script: Off
     async with script.session_maker.begin() as session:
         await session.execute(insert(cancellations).values(job_id=job.id))
     async with working(office, [task]):
-        await asyncio.sleep(1.2)  # a round of the reconciler, and some
+        await asyncio.sleep(0.8)  # a round of the reconciler, and some
         assert await wishes(office) == 1
 
 
@@ -183,7 +183,7 @@ async def test_the_wishes_of_other_queues_are_theirs(office: Office) -> None:
     job = await office.enqueue(task_options(a_task, queue="other", delay=60))
     await cancelled(office, job)
     async with working(office, [a_task]):
-        await asyncio.sleep(1.2)  # a round of the reconciler, and some
+        await asyncio.sleep(0.8)  # a round of the reconciler, and some
         assert await wishes(office) == 1
     async with working(office, [a_task], queue_name="other"):
         await forgotten(office)

@@ -121,12 +121,15 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
                 struck = Fault(worker, fault)
         async with process(office, notes) as other:
             notes.let("go")
-            assert await cancelled(office, jobs.pop("unwanted")) != "failed"
+            unwanted = jobs.pop("unwanted")
+            assert await cancelled(office, unwanted) == ("cancelled" if fault is signal.SIGKILL else "running")
             failing = jobs.pop("failing")
             await struck.over(office, *jobs.values())
             assert {await how(office, job) for job in jobs.values()} == {("done", 2, (2,))}
             assert all(pid == other.pid for job in jobs.values() for attempt, pid, _ in notes.of(job) if attempt == 2)
             assert (await office.row(failing)).error == "ValueError: fail now"
+            assert (await office.row(unwanted)).state == "cancelled"
+            assert len(notes.of(unwanted, "starts")) == 1
             if fault is signal.SIGSTOP:
                 worker.signal(signal.SIGCONT)
                 await worker.says("This worker was taken for dead")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,11 @@ import pytest
 
 from coord import job_transaction
 from coord.embedded import Valkey
+from coord.worker.messages import serialize
 from tests.ledger import ledger
 from tests.serving import eventually
 from tests.test_pickup import measured
-from tests.workers import Notes, Office, Process, notes, office, opened, process, until, working
+from tests.workers import Notes, Office, client, notes, office, opened, process, until, working
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +46,9 @@ async def test_what_runs_finishes_within_the_grace(office: Office, notes: Notes,
         assert worker.count("Traceback|rror") == 0, worker.lines
 
 
-@pytest.mark.parametrize("hurried", [False, True], ids=["grace over", "second signal"])
+@pytest.mark.parametrize(
+    "hurried", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["grace over", "second signal"]
+)
 async def test_what_does_not_finish_is_begun_elsewhere_at_once_as_the_same_attempt(
     office: Office, notes: Notes, hurried: bool
 ) -> None:
@@ -110,13 +114,14 @@ async def test_an_applied_effect_is_not_run_again_because_the_worker_stops(offic
 
 @pytest.mark.slow
 async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, tmp_path: Path) -> None:
-    """What it could not give back uses up no attempt either."""
+    """What it could not give back uses up no attempt either; what only arq knew is lost with Redis."""
     with Valkey(tmp_path / "valkey") as server:
         async with opened(office.database_url, server.url) as other:
             async with process(other, notes, COORD_TEST_GRACE="0.3") as worker:
                 jobs = [await other.enqueue(task, "go") for task in ("hold", "plain")]
-                for job in jobs:
-                    await notes.say(job, "starts")
+                async with contextlib.aclosing(client(server.url, job_serializer=serialize)) as stock:
+                    await stock.enqueue_job("plain", "go")
+                await until(lambda: len(notes.all()) == 3)
                 await asyncio.to_thread(server.stop, "immediate")
                 worker.signal(signal.SIGTERM)
                 assert await worker.exit_status(within=8) == 0
@@ -156,6 +161,7 @@ async def until_gone(office: Office) -> None:
     await eventually(gone)
 
 
+@pytest.mark.slow
 async def test_closed_in_the_middle_of_its_work_a_worker_leaves_nothing(office: Office) -> None:
     """As applications do that run it in their own event loop: many times, since it matters where it is struck."""
     ran: list[str] = []

@@ -115,7 +115,7 @@ class Pickup:
 
     async def _exchange(self, free: int) -> list[bytes]:
         ended = self.claims.take_ended()
-        told = [part for claim in ended for part in (_raw(claim.id), claim.ending)]
+        told = [part for claim in ended for part in (_raw(claim.id), claim.ending, _attempt(claim))]
         try:
             following, *found = await take.run(self._link, self.queue, self.worker, self._lease, free, *told)
         except (RedisError, OSError) as error:

@@ -73,7 +73,7 @@ class Runner:
         try:
             try:
                 await call(self._on_job_start, ctx)
-                with continued(claim.message.trace):
+                with continued(_sound(claim.message.trace)):
                     await self._limited(function, attempt, ctx, args, kwargs)
             except (asyncio.CancelledError, KeyboardInterrupt, GeneratorExit):
                 raise
@@ -194,6 +194,11 @@ class Runner:
         if wait == math.inf:
             raise _told_to_arq(error)
         raise Retry(defer=wait) from error
+
+
+def _sound(trace: dict[Any, Any] | None) -> dict[str, str] | None:
+    """What propagators can read: whoever can write to Redis must not be able to fail a job by its trace."""
+    return trace if trace and all(isinstance(value, str) for value in trace.values()) else None
 
 
 def _is_superseded(error: BaseException) -> bool:

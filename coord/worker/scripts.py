@@ -26,18 +26,22 @@ local function is_mine(id) return redis.pcall('GET', claim_of(id)) == worker end
 
 TAKE = f"""{_COMMON}
 local free, answer = tonumber(ARGV[3]), {{'-1'}}
-for i = 4, #ARGV, 2 do
-  local id, ending = ARGV[i], ARGV[i + 1]
+local function is_of(id, attempt)
+  local is_read, job = pcall(cjson.decode, redis.pcall('GET', '{job_key_prefix}' .. id))
+  return is_read and type(job) == 'table' and job.t == tonumber(attempt)
+end
+for i = 4, #ARGV, 3 do
+  local id, ending, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2]
   if is_mine(id) then
     redis.call('DEL', claim_of(id))
-    if is_claimed(id) then
-      if ending == 'gone' then
+    if ending == 'gone' then
+      if is_claimed(id) or is_of(id, attempt) then
         redis.call('DEL', '{job_key_prefix}' .. id, '{retry_key_prefix}' .. id)
         redis.call('ZREM', queue, id)
-      else
-        redis.call('ZADD', queue, now + tonumber(ending), id)
-        if tonumber(ending) == 0 then redis.call('PUBLISH', queue .. ':bell', '') end
       end
+    elseif is_claimed(id) then
+      redis.call('ZADD', queue, now + tonumber(ending), id)
+      if tonumber(ending) == 0 then redis.call('PUBLISH', queue .. ':bell', '') end
     end
   end
 end
@@ -68,7 +72,7 @@ if free > 0 then
 end
 return answer
 """
-"""End claims (gone, or back in so many milliseconds), then claim as many as are free.
+"""End claims (gone, or back in so many milliseconds) of attempts, then claim as many as are free.
 
 Answers the milliseconds until the next job (-1: unknown), then id, score and job of each that is claimed."""
 
