@@ -6,6 +6,7 @@ import asyncio
 import logging
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy.exc import ProgrammingError
@@ -117,7 +118,7 @@ class Shift:
             self._stack, self._ending = stack.pop_all(), None
         main = asyncio.current_task()
         assert main is not None
-        main.add_done_callback(self._main_has_ended)
+        main.add_done_callback(partial(self._main_has_ended, self._stack))
 
     async def end(self, ctx: dict[Any, Any]) -> None:
         """arq's `on_shutdown`, when no job runs any more: last the application's own."""
@@ -125,10 +126,12 @@ class Shift:
             self._ending = asyncio.create_task(self._stack.aclose(), name="coord shift ends")
         await asyncio.shield(self._ending)
 
-    def _main_has_ended(self, _main: asyncio.Task[Any]) -> None:
+    def _main_has_ended(self, stack: AsyncExitStack, _main: asyncio.Task[Any]) -> None:
         loop = asyncio.get_running_loop()
+        if stack is not self._stack:
+            return  # the next shift has begun
         if self._claims is not None and any(claim.task and not claim.task.done() for claim in self._claims.all()):
-            loop.call_later(LINGER, self._main_has_ended, _main)
+            loop.call_later(LINGER, self._main_has_ended, stack, _main)
         elif self._ending is None:
             self._ending = loop.create_task(self._stack.aclose(), name="coord shift ends")
 
