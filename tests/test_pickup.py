@@ -121,7 +121,9 @@ async def test_workers_that_share_a_queue_run_every_job_once(office: Office) -> 
 
         return [arq.worker.func(task, name="task")]
 
-    async with working(office, tasks("a")), working(office, tasks("b")), working(office, tasks("c")):
+    async with contextlib.AsyncExitStack() as stack:
+        for name in "abc":
+            await stack.enter_async_context(working(office, tasks(name), max_jobs=2))
         jobs = [await office.enqueue("task") for _ in range(100)]
         for job in jobs:
             await office.final(job)
