@@ -113,21 +113,25 @@ async def test_no_more_jobs_run_than_a_worker_has_slots(office: Office) -> None:
 
 async def test_workers_that_share_a_queue_run_every_job_once(office: Office) -> None:
     ran: list[tuple[str, str]] = []
+    all_of_them = asyncio.Event()
 
     def tasks(worker: str) -> list[Any]:
         async def task(ctx: dict[str, Any]) -> None:
             ran.append((ctx["job_id"], worker))
-            await asyncio.sleep(0.005)
+            if {worker for _, worker in ran} == {"a", "b", "c"}:
+                all_of_them.set()
+            await all_of_them.wait()
 
         return [arq.worker.func(task, name="task")]
 
-    async with working(office, tasks("a")), working(office, tasks("b")), working(office, tasks("c")):
+    async with contextlib.AsyncExitStack() as stack:
+        for name in "abc":
+            await stack.enter_async_context(working(office, tasks(name), max_jobs=2))
         jobs = [await office.enqueue("task") for _ in range(100)]
         for job in jobs:
             await office.final(job)
         await office.nothing_left_in_redis()
     assert sorted(id_ for id_, _ in ran) == sorted(str(job.id) for job in jobs)
-    assert {worker for _, worker in ran} == {"a", "b", "c"}
 
 
 async def test_a_delayed_job_starts_when_it_is_due_and_not_before(office: Office) -> None:

@@ -45,17 +45,18 @@ for i = 4, #ARGV, 3 do
     end
   end
 end
-local others = 0
-while free > 0 do
+local others, is_all = 0, false
+while free > 0 and not is_all do
   local found = redis.call('ZRANGEBYSCORE', queue, '-inf', now, 'WITHSCORES', 'LIMIT', others, free)
-  if #found == 0 then break end
+  is_all = #found < 2 * free
   for i = 1, #found, 2 do
     local id = found[i]
     if redis.call('SET', claim_of(id), worker, 'NX', 'PX', lease) then
       local job = redis.pcall('GET', '{job_key_prefix}' .. id)
       if type(job) == 'string' then
         redis.call('ZADD', queue, now + lease + 0.5, id)
-        for _, part in ipairs({{id, found[i + 1], job}}) do answer[#answer + 1] = part end
+        local last = #answer
+        answer[last + 1], answer[last + 2], answer[last + 3] = id, found[i + 1], job
         free = free - 1
       else
         redis.call('DEL', claim_of(id))
