@@ -78,9 +78,11 @@ class Command:
 
 
 @contextlib.asynccontextmanager
-async def running(command: tuple[str, ...], database_url: str, redis_url: str) -> AsyncIterator[Command]:
+async def running(
+    command: tuple[str, ...], database_url: str, redis_url: str, **variables: str
+) -> AsyncIterator[Command]:
     """The command, started; not waited for."""
-    environment = {**os.environ, "COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url}
+    environment = {**os.environ, "COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url, **variables}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
