@@ -85,6 +85,7 @@ class Shift:
         self._tries = tries
         self._runner: Runner | None = None
         self._claims: Claims | None = None
+        self._shutdown = Shutdown(grace=terms.grace)
         self._stack = AsyncExitStack()
         self._ending: asyncio.Task[None] | None = None
 
@@ -104,7 +105,13 @@ class Shift:
         if ctx["redis"] is not self._redis:
             raise SystemExit("arq --watch would go on with another Redis; `watchfiles 'arq module.Settings'` does not")
         await self.end(ctx)
+        main = asyncio.current_task()
+        assert main is not None
         async with AsyncExitStack() as stack:
+            self._shutdown = Shutdown(grace=self._terms.grace)
+            if self._terms.handles_signals:
+                self._shutdown.handle_signals(main)
+                stack.callback(self._shutdown.forget_signals)
             stack.push_async_callback(self._redis.connection_pool.disconnect)
             if self._terms.on_shutdown is not None:
                 stack.push_async_callback(self._terms.on_shutdown, ctx)
@@ -112,8 +119,6 @@ class Shift:
                 await self._terms.on_startup(ctx)
             await self._open(stack)
             self._stack, self._ending = stack.pop_all(), None
-        main = asyncio.current_task()
-        assert main is not None
         main.add_done_callback(self._main_has_ended)
 
     async def end(self, ctx: dict[Any, Any]) -> None:
@@ -150,11 +155,7 @@ class Shift:
         stack.push_async_callback(pickup.leave)
         self._redis.pickup, self._runner = pickup, runner
         stack.callback(setattr, self._redis, "pickup", None)
-        main = asyncio.current_task()
-        if terms.handles_signals and main is not None:
-            shutdown = Shutdown(pickup, grace=terms.grace)
-            shutdown.handle_signals(main)
-            stack.callback(shutdown.forget_signals)
+        self._shutdown.pickup = pickup
 
     def _identity(self, worker: UUID, channels: Channels) -> Identity:
         terms = self._terms
