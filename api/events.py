@@ -13,7 +13,7 @@ from api.jobs import JobAnswer
 from api.orders import OrderAnswer, known_order
 from api.sessions import Session  # noqa: TC001
 from coord import Job
-from coord.http import EventStreams, problems
+from coord.http import EventStreams, JobStage, problems
 from worker.database import session_maker
 from worker.models import Order
 
@@ -43,22 +43,11 @@ async def known_job(job_id: UUID, session: Session) -> Job:
     return job
 
 
-def stage(job: Job) -> str:
-    return f"{job.attempt}-{job.state}"
-
-
-JobStates = Annotated[
-    AsyncIterator[Job],
-    Depends(
-        streams.of(
-            known_job, id=stage, columns=[Job.state, Job.attempt, Job.error], final=lambda job: job.state.is_final
-        )
-    ),
-]
+JobStages = Annotated[AsyncIterator[JobStage], Depends(streams.jobs(known_job))]
 
 
 @router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=problems(404, 422))
-async def job_events(states: JobStates) -> AsyncIterable[ServerSentEvent]:
+async def job_events(stages: JobStages) -> AsyncIterable[ServerSentEvent]:
     """The job now, and its newest state after each change, until it has ended."""
-    async for job in states:
-        yield ServerSentEvent(event="job", data=JobAnswer.model_validate(job), id=stage(job))
+    async for stage in stages:
+        yield ServerSentEvent(event="job", data=JobAnswer.model_validate(stage), id=stage.event_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator  # noqa: TC003 - FastAPI reads the annotations
 from typing import TYPE_CHECKING, Any
+from uuid import UUID  # noqa: TC003
 
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Response
@@ -17,6 +18,7 @@ from coord.http import (
     EventStreams,
     HeadRequests,
     Idempotency,
+    JobStage,
     Poll,
     Reply,
     RequestLimits,
@@ -105,6 +107,16 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
     async def events(states: AsyncIterator[Order] = Depends(states_of_order)) -> AsyncIterable[ServerSentEvent]:
         async for order in states:
             yield ServerSentEvent(data=Answer.model_validate(order), id=version(order))
+
+    async def known_job(job_id: UUID, session: AsyncSession = Depends(get_db)) -> Job:
+        return await session.get_one(Job, job_id)
+
+    stages_of_job = open_streams.jobs(known_job)
+
+    @app.get("/jobs/{job_id}/events", response_class=EventSourceResponse)
+    async def job_events(stages: AsyncIterator[JobStage] = Depends(stages_of_job)) -> AsyncIterable[ServerSentEvent]:
+        async for stage in stages:
+            yield ServerSentEvent(data={"state": stage.state}, id=stage.event_id)
 
     return app
 

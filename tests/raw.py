@@ -70,6 +70,11 @@ class Call:
                 return event
         return None
 
+    async def events(self) -> AsyncIterator[Event]:
+        """Until the stream ends."""
+        while (event := await self.event()) is not None:
+            yield event
+
     def leave(self) -> None:
         """Without a word: the server sees a reset."""
         self.writer.transport.abort()

@@ -79,16 +79,16 @@ class Command:
 
 @contextlib.asynccontextmanager
 async def running(
-    command: tuple[str, ...], database_url: str, redis_url: str, **variables: str
+    command: tuple[str, ...], database_url: str, redis_url: str, **environment: str
 ) -> AsyncIterator[Command]:
     """The command, started; not waited for."""
-    environment = {**os.environ, "COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url, **variables}
+    urls = {"COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url}
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
         *command,
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **urls, **environment},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,

@@ -13,11 +13,15 @@ import pytest
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
+import coord.http.events
+import coord.http.stages
 import coord.watcher
-from coord import Coordinator
+from coord import Coordinator, JobState
 from coord.http import EventStreams
-from tests.counter import PROBLEM, URN, changed, counter, orders, placed, the_job, version  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from coord.http.stages import Stages
+from coord.jobs.ledger import Worker, new_id
+from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
 from tests.raw import Call, call
 from tests.serving import eventually, served
 from tests.waits import registered
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import httpx
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -210,23 +214,48 @@ async def test_a_stream_that_begins_when_the_server_stops_is_the_state_now_and_n
             assert (await states(stream, 1), await stream.event()) == ([("1", "pending")], None)
 
 
-async def test_a_final_state_is_the_last(session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
-    async with session_maker() as session:
-        order = await session.get_one(Order, order_id)
-    streams = EventStreams(session_maker)
-    dependency = streams.of(placed, id=version, columns=[Order.status], final=lambda order: order.status != "pending")
-    seen = []
-    async with contextlib.asynccontextmanager(dependency)(order, None) as rows:
-        async for row in rows:
-            seen.append(row.status)
-            if row.status is OrderStatus.PENDING:
-                await changed(session_maker, order_id)
-    assert seen == ["pending", "fulfilled"]
-    async with session_maker() as session:
-        order = await session.get_one(Order, order_id)
-    async with contextlib.asynccontextmanager(dependency)(order, "2") as rows:
-        assert [row async for row in rows] == []
+async def test_a_job_is_told_until_it_has_ended(
+    http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That it runs is nothing that the ledger says, but the heartbeat of its worker."""
+    monkeypatch.setattr(coord.http.events, "BEAT", 0.1)
+    monkeypatch.setattr(coord.http.stages, "FRESH", 0.05)
+    job = await committed(session_maker, a_task)
+    async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
+        await stream.begun()
+        assert await job_states(stream, 1) == [("1-queued", "queued")]
+        async with session_maker() as session, session.begin():
+            session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
+        assert await job_states(stream, 1) == [("1-running", "running")]
+        async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events", {"Last-Event-ID": "1-queued"}) as another:
+            await another.begun()
+            assert await job_states(another, 1) == [("1-running", "running")]
+            await end(session_maker, job, JobState.FAILED, "OutOfTea")
+            assert await job_states(another, 2) == await job_states(stream, 2) == [("1-failed", "failed")]
+    async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as late:
+        await late.begun()
+        assert await job_states(late, 2) == [("1-failed", "failed")]
+
+
+async def job_states(stream: Call, count: int) -> list[tuple[str, str]]:
+    events = [await stream.event() for _ in range(count)]
+    return [(event.id, event.data["state"]) for event in events if event is not None]
+
+
+async def test_a_hundred_streams_of_jobs_share_one_look_at_the_workers(
+    session_maker: SessionMaker, engine: AsyncEngine
+) -> None:
+    jobs = [await committed(session_maker, a_task) for _ in range(100)]
+    stages = Stages(session_maker)
+    async with statements(engine) as seen:
+        assert {stage.state for stage in await asyncio.gather(*map(stages.of, jobs))} == {"queued"}
+    assert len([statement for statement in seen if "coord_workers" in statement]) == 1
+
+
+async def test_a_job_is_told_while_the_workers_cannot_be_asked(session_maker: SessionMaker) -> None:
+    job = await committed(session_maker, a_task)
+    away = create_async_engine("postgresql+asyncpg://127.0.0.1:1/nowhere")
+    assert (await Stages(async_sessionmaker(away)).of(job)).state is JobState.QUEUED
 
 
 async def test_rows_of_a_session_that_expires_them_are_streamed_too(database_url: str) -> None:

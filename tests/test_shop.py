@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import asyncpg
 import httpx
 import pytest
 
+from tests.raw import call
 from tests.serving import eventually
 from tests.shop import (
     API,
@@ -165,6 +167,91 @@ async def test_a_task_that_finds_the_tables_locked_tries_again(shop: Shop) -> No
     assert (await asking).json()["status"] == "fulfilled"
 
 
+async def test_fifty_clients_with_one_key_have_one_job_and_equal_answers(shop: Shop) -> None:
+    await shop.stock("fifty", 10)
+    order_id = await shop.place("fifty", 2)
+    before = await shop.database.fetchval("SELECT count(*) FROM coord_jobs")
+    headers = {"Idempotency-Key": '"fifty"'}
+    answers = await asyncio.gather(*(shop.http.post(f"/orders/{order_id}/fulfil", headers=headers) for _ in range(50)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert (await shop.database.fetchval("SELECT count(*) FROM coord_jobs"), await shop.left("fifty")) == (
+        before + 1,
+        8,
+    )
+    reused = await shop.http.post(f"/orders/{await shop.place('fifty', 2)}/fulfil", headers=headers)
+    assert (reused.status_code, reused.headers["content-type"]) == (422, PROBLEM)
+
+
+async def test_an_order_that_needs_no_job_has_its_key_checked_too(shop: Shop) -> None:
+    first, second = await shop.place("never-stocked", 1), await shop.place("never-stocked", 2)
+    headers = {"Idempotency-Key": "checked"}
+    for order_id, status in ((first, 200), (first, 200), (second, 422)):
+        answer = await shop.http.post(f"/orders/{order_id}/fulfil", headers=headers)
+        assert answer.status_code == status
+    await shop.fulfil(second)
+    assert (await shop.http.post(f"/orders/{second}/fulfil", headers=headers)).status_code == 422
+
+
+async def test_a_job_can_be_looked_at_and_its_order_polled_and_followed(shop: Shop) -> None:
+    await shop.stock("followed", 5)
+    order_id = await shop.place("followed", 1)
+    path, tag = f"/orders/{order_id}", (await shop.http.get(f"/orders/{order_id}")).headers["etag"]
+    async with call(str(shop.http.base_url), "GET", f"{path}/events") as stream:
+        first = await (await stream.begun()).event()
+        assert first is not None
+        assert (first.name, first.data["status"]) == ("order", "pending")
+        polling = asyncio.create_task(shop.http.get(path, headers={"If-None-Match": tag, "Prefer": "wait=20"}))
+        accepted = await shop.http.post(f"{path}/fulfil", headers={"Prefer": "respond-async"})
+        assert (accepted.status_code, accepted.headers["preference-applied"]) == (202, "respond-async")
+        assert accepted.json()["order"] == first.data
+        changed = await stream.event()
+        assert changed is not None
+        assert changed.data == (await polling).json() == (await shop.http.get(path)).json()
+        assert f'"{changed.id}"' == (await polling).headers["etag"] != tag
+    location = accepted.headers["location"]
+    async with call(str(shop.http.base_url), "GET", f"{location}/events") as stream:
+        await stream.begun()
+        events = [event.data["state"] async for event in stream.events()]
+    job = {"id": accepted.json()["job"]["id"], "task": "fulfil_order", "state": "done", "attempt": 1, "error": None}
+    assert (await shop.http.get(location)).json() == job
+    assert events[-1] == "done"
+
+
+async def test_a_failed_job_is_a_problem_that_does_not_say_how_the_shop_is_made(shop: Shop) -> None:
+    order_id = await shop.place("broken", 1)
+    await shop.database.execute("ALTER TABLE stock RENAME TO hidden")
+    try:
+        answer = await shop.fulfil(order_id)
+    finally:
+        await shop.database.execute("ALTER TABLE hidden RENAME TO stock")
+    problem = answer.json()
+    assert (answer.status_code, answer.headers["content-type"]) == (500, PROBLEM)
+    assert problem["type"] == "urn:coord:problem:job-failed"
+    assert problem["detail"].isidentifier()  # the kind of error alone
+    job = await shop.http.get(f"/jobs/{problem['job']}")
+    assert (job.json()["state"], job.json()["error"]) == ("failed", problem["detail"])
+    assert (await shop.fulfil(order_id)).json()["status"] == "rejected"
+
+
+@pytest.mark.parametrize(("job_id", "status"), [(str(uuid.UUID(int=7)), 404), ("x", 422), ("1", 422), ("%00", 422)])
+@pytest.mark.parametrize("suffix", ["", "/events"])
+async def test_a_job_that_is_not_there_is_a_404(shop: Shop, job_id: str, status: int, suffix: str) -> None:
+    answer = await shop.http.get(f"/jobs/{job_id}{suffix}")
+    assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/jobs"), ("GET", "/jobs/{id}/details"), ("POST", "/jobs/{id}/cancel"), ("POST", "/jobs/{id}/retry")],
+)
+async def test_without_a_token_nobody_looks_after_jobs(shop: Shop, method: str, path: str) -> None:
+    job_id = await shop.database.fetchval("SELECT id FROM coord_jobs LIMIT 1") or uuid.uuid4()
+    headers = {"Authorization": "Bearer anything"}
+    answer = await shop.http.request(method, path.format(id=job_id), headers=headers)
+    assert (answer.status_code, answer.headers["content-type"]) == (404, PROBLEM)
+
+
 async def test_a_task_that_loses_its_connection_tries_again(shop: Shop) -> None:
     await shop.stock("cut", 1)
     order_id = await shop.place("cut", 1)
@@ -258,8 +345,11 @@ async def test_what_is_not_there_is_a_problem_too(shop: Shop) -> None:
         (await shop.http.get("/stock/never-stocked"), 404),
         (await shop.http.get("/nowhere"), 404),
         (await shop.http.delete("/orders"), 405),
+        (await shop.http.get("/orders"), 405),
     ):
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+    assert (await shop.http.request("TRACE", "/stock/tea")).headers["allow"] == "GET, HEAD, PUT"
+    assert (await shop.http.head("/stock/never-stocked")).status_code == 404
 
 
 async def test_a_busy_shop_is_a_healthy_one(shop: Shop) -> None:

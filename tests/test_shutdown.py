@@ -133,6 +133,17 @@ async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, 
     assert [(row.state, row.attempt) for row in rows] == [("done", 1)] * 2
 
 
+async def test_a_worker_started_without_redis_waits_and_stops_when_told_to(office: Office, notes: Notes) -> None:
+    nowhere = "redis://127.0.0.1:1/0"
+    async with process(office, notes, started=False, COORD_REDIS_URL=nowhere) as worker:
+        await worker.says("Redis is away, jobs wait")
+        worker.signal(signal.SIGTERM)
+        assert await worker.exit_status(within=5) == 0
+        assert worker.count("Redis is away") == 1
+        assert worker.count("Traceback") == 0, worker.lines
+    assert await office.workers() == []
+
+
 async def test_what_is_given_back_rings_the_bell(office: Office) -> None:
     """Nobody has to look for it."""
     begun = asyncio.Event()

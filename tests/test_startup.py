@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ import pytest
 from sqlalchemy import make_url
 
 from coord.embedded import PostgreSQL
+from coord.jobs.ledger import Ledger
+from tests.raw import call
 from tests.serving import eventually
 from tests.shop import (
     API,
@@ -27,6 +30,7 @@ from tests.shop import (
     running,
     waiting_for_locks,
 )
+from worker.models import Base
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -135,8 +139,8 @@ async def test_processes_started_together_on_an_empty_database_all_start(databas
         await transaction.rollback()
         for command, started in zip(commands, [SERVING, WORKING] * 2, strict=True):
             await command.says(started)
-        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public' ORDER BY 1")
-        assert {"orders", "stock", "coord_jobs"} <= {name for (name,) in tables}
+        tables = await connection.fetch("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        assert {name for (name,) in tables} == {*Base.metadata.tables, *Ledger.metadata.tables, "coord_schema"}
 
 
 async def test_a_worker_waits_for_redis_and_says_so_once(database_url: str, redis_url: str) -> None:
@@ -145,22 +149,24 @@ async def test_a_worker_waits_for_redis_and_says_so_once(database_url: str, redi
         Network(redis_url).opened() as network,
         running(WORKER, url, network.url) as worker,
     ):
-        await worker.says("Redis is away")
         await network.visited(4)
+        assert [line for line in worker.lines if "waiting for Redis (COORD_REDIS_URL)" in line] == worker.lines
         network.up = True
         await worker.says("Redis is back")
-        assert worker.count("Redis is") == 2, worker.lines
+        await worker.says(WORKING)
+        assert len(worker.lines) - worker.count("Starting worker|redis_version") == 2, worker.lines
 
 
 async def test_a_worker_that_waits_for_redis_ends_when_told_to(database_url: str) -> None:
     async with empty_database(database_url) as url, running(WORKER, url, "redis://127.0.0.1:1/0") as worker:
-        await worker.says("Redis is away")
+        await worker.says("waiting for Redis")
         assert await worker.stop() == 0
     assert worker.count("Traceback") == 0
 
 
 @pytest.mark.slow
 async def test_without_redis_the_api_takes_orders_and_says_so_once(database_url: str, redis_url: str) -> None:
+    """It waits by polling, and a worker that has Redis finds the job in the ledger."""
     await emptied(redis_url)
     async with AsyncExitStack() as stack:
         url = await stack.enter_async_context(empty_database(database_url))
@@ -169,17 +175,20 @@ async def test_without_redis_the_api_takes_orders_and_says_so_once(database_url:
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=(await api.says(SERVING))[1], timeout=40))
         placed = await http.post("/orders", json={"sku": "tea", "quantity": 1})
         assert placed.status_code == 201
-        answer = await http.post(f"{placed.headers['location']}/fulfil")
-        assert (answer.status_code, answer.headers["content-type"]) == (503, "application/problem+json")
-        assert int(answer.headers["retry-after"]) >= 1
-        assert answer.elapsed.total_seconds() < 3
+        fulfil = f"{placed.headers['location']}/fulfil"
+        accepted = await http.post(fulfil, headers={"Prefer": "wait=1"})
+        assert (accepted.status_code, accepted.json()["job"]["state"]) == (202, "queued")
+        assert accepted.elapsed.total_seconds() < 2
         health = await http.get("/healthz")
         assert (health.status_code, health.json()) == (200, {"postgresql": "ok", "redis": "down"})
         await network.visited(2)
         assert api.count("Redis is away") == 1
+        await stack.enter_async_context(running(WORKER, url, redis_url))
+        assert (await http.post(fulfil)).json()["status"] == "rejected"
+        assert (await http.get(accepted.headers["location"])).json()["state"] == "done"
         network.up = True
         await api.says("Redis is back")
-        await stack.enter_async_context(running(WORKER, url, redis_url))
+        placed = await http.post("/orders", json={"sku": "tea", "quantity": 1})
         assert (await http.post(f"{placed.headers['location']}/fulfil")).json()["status"] == "rejected"
         assert (await http.get("/healthz")).json() == {"postgresql": "ok", "redis": "ok"}
         assert api.count("Redis is away|Redis is back") == 2
@@ -192,9 +201,30 @@ async def test_a_redis_that_accepts_and_never_answers_holds_no_request(database_
         async with httpx.AsyncClient(base_url=(await api.says(SERVING))[1], timeout=40) as http:
             placed = await http.post("/orders", json={"sku": "tea", "quantity": 1})
             fulfil = f"{placed.headers['location']}/fulfil"
-            answers = await asyncio.gather(*(http.post(fulfil) for _ in range(20)), http.get("/healthz"))
-    assert [answer.status_code for answer in answers] == [503] * 20 + [200]
+            asking = [http.post(fulfil, headers={"Prefer": "wait=1"}) for _ in range(20)]
+            answers = await asyncio.gather(*asking, http.get("/healthz"))
+    assert [answer.status_code for answer in answers] == [202] * 20 + [200]
+    assert len({answer.json()["job"]["id"] for answer in answers[:-1]}) == 1
     assert max(answer.elapsed.total_seconds() for answer in answers) < 4
+
+
+async def test_an_api_with_open_streams_ends_them_and_itself_when_told_to(database_url: str, redis_url: str) -> None:
+    async with empty_database(database_url) as url, running(API, url, redis_url) as api, AsyncExitStack() as stack:
+        address = (await api.says(SERVING))[1]
+        assert address.startswith("http://127.0.0.1:")  # and nowhere else, unless told to
+        async with httpx.AsyncClient(base_url=address) as http:
+            placed = await http.post("/orders", json={"sku": "tea", "quantity": 1})
+        path = f"{placed.headers['location']}/events"
+        streams = [await stack.enter_async_context(call(address, "GET", path)) for _ in range(3)]
+        for stream in streams:
+            assert (await stream.begun()).status == 200
+            assert (await stream.event()) is not None
+        stopping = asyncio.create_task(api.stop())
+        async with asyncio.timeout(1):
+            assert [await stream.event() for stream in streams] == [None] * 3
+        async with asyncio.timeout(5):
+            assert await stopping in {0, -signal.SIGTERM}  # uvicorn passes the signal on to itself in the end
+    assert api.count("Traceback|ERROR") == 0, api.lines
 
 
 async def test_healthz_fails_only_and_in_time_when_postgresql_does(database_url: str, redis_url: str) -> None:
@@ -248,10 +278,13 @@ async def test_an_unfulfilled_order_is_a_202_and_is_fulfilled_when_a_worker_come
             await http.put("/stock/tea", json={"quantity": 5})
             pending = (await http.post("/orders", json={"sku": "tea", "quantity": 5})).json()
             answer = await http.post(f"/orders/{pending['id']}/fulfil")
-            assert (answer.status_code, answer.headers["location"]) == (202, f"/orders/{pending['id']}")
-            assert int(answer.headers["retry-after"]) >= 1
             body = answer.json()
+            assert (answer.status_code, answer.headers["location"]) == (202, f"/jobs/{body['job']['id']}")
+            assert int(answer.headers["retry-after"]) >= 1
             assert body == {"job": {"id": body["job"]["id"], "state": "queued"}, "order": pending}
             assert 25 <= answer.elapsed.total_seconds() < 27
+            job = {"id": body["job"]["id"], "task": "fulfil_order", "state": "queued", "attempt": 1, "error": None}
+            assert (await http.get(answer.headers["location"])).json() == job
             async with running(WORKER, url, redis_url):
                 assert (await http.post(f"/orders/{pending['id']}/fulfil")).json()["status"] == "fulfilled"
+            assert (await http.get(answer.headers["location"])).json() == job | {"state": "done"}

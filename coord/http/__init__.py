@@ -26,11 +26,13 @@ from coord.http.polling import Poll, poll, polls
 from coord.http.prefer import Preference
 from coord.http.problem import problem, problems, public_reason
 from coord.http.reply import Reply, replies, reply
+from coord.http.stages import JobStage
 
 __all__ = [
     "EventStreams",
     "HeadRequests",
     "Idempotency",
+    "JobStage",
     "Poll",
     "Preference",
     "Reply",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-import threading
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Header
@@ -15,12 +13,17 @@ from coord.cancellation import uninterrupted
 from coord.engine import engine_of, prepare
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.disconnect import ended
+from coord.http.stages import BEAT, JobStage, Stages
+from coord.http.stopping import signalled
+from coord.jobs.ledger import Job
 from coord.waiting import watch_row
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    Dependency = Callable[..., AsyncGenerator[AsyncIterator[Any], None]]
 
 MAX_STREAMS = 1_000
 LAST_EVENT_ID = Header(alias="Last-Event-ID", description="The id of the last event that the client has.")
@@ -37,116 +40,107 @@ class EventStreams:
     async def order_events(states: States) -> AsyncIterable[ServerSentEvent]:
         async for order in states:
             yield ServerSentEvent(data=OrderAnswer.model_validate(order), id=version(order))
+
+    What cannot begin is refused before the answer begins: one stream too many is a `TooManyWaitersError`. No stream
+    holds a connection. Each has a session of its own, since FastAPI lets it begin while the request's still commits.
     """
 
     def __init__(self, session_maker: async_sessionmaker[AsyncSession], *, max_streams: int = MAX_STREAMS) -> None:
         prepare(engine_of(session_maker))
         self._session_maker = session_maker
+        self._stages = Stages(session_maker)
         self._max = max_streams
         self._open = 0
         self._closing: asyncio.Event | None = None
 
     def of(
-        self,
-        row: Callable[..., Any],
-        *,
-        id: Callable[[Any], str],
-        columns: Sequence[Any] | None = None,
-        final: Callable[[Any], bool] | None = None,
-    ) -> Callable[..., AsyncGenerator[AsyncIterator[Any], None]]:
+        self, row: Callable[..., Any], *, id: Callable[[Any], str], columns: Sequence[Any] | None = None
+    ) -> Dependency:
         """A dependency: the states of the row that the dependency `row` gives, as it is, then after each change.
 
-        A row whose `id` is the client's `Last-Event-ID` is no news. Ends after a state that is `final`, when the row is
-        deleted, and when the server stops. What cannot begin is refused before the answer begins: one stream too many
-        is a `TooManyWaitersError`. Holds no connection, and has a session of its own: the request's may still commit.
+        `id` tells them apart: one with the id of the one before, or of the client's `Last-Event-ID`, is no news. Ends
+        when the row is deleted and when the server stops.
         """
 
         async def states(
             now: Any = Depends(row), last: Annotated[str | None, LAST_EVENT_ID] = None
         ) -> AsyncGenerator[AsyncIterator[Any], None]:
-            key = tuple(inspect(type(now)).primary_key_from_instance(now))
-            with self._place():
-                async with (
-                    self._session_maker() as session,
-                    watch_row(session, type(now), key, columns=columns, since=now) as changes,
-                ):
-                    own = await session.merge(now, load=False)  # a commit of the request's may expire the other
-                    async with aclosing(self._states(own, changes, final, skip=id(own) == last)) as stream:
-                        yield stream
+            async with self._watched(now, columns) as rows:
+                yield _news(rows, last, id)
 
         return states
+
+    def jobs(self, job: Callable[..., Any]) -> Dependency:
+        """A dependency: the `JobStage`s of the job that the dependency `job` gives, until it has ended."""
+
+        async def stages(
+            now: Any = Depends(job), last: Annotated[str | None, LAST_EVENT_ID] = None
+        ) -> AsyncGenerator[AsyncIterator[JobStage], None]:
+            async with self._watched(now, [Job.state, Job.attempt, Job.error], tick=BEAT) as rows:
+                yield _news(self._stages_of(rows), last, lambda stage: stage.event_id)
+
+        return stages
 
     @asynccontextmanager
     async def lifespan(self, _app: Any) -> AsyncIterator[None]:
         """End the streams when the server is signalled to stop: it would wait for them before it ends this block."""
         self._closing = closing = asyncio.Event()
         loop = asyncio.get_running_loop()
-        with _signalled(lambda: loop.call_soon_threadsafe(closing.set)):
+        with signalled(lambda: loop.call_soon_threadsafe(closing.set)):
             try:
                 yield
             finally:
                 closing.set()
 
-    @contextmanager
-    def _place(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _watched(
+        self, now: Any, columns: Sequence[Any] | None, tick: float | None = None
+    ) -> AsyncIterator[AsyncIterator[Any]]:
         if self._open >= self._max:
             raise TooManyWaitersError(f"{self._open} event streams are as many as this process serves")
         self._open += 1
         try:
-            yield
+            key = tuple(inspect(type(now)).primary_key_from_instance(now))
+            async with (
+                self._session_maker() as session,
+                watch_row(session, type(now), key, columns=columns, since=now) as changes,
+            ):
+                own = await session.merge(now, load=False)  # a commit of the request's session may expire the other
+                async with aclosing(_rows(own, changes, self._closing or asyncio.Event(), tick)) as rows:
+                    yield rows
         finally:
             self._open -= 1
 
-    async def _states(
-        self, now: Any, changes: AsyncIterator[Any], final: Callable[[Any], bool] | None, *, skip: bool
-    ) -> AsyncGenerator[Any, None]:
-        if not skip:
-            yield now
-        closing = asyncio.ensure_future((self._closing or asyncio.Event()).wait())
-        state: Any = now
-        try:
-            while state is not None and (final is None or not final(state)):
-                state = await _next(changes, closing)
-                if state is not None:
-                    yield state
-        finally:
-            closing.cancel()
+    async def _stages_of(self, jobs: AsyncIterator[Job]) -> AsyncIterator[JobStage]:
+        async for job in jobs:
+            yield await self._stages.of(job)
+            if job.state.is_final:
+                return
 
 
-async def _next(changes: AsyncIterator[Any], closing: asyncio.Future[Any]) -> Any:
-    """None when there are no more."""
-    following = asyncio.ensure_future(anext(changes))
+async def _news(states: AsyncIterator[Any], last: str | None, id: Callable[[Any], str]) -> AsyncIterator[Any]:
+    async for state in states:
+        if id(state) != last:
+            last = id(state)
+            yield state
+
+
+async def _rows(
+    row: Any, changes: AsyncIterator[Any], closing: asyncio.Event, tick: float | None
+) -> AsyncGenerator[Any, None]:
+    """The row now and after each change, and with `tick` again after so many seconds without one."""
+    closed = asyncio.ensure_future(closing.wait())
+    following: asyncio.Future[Any] | None = None
     try:
-        await asyncio.wait({following, closing}, return_when=asyncio.FIRST_COMPLETED)
-        return following.result() if following.done() else None
+        while True:
+            yield row
+            following = following or asyncio.ensure_future(anext(changes))
+            await asyncio.wait({following, closed}, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+            if closed.done():
+                return
+            if following.done():
+                row, following = following.result(), None
     except RowNotFoundError:
-        return None
-    finally:
-        await uninterrupted(ended(following))
-
-
-@contextmanager
-def _signalled(tell: Callable[[], object]) -> Iterator[None]:
-    """Be told of SIGTERM and SIGINT, beside whoever handles them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, frame: Any) -> None:
-        tell()
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-        elif handler is signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, handler)
+        await uninterrupted(ended(closed, *([following] if following else [])))

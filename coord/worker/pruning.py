@@ -47,11 +47,12 @@ class Pruning:
             .order_by(jobs.c.id)
             .limit(BATCH)
             .with_for_update(skip_locked=True)
+            .cte()  # or the plan may have the limit begin anew with each row
         )
         deleted = 0
         for _ in range(BATCHES):
             async with self._engine.connect() as connection:
-                gone = (await connection.execute(delete(jobs).where(jobs.c.id.in_(old)))).rowcount
+                gone = (await connection.execute(delete(jobs).where(jobs.c.id.in_(select(old.c.id))))).rowcount
             deleted += gone
             if gone < BATCH:
                 break

@@ -67,8 +67,8 @@ def worker_settings(
         Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost:6379/0")
 
     Connects to nothing. Run by `arq module.Settings`, it needs the ledger's tables (`coord schema`), outlives any
-    absence of Redis, and runs on uvloop if that is installed. Beside its pool it opens one connection to PostgreSQL and
-    four to Redis. Raises `ValueError` or `TypeError` here for what makes no sense.
+    absence of Redis, and runs on uvloop if that is installed. Beside its pool it opens two connections to PostgreSQL
+    and six to Redis at most. Raises `ValueError` or `TypeError` here for what makes no sense.
     """
     engine_of(session_maker)
     address = Address(redis)

@@ -88,6 +88,7 @@ class Shift:
         self._tries = tries
         self._runner: Runner | None = None
         self._claims: Claims | None = None
+        self._shutdown = Shutdown(grace=terms.grace)
         self._stack = AsyncExitStack()
         self._ending: asyncio.Task[None] | None = None
 
@@ -107,17 +108,20 @@ class Shift:
         if ctx["redis"] is not self._redis:
             raise SystemExit("arq --watch would go on with another Redis; `watchfiles 'arq module.Settings'` does not")
         await self.end(ctx)
+        main = asyncio.current_task()
+        assert main is not None
         async with AsyncExitStack() as stack:
+            self._shutdown = Shutdown(grace=self._terms.grace)
+            if self._terms.handles_signals:
+                self._shutdown.handle_signals(main)
+                stack.callback(self._shutdown.forget_signals)
             stack.push_async_callback(self._redis.connection_pool.disconnect)
-            shutdown = self._shutdown(stack)
             if self._terms.on_shutdown is not None:
                 stack.push_async_callback(self._terms.on_shutdown, ctx)
             if self._terms.on_startup is not None:
                 await self._terms.on_startup(ctx)
-            shutdown.pickup = await self._open(stack)
+            await self._open(stack)
             self._stack, self._ending = stack.pop_all(), None
-        main = asyncio.current_task()
-        assert main is not None
         main.add_done_callback(partial(self._main_has_ended, self._stack))
 
     async def end(self, ctx: dict[Any, Any]) -> None:
@@ -135,15 +139,7 @@ class Shift:
         elif self._ending is None:
             self._ending = loop.create_task(self._stack.aclose(), name="coord shift ends")
 
-    def _shutdown(self, stack: AsyncExitStack) -> Shutdown:
-        """From the first moment on: what comes first may take long."""
-        shutdown, main = Shutdown(grace=self._terms.grace), asyncio.current_task()
-        if self._terms.handles_signals and main is not None:
-            shutdown.handle_signals(main)
-            stack.callback(shutdown.forget_signals)
-        return shutdown
-
-    async def _open(self, stack: AsyncExitStack) -> Pickup:
+    async def _open(self, stack: AsyncExitStack) -> None:
         terms, worker = self._terms, new_id()
         coordinator = Coordinator(self._session_maker, redis=self._redis, namespace=terms.namespace)
         coordinator.outage = Outage(logger, away="Redis is away, jobs wait", back="Redis is back")
@@ -164,7 +160,7 @@ class Shift:
         stack.push_async_callback(pickup.leave)
         self._redis.pickup, self._runner = pickup, runner
         stack.callback(setattr, self._redis, "pickup", None)
-        return pickup
+        self._shutdown.pickup = pickup
 
     def _identity(self, worker: UUID, channels: Channels) -> Identity:
         terms = self._terms

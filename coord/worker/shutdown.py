@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from coord.worker.claims import Claim
     from coord.worker.pickup import Pickup
 
 logger = logging.getLogger("arq.coord")
@@ -20,9 +21,10 @@ LAST = 5.0
 class Shutdown:
     """Handles SIGTERM and SIGINT, since arq would go on polling without a pause while its jobs finish."""
 
+    pickup: Pickup | None = None
+    """None until the worker has begun its shift: it can be told to stop before."""
+
     def __init__(self, *, grace: float) -> None:
-        self.pickup: Pickup | None = None
-        """Once there may be jobs."""
         self._grace = grace
         self._task: asyncio.Task[None] | None = None
         self._hurry = asyncio.Event()
@@ -41,33 +43,30 @@ class Shutdown:
         if self._task is not None:
             self._hurry.set()
             return
-        self._task = asyncio.create_task(self._stop(number, worker), name="coord shutdown")
+        running = self._running()
+        logger.info("%s: stops, leaving %d running jobs %g s", number.name, len(running), self._grace)
+        self._task = asyncio.create_task(self._stop(worker), name="coord shutdown")
 
-    async def _stop(self, number: signal.Signals, worker: asyncio.Task[Any]) -> None:
-        if self.pickup is None:
-            logger.info("%s: stops", number.name)
-        else:
-            running = len(self.pickup.claims.all())
-            logger.info("%s: stops, leaving %d running jobs %g s", number.name, running, self._grace)
-            await self._drain(self.pickup)
+    def _running(self) -> list[Claim]:
+        return [] if self.pickup is None else self.pickup.claims.all()
+
+    async def _stop(self, worker: asyncio.Task[Any]) -> None:
+        if self.pickup is not None:
+            self.pickup.drain()
+            await self._ended(self._grace, self._hurry)
+            for claim in self._running():
+                if claim.task is not None:
+                    claim.task.cancel()
+            await self._ended(LAST)
+            await self.pickup.flush()
         while not worker.done():  # redis-py may swallow a cancellation; see Link
             worker.cancel()
             await asyncio.wait([worker], timeout=0.5)
 
-    async def _drain(self, pickup: Pickup) -> None:
-        pickup.drain()
-        await _ended(pickup, self._grace, self._hurry)
-        for claim in pickup.claims.all():
-            if claim.task is not None:
-                claim.task.cancel()
-        await _ended(pickup, LAST)
-        await pickup.flush()
-
-
-async def _ended(pickup: Pickup, limit: float, hurry: asyncio.Event | None = None) -> None:
-    """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
-    deadline = asyncio.get_running_loop().time() + limit
-    while pickup.claims.all() and asyncio.get_running_loop().time() < deadline:
-        if hurry is not None and hurry.is_set():
-            return
-        await asyncio.sleep(0.02)
+    async def _ended(self, limit: float, hurry: asyncio.Event | None = None) -> None:
+        """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
+        deadline = asyncio.get_running_loop().time() + limit
+        while self._running() and asyncio.get_running_loop().time() < deadline:
+            if hurry is not None and hurry.is_set():
+                return
+            await asyncio.sleep(0.02)
