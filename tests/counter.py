@@ -85,9 +85,9 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
     @app.post("/orders/{order_id}/fulfil", response_model=Answer, responses=replies(Answer))
     async def fulfil(
         asked: Asked | None = None,
+        order: Order = Depends(known),
         once: Idempotency = Depends(once),
         reply: Reply = Depends(reply),
-        order: Order = Depends(known),
         session: AsyncSession = Depends(get_db),
     ) -> Any:
         job = await once.enqueue(session, a_task, order.id)

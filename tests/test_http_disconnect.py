@@ -7,11 +7,13 @@ import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from fastapi import Request
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 
 import coord.watcher
 from coord import Coordinator, JobState
+from coord.http.disconnect import while_connected
 from tests.counter import changed, counter, do, orders, placed, the_job  # noqa: F401 - a fixture
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.raw import call
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import httpx
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     SessionMaker = async_sessionmaker[AsyncSession]
@@ -134,6 +136,29 @@ async def test_who_stays_is_answered_when_others_leave(bell: Counter, session_ma
         for staying in asked[1::2]:
             assert (await staying.begun()).status == 200
             assert (await staying.json())["status"] == "fulfilled"
+
+
+async def test_nothing_watches_a_client_that_was_answered(bell: Counter, session_maker: SessionMaker) -> None:
+    """The connection is still there, for the next request."""
+    order_id = await placed(session_maker)
+    async with call(str(bell.http.base_url), "POST", f"/orders/{order_id}/fulfil") as asking:
+        await do(session_maker, await the_job(session_maker))
+        assert (await asking.begun()).status == 200
+        await eventually(lambda: is_true("_gone" not in tasks()), within=1)
+
+
+async def test_a_receive_that_fails_is_no_departure() -> None:
+    failed, answered = asyncio.Event(), asyncio.Event()
+
+    async def fail() -> Any:
+        failed.set()
+        raise RuntimeError("Unexpected message received: http.request")
+
+    working = asyncio.create_task(while_connected(Request({"type": "http"}, fail), answered.wait()))
+    await failed.wait()
+    await eventually(lambda: is_true("_gone" not in tasks()))
+    answered.set()
+    assert await working
 
 
 async def waiters_are(number: int) -> bool:

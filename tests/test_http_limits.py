@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from starlette.middleware.base import BaseHTTPMiddleware
 
 from coord import create_db_dependency, lock_tables
+from coord.cancellation import uninterrupted
 from coord.http import RequestLimits, problem_handlers
 from tests.counter import PROBLEM, URN, orders  # noqa: F401 - a fixture
 from tests.ledger import ledger  # noqa: F401 - a fixture
@@ -66,9 +67,9 @@ class Service:
             async with lock_tables(session, [Order], timeout=60):
                 pass
 
-        @app.get("/thread")
-        def thread() -> str:
-            self.go_on.wait(20)
+        @app.get("/stubborn")
+        async def stubborn() -> str:
+            await uninterrupted(asyncio.to_thread(self.go_on.wait, 20))
             return "late"
 
         @app.get("/timeout")
@@ -194,16 +195,43 @@ async def test_nobody_waits_longer_than_the_cap(session_maker: SessionMaker, obs
 
 async def test_a_handler_that_does_not_stop_is_answered_for(service: Service) -> None:
     async with served(service.app) as client:
-        answer = await client.get("/thread", headers=AT_ONCE)
+        answer = await client.get("/stubborn", headers=AT_ONCE)
         assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
         assert answer.elapsed.total_seconds() < 3
         assert not service.go_on.is_set()
         assert (await client.get("/select")).json() == 1
         service.go_on.set()
-        assert (await client.get("/thread")).json() == "late"
+        assert (await client.get("/stubborn")).json() == "late"
 
 
-async def test_a_database_that_does_not_answer_holds_no_request(database_url: str) -> None:
+async def test_what_a_handler_says_too_late_is_not_heard() -> None:
+    said: list[dict[str, Any]] = []
+    refused = asyncio.Event()
+
+    async def late(_scope: Any, _receive: Any, send: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await refused.wait()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"late"})
+
+    async def say(message: Any) -> None:
+        said.append(message)
+        refused.set()
+
+    async def hear() -> Any:
+        return {"type": "http.request"}
+
+    scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "headers": []}
+    async with asyncio.timeout(5):
+        await RequestLimits(late, wait=0, margin=0.05)(scope, hear, say)
+    assert [message.get("status", 503) for message in said] == [503, 503]
+
+
+@pytest.mark.usefixtures("orders")
+@pytest.mark.parametrize(("method", "path"), [("GET", "/select"), ("POST", "/order"), ("POST", "/lock")])
+async def test_a_database_that_does_not_answer_holds_no_request(database_url: str, method: str, path: str) -> None:
     url = make_url(database_url)
     flows = asyncio.Event()
     flows.set()
@@ -225,7 +253,7 @@ async def test_a_database_that_does_not_answer_holds_no_request(database_url: st
         assert (await client.get("/select")).json() == 1
         flows.clear()
         try:
-            answer = await client.get("/select", headers=AT_ONCE)
+            answer = await client.request(method, path, headers=AT_ONCE)
         finally:
             flows.set()
         assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
@@ -239,7 +267,7 @@ async def test_a_stream_that_has_begun_takes_as_long_as_it_takes(service: Servic
     async with served(service.app) as client, call(str(client.base_url), "GET", "/stream", AT_ONCE) as stream:
         await stream.begun()
         assert await stream.text() == "first"
-        assert (await client.get("/thread", headers=AT_ONCE)).status_code == 503  # which takes as long as is allowed
+        assert (await client.get("/stubborn", headers=AT_ONCE)).status_code == 503  # which takes as long as is allowed
         service.go_on.set()
         assert (await stream.text(), await stream.text()) == ("last", "")
 
@@ -256,6 +284,6 @@ async def test_the_deadline_holds_behind_a_base_http_middleware_too(service: Ser
 
     service.app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     async with served(service.app) as client:
-        answer = await client.get("/thread", headers=AT_ONCE)
+        answer = await client.get("/stubborn", headers=AT_ONCE)
         assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
         service.go_on.set()

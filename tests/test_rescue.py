@@ -226,7 +226,7 @@ async def test_nobody_is_robbed_because_postgresql_was_away(notes: Notes, redis_
                 for job in jobs:
                     await notes.say(job, "starts")
                 await asyncio.to_thread(server.stop, "immediate")
-                await asyncio.sleep(DEAD + 2)
+                await asyncio.sleep(DEAD + 1)
                 await asyncio.to_thread(server.start)
                 await worker.says("PostgreSQL answers again")
                 await asyncio.sleep(2)  # in which somebody might be taken for dead

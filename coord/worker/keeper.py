@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from contextlib import AsyncExitStack
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -22,7 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coord.jobs.ledger import JobState, cancellations, jobs, workers
 from coord.outage import Outage
-from coord.worker.census import NEVER, Census
+from coord.worker.census import DEAD, NEVER, Census
 from coord.worker.pickup import LEASE
 from coord.worker.reconciler import Reconciler
 from coord.worker.scripts import renew
@@ -228,9 +229,10 @@ class Keeper:
 
     async def _leave(self, engine: AsyncEngine, redis: Any) -> bool:
         here = (workers.c.queue == self.identity.queue) & (workers.c.host == socket.gethostname())
+        alive = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
         async with engine.connect() as connection:
             await connection.execute(delete(workers).where(workers.c.id == self.identity.id))
-            others = await connection.scalar(select(func.count()).select_from(workers).where(here))
+            others = await connection.scalar(select(func.count()).select_from(workers).where(here, alive))
         if not others:
             await redis.delete(self.identity.health_key)
         return True

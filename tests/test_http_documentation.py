@@ -1,0 +1,90 @@
+"""The pages on HTTP and security say what the code does: their application behaves, their numbers are the code's."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from coord import create_ledger
+from coord.http import admin, events, handling, limits
+from coord.http.idempotency import DAY, LONGEST
+from coord.http.problem import KINDS
+from coord.jobs.operations import MOST
+from coord.watcher import MAX_WAITERS
+from tests.counter import do, placed, the_job
+from tests.raw import call
+from tests.serving import served
+from tests.test_documentation import Namespace, database, namespace, prose, run, session_maker  # noqa: F401 - fixtures
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+async def test_the_application_of_the_http_page_behaves(
+    namespace: Namespace,  # noqa: F811
+    session_maker: async_sessionmaker[AsyncSession],  # noqa: F811
+) -> None:
+    async with session_maker.kw["bind"].begin() as connection:
+        await create_ledger(connection)
+    await run(DOCS / "http.md", namespace)
+    path = f"/orders/{await placed(session_maker)}"
+    async with served(namespace["app"]) as client:
+        accepted = await client.post(f"{path}/fulfil", headers={"Prefer": "respond-async", "Idempotency-Key": "k"})
+        assert accepted.status_code == 202
+        asking = asyncio.create_task(client.post(f"{path}/fulfil", headers={"Idempotency-Key": "k"}))
+        polling = asyncio.create_task(client.get(path, headers={"If-None-Match": "*", "Prefer": "wait=20"}))
+        async with call(str(client.base_url), "GET", f"{path}/events") as stream:
+            first = await (await stream.begun()).event()
+            await do(session_maker, await the_job(session_maker))
+            second = await stream.event()
+        assert first is not None
+        assert second is not None
+        assert second.data == (await asking).json() == (await polling).json() == first.data | {"status": "fulfilled"}
+        assert (await client.get("/orders/0")).json()["status"] == 404
+        assert (await client.post("/orders/0/fulfil", headers={"Idempotency-Key": "k"})).status_code == 422
+
+
+async def test_the_routes_of_the_security_page_need_their_token(namespace: Namespace) -> None:  # noqa: F811
+    await run(DOCS / "security.md", namespace)
+    async with namespace["session_maker"].kw["bind"].begin() as connection:
+        await create_ledger(connection)
+    async with served(namespace["app"]) as client:
+        assert (await client.get("/jobs")).status_code == 401
+        token = {"Authorization": "Bearer correct horse battery"}
+        assert (await client.get("/jobs", headers=token)).status_code == 200
+
+
+def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
+    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", (DOCS / "http.md").read_text(), re.MULTILINE)
+    listed = {(name, int(status)) for names, status in rows for name in re.findall(r"`(.*?)`", names)}
+    assert listed == {(kind.name, kind.status) for kind in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("page", "says", "value", "expected"),
+    [
+        ("http", "when time is up: 25 s", limits.WAIT, 25),
+        ("http", "locks and for the row: 4 s after time is up", limits.MARGIN, 4),
+        ("http", "bare token of up to 255 characters", LONGEST, 255),
+        ("http", "expire after a day", DAY, 86_400),
+        ("http", "One more than 1,000 in a process", events.MAX_STREAMS, 1_000),
+        ("security", "| 1,000,000 bytes, announced or counted | 413 |", limits.BODY, 1_000_000),
+        ("security", "| 16,384 bytes | 431 |", limits.HEAD, 16_384),
+        ("security", "| `Prefer: wait=N` or 25 s, and 4 s | 503", (limits.WAIT, limits.MARGIN), (25, 4)),
+        ("security", "faults told of one request | 20 |", handling.MOST, 20),
+        ("security", "event streams of a process | 1,000 |", events.MAX_STREAMS, 1_000),
+        ("security", "waits of a process | 20,000 |", MAX_WAITERS, 20_000),
+        ("security", "`Idempotency-Key` | 255 characters | 400 |", LONGEST, 255),
+        ("security", "jobs in one list | 1,000 | 422 |", MOST, 1_000),
+        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.SHORTEST_TOKEN, 16),
+    ],
+)
+def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, expected: object) -> None:
+    assert says in prose(DOCS / f"{page}.md")
+    assert value == expected
