@@ -156,6 +156,7 @@ async def test_what_is_given_back_rings_the_bell(office: Office) -> None:
         job = await office.enqueue(task)
         await begun.wait()
         await heard.subscribe("arq:queue:bell")
+        assert (await heard.get_message(timeout=5))["type"] == "subscribe"
         await worker.stop()
 
         async def rung() -> bool:
