@@ -238,7 +238,10 @@ async def test_an_unfinished_job_leaves_the_wait_its_deadline(session_maker: Ses
 async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
 ) -> None:
-    """An interval of a minute never comes; the last look does, and it is at the job as well."""
+    """An interval of a minute never comes; the last look does, and it is at the job as well.
+
+    The first look may come after the end, and answers at once.
+    """
     async with session_maker() as session:
         began = time.monotonic()
         task = waiting(session, User, user, job=job, interval=NEVER, timeout=0.5)
@@ -249,7 +252,7 @@ async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
         else:
             with pytest.raises((JobFailedError, JobCancelledError)):
                 await task
-        assert 0.5 <= time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 1.5
 
 
 # What is no job
