@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from redis.exceptions import RedisError
 
 from coord.publisher import Publisher, packed, ring_of
+from coord.redis_connection import own_connection
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
@@ -140,7 +141,7 @@ class Bell:
             wait = BACKOFF[0] if not self._outage.lasts else min(2 * wait, longest)
 
     async def _hear_connection(self) -> None:
-        connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        connection = own_connection(self._redis.connection_pool)
         try:
             async with asyncio.timeout(HEARTBEAT):
                 await connection.connect()  # type: ignore[no-untyped-call]

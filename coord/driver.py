@@ -25,13 +25,21 @@ _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 async def in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, bool]:
     """The driver's connection inside its transaction, and whether that was begun just now.
 
-    SQLAlchemy sends BEGIN with a transaction's first statement, and only with one of its own.
+    SQLAlchemy sends BEGIN with a transaction's first statement, and only with one of its own. When this is cancelled
+    meanwhile, the connection is given up, as SQLAlchemy itself does with one whose statement was cancelled.
     """
     proxied = _proxied(connection)
     driver: Any = proxied.driver_connection
     if driver.is_in_transaction():
         return driver, False
-    await proxied.dbapi_connection._start_transaction()  # pinned by tests/test_driver.py
+    try:
+        await proxied.dbapi_connection._start_transaction()  # pinned by tests/test_driver.py
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise await _translated(connection, "BEGIN", error) from error
+    except BaseException:
+        # Cancelled: it may have begun or not, and asyncpg takes it for begun ever after.
+        await connection.invalidate()
+        raise
     if not driver.is_in_transaction():
         raise InvalidRequestError("This needs a transaction, and the connection is in AUTOCOMMIT mode.")
     return driver, True

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError, ResponseError
 
+from coord.redis_connection import own_connection
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 
@@ -118,7 +120,7 @@ class Publisher:
 
     async def _publish(self) -> None:
         """By one connection until it is lost. Redis may close an idle one; what was under way then is sent again."""
-        connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        connection = own_connection(self._redis.connection_pool)
         try:
             async with asyncio.timeout(LIMIT):
                 await connection.connect()  # type: ignore[no-untyped-call]

@@ -66,9 +66,18 @@ class Reader:
     def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
         """All of it in one greenlet: checkout, query and return."""
         with session:
-            if isinstance(self.source, AsyncEngine):
-                session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})  # asyncpg sends the query alone
-            return session.execute(statement, parameters).all()
+            if not isinstance(self.source, AsyncEngine):
+                return session.execute(statement, parameters).all()
+            # In AUTOCOMMIT asyncpg sends the query alone.
+            connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            try:
+                return session.execute(statement, parameters).all()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    # PostgreSQL has prepared the statement and keeps its locks until the next one; asyncpg has not said
+                    # that it is over if it could not encode the values.
+                    connection.exec_driver_sql("SELECT 1")
+                raise
 
 
 @lru_cache(maxsize=256)  # making a statement takes as long as running it

@@ -23,7 +23,6 @@ from sqlalchemy.schema import CreateSchema
 import coord.watcher
 from coord.embedded import PostgreSQL, Valkey
 from tests.models import Base
-from tests.serving import eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -120,13 +119,24 @@ async def observer(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
+@pytest.fixture(autouse=True)
+async def nothing_left_running() -> AsyncIterator[None]:
+    """After every test: none of coord's tasks that was not there before."""
+
+    def tasks() -> set[asyncio.Task[object]]:
+        return {task for task in asyncio.all_tasks() if task.get_name().startswith("coord")}
+
+    before = tasks()
+    yield
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 2
+    while left := tasks() - before:
+        assert loop.time() < deadline, left
+        await asyncio.sleep(0.005)
+
+
 @pytest.fixture
-async def nobody_left_waiting() -> AsyncIterator[None]:
-    """After every test: no watcher, and none of its tasks."""
+async def nobody_left_waiting(nothing_left_running: None) -> AsyncIterator[None]:
+    """After every test: no watcher."""
     yield
     assert not coord.watcher._watchers.get(asyncio.get_running_loop())
-
-    async def no_task() -> bool:
-        return not [task for task in asyncio.all_tasks() if task.get_name().startswith("coord")]
-
-    await eventually(no_task, within=2)

@@ -248,6 +248,16 @@ async def test_one_wait_too_many_is_refused_at_once(session_maker: SessionMaker,
             await wait_for_row_change(sessions[2], User, 1, timeout=0)
 
 
+async def test_it_closes_at_any_moment_of_its_beginning(session_maker: SessionMaker, redis_url: str) -> None:
+    """Before Python 3.12, redis-py may swallow the cancellation when it is told to end a send that takes too long."""
+    for steps in range(50):
+        async with Redis.from_url(redis_url, socket_timeout=5) as redis, asyncio.timeout(5):
+            async with Coordinator(session_maker, redis=redis):
+                for _ in range(steps):
+                    await asyncio.sleep(0)
+                await asyncio.sleep(0.001 * (steps % 3))
+
+
 @pytest.mark.usefixtures("users")
 async def test_a_lifespan_opens_and_closes_it(session_maker: SessionMaker, redis_url: str, redis: Redis) -> None:
     coordinator = Coordinator(session_maker, redis=redis_url)

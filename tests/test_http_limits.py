@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import StreamingResponse
-from sqlalchemy import make_url, text
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 
@@ -19,6 +18,7 @@ from coord.cancellation import uninterrupted
 from coord.http import RequestLimits, problem_handlers
 from tests.counter import PROBLEM, URN, orders  # noqa: F401 - a fixture
 from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.proxy import proxy
 from tests.raw import call
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
@@ -232,35 +232,19 @@ async def test_what_a_handler_says_too_late_is_not_heard() -> None:
 @pytest.mark.usefixtures("orders")
 @pytest.mark.parametrize(("method", "path"), [("GET", "/select"), ("POST", "/order"), ("POST", "/lock")])
 async def test_a_database_that_does_not_answer_holds_no_request(database_url: str, method: str, path: str) -> None:
-    url = make_url(database_url)
-    flows = asyncio.Event()
-    flows.set()
-
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError):
-            while data := await source.read(65_536):
-                await flows.wait()
-                sink.write(data)
-        sink.close()
-
-    async def lead(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(url.host, url.port)
-        await asyncio.gather(pump(reader, back), pump(there, writer))
-
-    server = await asyncio.start_server(lead, "127.0.0.1", 0)
-    engine = create_async_engine(url.set(host="127.0.0.1", port=server.sockets[0].getsockname()[1]))
-    async with served(Service(async_sessionmaker(engine), margin=0.3).app) as client:
-        assert (await client.get("/select")).json() == 1
-        flows.clear()
-        try:
-            answer = await client.request(method, path, headers=AT_ONCE)
-        finally:
-            flows.set()
-        assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
-        assert answer.elapsed.total_seconds() < 3
-        assert (await client.get("/select")).json() == 1
-    await engine.dispose()
-    server.close()
+    async with proxy(database_url) as way:
+        engine = create_async_engine(way.url)
+        async with served(Service(async_sessionmaker(engine), margin=0.3).app) as client:
+            assert (await client.get("/select")).json() == 1
+            way.flows.clear()
+            try:
+                answer = await client.request(method, path, headers=AT_ONCE)
+            finally:
+                way.flows.set()
+            assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
+            assert answer.elapsed.total_seconds() < 3
+            assert (await client.get("/select")).json() == 1
+        await engine.dispose()
 
 
 async def test_a_stream_that_has_begun_takes_as_long_as_it_takes(service: Service) -> None:

@@ -29,6 +29,7 @@ from sqlalchemy import (
     text,
     update,
 )
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
@@ -380,6 +381,18 @@ async def test_a_key_of_the_wrong_kind_harms_nobody_else(
         assert all("query argument" in str(error) for error in results)
         await observer.execute("UPDATE users SET name = 'after'")
         assert (await task).name == "after"
+
+
+async def test_a_key_of_the_wrong_kind_leaves_no_lock(single: AsyncEngine, observer: Connection, user: int) -> None:
+    """asyncpg tells PostgreSQL that a statement is over when it has sent its values, which it cannot here.
+
+    But for the first time, when it asks what an array is in between.
+    """
+    async with async_sessionmaker(single)() as session:
+        await wait_for_row_change(session, User, user, columns=[User.name], since={"name": "another"})
+        with pytest.raises(DBAPIError, match="query argument"):
+            await wait_for_row_change(session, User, "seven", columns=[User.id])
+        assert await observer.fetchval("SELECT count(*) FROM pg_locks WHERE relation = 'users'::regclass") == 0
 
 
 @pytest.mark.parametrize("how", ["anyio", "task"])

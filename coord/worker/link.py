@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
+from coord.redis_connection import own_connection
+
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
     from redis.asyncio.connection import Connection
@@ -33,7 +35,7 @@ class Link:
             if self._connection is not None:
                 with suppress(RedisConnectionError):  # Redis has closed it since, and may well take another
                     return await self._execute(self._connection, command)
-            return await self._execute(self._opened(), command)
+            return await self._execute(own_connection(self._pool), command)
 
     async def _execute(self, connection: Connection, command: tuple[Any, ...]) -> Any:
         self._connection = None
@@ -49,13 +51,6 @@ class Link:
             raise
         self._connection = connection
         return answer
-
-    def _opened(self) -> Connection:
-        connection: Connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        # redis-py would keep it by `asyncio.wait_for`, which takes a task a command and, before Python 3.12, may
-        # swallow a cancellation (python/cpython#86296): the worker would not stop.
-        connection.socket_timeout = None
-        return connection
 
     def report(self, error: Exception | None) -> None:
         """Say that Redis is away, or back, once."""
