@@ -19,6 +19,7 @@ from tests.counter import do, placed, the_job
 from tests.raw import call
 from tests.serving import served
 from tests.test_documentation import Namespace, database, namespace, prose, run, session_maker  # noqa: F401 - fixtures
+from tests.waits import registered
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -41,6 +42,7 @@ async def test_the_application_of_the_http_page_behaves(
         polling = asyncio.create_task(client.get(path, headers={"If-None-Match": "*", "Prefer": "wait=20"}))
         async with call(str(client.base_url), "GET", f"{path}/events") as stream:
             first = await (await stream.begun()).event()
+            await registered(4)
             await do(session_maker, await the_job(session_maker))
             second = await stream.event()
         assert first is not None
