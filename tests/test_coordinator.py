@@ -317,7 +317,7 @@ async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
                     await writer.commit()
                 assert time.monotonic() - began < 0.3, "a commit waited for Redis"
                 assert (await task).name == "after"
-                assert time.monotonic() - began < 0.3 + 0.3
+                assert time.monotonic() - began < 0.3 + 0.7
                 await asyncio.sleep(max(0, (end - time.monotonic()) / (len(tasks) - n + 1)))
             valkey.start()
             await eventually(lambda: asyncio.sleep(0, bell.connected), within=5)
