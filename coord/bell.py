@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import random
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
-from coord.publisher import Publisher, packed, ring_of
-from coord.redis_connection import own_connection
+from coord.publisher import Publisher, ring_of
+from coord.wire import Wire, connected, packed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from redis.asyncio import Redis
-    from redis.asyncio.connection import Connection
 
     from coord.outage import Outage
     from coord.publisher import Packets
@@ -30,6 +29,7 @@ BACKOFF = (0.1, 2.0)
 """Seconds before the first and any later attempt to reach Redis again."""
 BATCH = 1_000
 """Channels in one command."""
+_PING = packed(b"PING")
 
 
 class Listener(Protocol):
@@ -57,7 +57,7 @@ class Bell:
         self._commands: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
         self._publisher = Publisher(redis, self._published, before=self._subscribe)
-        self._connection: Connection | None = None
+        self._wire: Wire | None = None
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
@@ -72,7 +72,7 @@ class Bell:
 
     @property
     def connected(self) -> bool:
-        return self._connection is not None
+        return self._wire is not None
 
     def ring(self, channels: Iterable[bytes], packets: Packets = MappingProxyType({})) -> None:
         """Publish soon, after the packets, in one round trip with whatever else there is by then."""
@@ -101,7 +101,7 @@ class Bell:
         self._command(channel, False)
 
     def _command(self, channel: bytes, wanted: bool) -> None:
-        if self._connection is None:
+        if self._wire is None:
             return  # whatever is in _listeners by then is subscribed to on connecting
         if not self._commands:
             asyncio.get_running_loop().call_soon(self._subscribe)
@@ -111,13 +111,10 @@ class Bell:
     def _subscribe(self) -> None:
         """Send what there is of that: before any packet, whose consequences may have to be heard."""
         commands, self._commands = self._commands, {}
-        connection = self._connection
-        if connection is None or connection._writer is None or not commands:
+        if self._wire is None or not commands:
             return
         for name, wanted in ((b"SUBSCRIBE", True), (b"UNSUBSCRIBE", False)):
-            channels = [channel for channel, listen in commands.items() if listen is wanted]
-            for start in range(0, len(channels), BATCH):
-                connection._writer.write(packed(name, *channels[start : start + BATCH]))
+            _write(self._wire, name, [channel for channel, listen in commands.items() if listen is wanted])
         if any(commands.values()):
             asyncio.get_running_loop().call_later(LISTEN_LIMIT, self._tell_unconfirmed, list(commands))
 
@@ -141,39 +138,21 @@ class Bell:
             wait = BACKOFF[0] if not self._outage.lasts else min(2 * wait, longest)
 
     async def _hear_connection(self) -> None:
-        connection = own_connection(self._redis.connection_pool)
-        try:
-            async with asyncio.timeout(HEARTBEAT):
-                await connection.connect()  # type: ignore[no-untyped-call]
-            self._commands.clear()
-            self._unconfirmed = dict.fromkeys(self._listeners)
-            self._connection = connection
-            channels = list(self._listeners)
-            for start in range(0, len(channels), BATCH):
-                await connection.send_command("SUBSCRIBE", *channels[start : start + BATCH], check_health=False)
-            await connection.send_command("PING", check_health=False)  # its answer says that all of this was allowed
-            await self._read(connection)
-        finally:
-            if self._connection is not None:
-                self._connection = None
+        async with connected(self._redis.connection_pool, limit=HEARTBEAT) as connection:
+            self._wire = wire = Wire(connection, self._handle)
+            try:
+                self._commands.clear()
+                self._unconfirmed = dict.fromkeys(self._listeners)
+                _write(wire, b"SUBSCRIBE", list(self._listeners))
+                wire.write(_PING)  # its answer says that all of this was allowed
+                await _lost(wire)
+            finally:
+                self._wire = None
                 self._tell_unconfirmed(list(self._unconfirmed))
-            with suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
 
-    async def _read(self, connection: Connection) -> None:
-        asked = False
-        while True:
-            message = await connection.read_response(disable_decoding=True, timeout=HEARTBEAT)
-            if message is not None:
-                asked = False
-                self._handle(message)
-            elif asked:
-                raise TimeoutError(f"Redis has not answered for {HEARTBEAT:g} s")
-            else:
-                asked = True
-                await connection.send_command("PING", check_health=False)
-
-    def _handle(self, message: list[Any] | bytes) -> None:
+    def _handle(self, message: list[Any] | bytes | RedisError) -> None:
+        if isinstance(message, RedisError):
+            raise message
         if not isinstance(message, list):  # the answer to PING while nothing is subscribed to
             self._outage.report(None)
             return
@@ -190,3 +169,25 @@ class Bell:
     def _published(self, error: Exception | None) -> None:
         if error is not None or (self._outage.lasts and self.connected):
             self._outage.report(error)
+
+
+async def _lost(wire: Wire) -> None:
+    """Wait until the connection is lost, and raise why; Redis is asked whether it is there when it says nothing."""
+    loop = asyncio.get_running_loop()
+    asked_at = 0.0
+    while not wire.end.done():
+        silent_since = max(wire.heard_at, asked_at)
+        await asyncio.wait([wire.end], timeout=silent_since + HEARTBEAT - loop.time())
+        if loop.time() < max(wire.heard_at, asked_at) + HEARTBEAT:
+            continue
+        if asked_at > wire.heard_at:
+            raise TimeoutError(f"Redis has not answered for {HEARTBEAT:g} s")
+        asked_at = loop.time()
+        wire.write(_PING)
+    if error := wire.end.result():
+        raise error
+
+
+def _write(wire: Wire, name: bytes, channels: Sequence[bytes]) -> None:
+    for start in range(0, len(channels), BATCH):
+        wire.write(packed(name, *channels[start : start + BATCH]))

@@ -6,10 +6,9 @@ import asyncio
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple
 
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
-from coord.redis_connection import own_connection
+from coord.wire import Line, connected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping
@@ -120,31 +119,23 @@ class Publisher:
 
     async def _publish(self) -> None:
         """By one connection until it is lost. Redis may close an idle one; what was under way then is sent again."""
-        connection = own_connection(self._redis.connection_pool)
-        try:
-            async with asyncio.timeout(LIMIT):
-                await connection.connect()  # type: ignore[no-untyped-call]
+        async with connected(self._redis.connection_pool, limit=LIMIT) as connection:
             self._line = line = _Line(connection, self._answered)
-            self._wanted.clear()
-            self._flush()
-            await line.lost()
-        finally:
-            self._line = None
-            with suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
+            try:
+                self._wanted.clear()
+                self._flush()
+                await line.lost()
+            finally:
+                self._line = None
         self._packets = line.sent | self._packets
         if self._packets:
             self._wanted.set()
 
 
-class _Line(asyncio.Protocol):
-    """A connection that redis-py has made, and that is spoken to without it from then on.
-
-    To pack a command and to parse its answer would cost a writer several times what it takes to send it.
-    """
+class _Line(Line):
+    """Counts lines, which is all there is to read in the answers."""
 
     def __init__(self, connection: Connection, answered: Callable[[], None]) -> None:
-        assert connection._writer is not None  # pinned by tests/test_publisher.py
         self.sent: dict[Hashable, Packet] = {}
         """What was sent together, until all of it is answered."""
         self._sent_at = 0.0
@@ -152,19 +143,17 @@ class _Line(asyncio.Protocol):
         self._answered = answered
         self._useful = False
         """Whether Redis has ever answered here."""
-        self._end: asyncio.Future[Exception | None] = asyncio.get_running_loop().create_future()
-        self._transport = connection._writer.transport
-        self._transport.set_protocol(self)
+        super().__init__(connection)
 
     def send(self, packets: dict[Hashable, Packet]) -> None:
         self.sent = packets
         self._sent_at = asyncio.get_running_loop().time()
         self._unanswered = sum(packet.answers for packet in packets.values())
-        self._transport.write(b"".join(packet.commands for packet in packets.values()))
+        self.write(b"".join(packet.commands for packet in packets.values()))
 
     def data_received(self, data: bytes) -> None:
         if data.strip(b":+OK0123456789\r\n"):
-            self._lose(ResponseError(data.strip().decode(errors="replace")))
+            self.lose(ResponseError(data.strip().decode(errors="replace")))
             return
         self._unanswered -= data.count(b"\n")
         if self.sent and self._unanswered <= 0:
@@ -173,28 +162,19 @@ class _Line(asyncio.Protocol):
             self._answered()
 
     def connection_lost(self, error: Exception | None) -> None:
-        gone = None if self._useful else error or RedisConnectionError("Redis has closed the connection")
-        self._lose(gone)
-
-    def _lose(self, error: Exception | None) -> None:
-        if not self._end.done():
-            self._end.set_result(error)
+        if self._useful:
+            self.lose(None)
+        super().connection_lost(error)
 
     async def lost(self) -> None:
         """Wait until it is; an error unless it had been of use before it was closed."""
         loop = asyncio.get_running_loop()
-        while not self._end.done():
-            await asyncio.wait([self._end], timeout=self._sent_at + LIMIT - loop.time() if self.sent else LIMIT)
+        while not self.end.done():
+            await asyncio.wait([self.end], timeout=self._sent_at + LIMIT - loop.time() if self.sent else LIMIT)
             if self.sent and loop.time() >= self._sent_at + LIMIT:
-                self._lose(TimeoutError(f"Redis has not answered for {LIMIT:g} s"))
-        if error := self._end.result():
+                self.lose(TimeoutError(f"Redis has not answered for {LIMIT:g} s"))
+        if error := self.end.result():
             raise error
-
-
-def packed(*parts: bytes | str | int) -> bytes:
-    """A command as Redis reads it."""
-    texts = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
-    return b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%b\r\n" % (len(text), text) for text in texts)
 
 
 def ring_of(channel: bytes) -> Packet:

@@ -13,7 +13,8 @@ from arq.constants import default_queue_name, job_key_prefix
 
 from coord.jobs.arguments import DEEPEST, depth_of, to_json
 from coord.jobs.options import LONGEST, name_of
-from coord.publisher import Packet, packed, ring_of
+from coord.publisher import Packet, ring_of
+from coord.wire import packed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, RedisError
 
-from coord.redis_connection import own_connection
+from coord.wire import Wire, connected, packed
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
-    from redis.asyncio.connection import Connection
 
     from coord.outage import Outage
 
@@ -27,36 +26,55 @@ class Link:
     def __init__(self, pool: ConnectionPool, outage: Outage) -> None:
         self._pool = pool
         self._outage = outage
-        self._connection: Connection | None = None
+        self._wire: Wire | None = None
+        self._answer: asyncio.Future[Any] | None = None
+        self._stack = AsyncExitStack()
         self._turn = asyncio.Lock()
 
     async def execute_command(self, *command: Any) -> Any:
         async with self._turn:
-            if self._connection is not None:
+            if self._wire is not None:
                 with suppress(RedisConnectionError):  # Redis has closed it since, and may well take another
-                    return await self._execute(self._connection, command)
-            return await self._execute(own_connection(self._pool), command)
+                    return await self._execute(self._wire, command)
+            return await self._execute(await self._opened(), command)
 
-    async def _execute(self, connection: Connection, command: tuple[Any, ...]) -> Any:
-        self._connection = None
+    async def _execute(self, wire: Wire, command: tuple[Any, ...]) -> Any:
+        self._wire = None
+        self._answer = asyncio.get_running_loop().create_future()
         try:
+            if wire.end.done():
+                raise wire.end.result() or RedisConnectionError("Redis has closed the connection")
             async with asyncio.timeout(ANSWER_LIMIT):
-                await connection.send_command(*command, check_health=False)
-                answer = await connection.read_response(disable_decoding=True, disconnect_on_error=False)
-        except NoScriptError:
-            self._connection = connection
-            raise
+                wire.write(packed(*command))
+                answer = await self._answer
+            if isinstance(answer, RedisError) and not isinstance(answer, NoScriptError):
+                raise answer
         except BaseException:
-            await connection.disconnect(nowait=True)
+            await self._stack.aclose()
             raise
-        self._connection = connection
+        self._wire = wire
+        if isinstance(answer, NoScriptError):
+            raise answer
         return answer
+
+    async def _opened(self) -> Wire:
+        connection = await self._stack.enter_async_context(connected(self._pool, limit=ANSWER_LIMIT))
+        wire = Wire(connection, self._heard)
+        wire.end.add_done_callback(self._lost)
+        return wire
+
+    def _heard(self, message: Any) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_result(message)
+
+    def _lost(self, end: asyncio.Future[Exception | None]) -> None:
+        if self._answer is not None and not self._answer.done():
+            self._answer.set_exception(end.result() or RedisConnectionError("Redis has closed the connection"))
 
     def report(self, error: Exception | None) -> None:
         """Say that Redis is away, or back, once."""
         self._outage.report(error)
 
     async def close(self) -> None:
-        if self._connection is not None:
-            await self._connection.disconnect(nowait=True)
-            self._connection = None
+        self._wire = None
+        await self._stack.aclose()
