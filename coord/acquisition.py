@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import DBAPIError
 
-from coord.driver import in_transaction, keeps_its_snapshot
+from coord.driver import in_transaction, keeps_its_snapshot, translated, turn
 from coord.engine import note_failure
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 
@@ -73,8 +72,13 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition, limit: 
 
     `limit` is seconds for all of it together; 0 is in the statement, None leaves it to the server's `lock_timeout`.
     """
-    driver, begun = await in_transaction(connection)
-    known = await _settings(driver) if begun and keeps_its_snapshot(connection) else None
+    async with turn(connection):
+        await _acquire(connection, acquisition, limit)
+
+
+async def _acquire(connection: AsyncConnection, acquisition: Acquisition, limit: float | None) -> None:
+    driver = await in_transaction(connection)
+    known = await _settings(driver) if limit and keeps_its_snapshot(connection) else None
     sql = acquisition.sql(limit, known)
     try:
         await driver.execute(sql)
@@ -82,11 +86,19 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition, limit: 
         await _undo(connection, driver)
         raise
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        if driver.is_closed():
-            await connection.invalidate(error)
-            raise DBAPIError(sql, None, error, connection_invalidated=True) from error
+        refusal = None if driver.is_closed() else await _refused(connection, driver, acquisition, error, bool(limit))
+        raise refusal or await translated(connection, sql, error) from error
+
+
+async def _refused(
+    connection: AsyncConnection, driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, limited: bool
+) -> LockTimeoutError | DeadlockError | None:
+    try:
         await _undo(connection, driver)
-        raise await _refusal(driver, acquisition, error, limited=bool(limit)) or DBAPIError(sql, None, error) from error
+        return await _refusal(driver, acquisition, error, limited=limited)
+    except BaseException:
+        note_failure(connection)  # cancelled: whoever goes on in spite of that must not commit what has failed
+        raise
 
 
 async def _undo(connection: AsyncConnection, driver: asyncpg.Connection) -> None:
@@ -122,11 +134,20 @@ async def _settings(driver: asyncpg.Connection) -> Settings:
 
 
 async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
-    rows = await driver.fetch(f"{_HOLDERS} AND {acquisition.blockers}", *acquisition.blocked_by)
-    holders = [LockHolder(**row) for row in rows]
+    holders = await _holders(driver, acquisition)
     seen = "; ".join(map(str, holders)) or "whoever held it is gone"
     message = f"{acquisition.subject} was not to be had in time: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
+
+
+async def _holders(driver: asyncpg.Connection, acquisition: Acquisition) -> list[LockHolder]:
+    """None if they cannot be asked about, which ends no transaction either."""
+    try:
+        async with driver.transaction():  # a savepoint
+            rows = await driver.fetch(f"{_HOLDERS} AND {acquisition.blockers}", *acquisition.blocked_by)
+    except asyncpg.PostgresError:
+        return []
+    return [LockHolder(**row) for row in rows]
 
 
 def literal(statement: ClauseElement) -> str:

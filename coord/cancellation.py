@@ -9,6 +9,7 @@ Work in a task of its own is outside the caller's scopes and is cancelled once, 
 from __future__ import annotations
 
 import asyncio
+import logging
 import types
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+logger = logging.getLogger("coord.engine")
+
 CLEANUP_LIMIT = 10.0
 """Seconds after which cleanup against a server that does not answer is given up."""
+STOP_LIMIT = 0.1
+"""Seconds for work to stop whose time is up: its server may well be gone."""
 
 
 async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = None) -> T:
     """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
 
-    `TimeoutError` after `limit` seconds; the work is then told to stop and not waited for, as its server may be gone.
+    `TimeoutError` after `limit` seconds; the work is then told to stop and hardly waited for: its server may be gone.
     """
     if limit is None:
         return await _driven(work)
@@ -42,6 +47,7 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
         raise
     if not done:
         task.cancel()
+        await _seen_to_end(task, STOP_LIMIT)
         raise TimeoutError
     return task.result()
 
@@ -72,25 +78,42 @@ def _driven(work: Coroutine[Any, Any, T], struck_by: BaseException | None = None
         return result
 
 
-async def _seen_to_end(task: asyncio.Task[Any]) -> None:
+async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_LIMIT) -> None:
+    """Wait for it whatever cancels the caller meanwhile: what it works on is the caller's, to use next or to give up.
+
+    A second deadline, a server's forced stop: cancellations come in twos.
+    """
+    loop = asyncio.get_running_loop()
+    end = None if limit is None else loop.time() + limit
+    cancelled: asyncio.CancelledError | None = None
     with anyio.CancelScope(shield=True):
-        await asyncio.wait([task], timeout=CLEANUP_LIMIT)
+        while not task.done() and (end is None or loop.time() < end):
+            try:
+                await asyncio.wait([task], timeout=None if end is None else end - loop.time())
+            except asyncio.CancelledError as error:
+                cancelled = error
+    if cancelled is not None:
+        raise cancelled
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` to its end whatever cancels the caller meanwhile, for at most `CLEANUP_LIMIT` seconds."""
     task = asyncio.create_task(_limited(work))
     task.add_done_callback(_retrieve)
-    cancelled: asyncio.CancelledError | None = None
-    with anyio.CancelScope(shield=True):
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError as error:
-                cancelled = error
-    if cancelled is not None:
-        raise cancelled
+    await _seen_to_end(task, None)
     return task.result()
+
+
+async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
+    """The same, after an error: it is raised next, and must not be told otherwise because cleaning up failed too.
+
+    An error of PostgreSQL may be worth another attempt, and a cancellation is nobody's to swallow.
+    """
+    try:
+        return await uninterrupted(work)
+    except Exception as error:  # noqa: BLE001 - the one that it comes after is raised
+        logger.warning("Cleaning up after an error has failed: %s", error or type(error).__name__)
+        return None
 
 
 @asynccontextmanager
@@ -100,7 +123,7 @@ async def settled(block: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
     try:
         yield value
     except BaseException as error:
-        if not await uninterrupted(block.__aexit__(type(error), error, error.__traceback__)):
+        if not await cleaned_up(block.__aexit__(type(error), error, error.__traceback__)):
             raise
     else:
         await interruptible(block.__aexit__(None, None, None))

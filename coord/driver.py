@@ -12,6 +12,7 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from coord.engine import note_failure
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import Executable
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
 _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
-async def in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connection, bool]:
-    """The driver's connection inside its transaction, and whether that was begun just now.
+def turn(connection: AsyncConnection) -> asyncio.Lock:
+    """To be held while the driver is spoken to, since whoever shares the connection may speak to it by SQLAlchemy."""
+    lock: asyncio.Lock = _proxied(connection).dbapi_connection._execute_mutex  # pinned by tests/test_driver.py
+    return lock
+
+
+async def in_transaction(connection: AsyncConnection) -> asyncpg.Connection:
+    """The driver's connection, inside its transaction.
 
     SQLAlchemy sends BEGIN with a transaction's first statement, and only with one of its own. When this is cancelled
     meanwhile, the connection is given up, as SQLAlchemy itself does with one whose statement was cancelled.
@@ -31,18 +38,18 @@ async def in_transaction(connection: AsyncConnection) -> tuple[asyncpg.Connectio
     proxied = _proxied(connection)
     driver: Any = proxied.driver_connection
     if driver.is_in_transaction():
-        return driver, False
+        return driver
     try:
         await proxied.dbapi_connection._start_transaction()  # pinned by tests/test_driver.py
     except connection.dialect.loaded_dbapi.Error as error:
-        raise await _translated(connection, "BEGIN", error) from error
+        raise await translated(connection, "BEGIN", error) from error
     except BaseException:
         # Cancelled: it may have begun or not, and asyncpg takes it for begun ever after.
         await connection.invalidate()
         raise
     if not driver.is_in_transaction():
         raise InvalidRequestError("This needs a transaction, and the connection is in AUTOCOMMIT mode.")
-    return driver, True
+    return driver
 
 
 async def fetch(
@@ -53,11 +60,17 @@ async def fetch(
     It saves half of what SQLAlchemy itself takes, which hot paths pay once a job. Values go to the driver as they are.
     """
     sql, parameters = _compiled(statement, schemas)
-    driver, _ = await in_transaction(connection)
+    given = [values.get(name, constant) for name, constant in parameters]
     try:
-        rows: Sequence[Any] = await driver.fetch(sql, *[values.get(name, constant) for name, constant in parameters])
+        async with turn(connection):
+            driver = await in_transaction(connection)
+            rows: Sequence[Any] = await driver.fetch(sql, *given)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        raise await _translated(connection, sql, error) from error
+        raise await translated(connection, sql, error) from error
+    except BaseException:
+        # Cancelled: who goes on in spite of that must not commit what has failed, or was done after all.
+        await connection.invalidate()
+        raise
     return rows
 
 
@@ -69,7 +82,7 @@ def _compiled(statement: Any, schemas: Schemas) -> tuple[str, Sequence[tuple[str
     return str(compiled), [(name, compiled.binds[name].value) for name in compiled.positiontup]
 
 
-async def _translated(connection: AsyncConnection, sql: str, error: Exception) -> BaseException:
+async def translated(connection: AsyncConnection, sql: str, error: Exception) -> BaseException:
     """As SQLAlchemy would say it, without the values."""
     adapter = _proxied(connection).dbapi_connection
     closed = adapter.driver_connection.is_closed()

@@ -15,7 +15,7 @@ from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
 from coord.acquisition import Acquisition, acquire, literal
-from coord.cancellation import interruptible, uninterrupted
+from coord.cancellation import cleaned_up, interruptible
 from coord.durations import postgres_timeout
 from coord.engine import engine_of
 from coord.errors import LockTimeoutError
@@ -50,6 +50,9 @@ class LockMode(StrEnum):
         raise ValueError(f"{value!r} is not a lock mode; the modes are {', '.join(cls)}")
 
 
+CONNECT_LIMIT = 1.0
+"""Seconds that who does not wait for a lock waits for a connection, which may have to be made."""
+
 _MODES = list(LockMode)
 _CONFLICTS = {  # table 13.2 of the manual, by strength
     LockMode.ACCESS_SHARE: _MODES[7:],
@@ -77,9 +80,10 @@ async def lock_tables(
     other. The lock is taken before any pending change is flushed. Read after it: `session.get` returns a row that was
     loaded before the lock without looking again, unless it is told `populate_existing=True`.
 
-    `timeout` is one deadline in seconds for all the tables ("500ms" works too); 0 does not wait at all, None leaves it
-    to the server's `lock_timeout`, which is afterwards as it was before. The default mode excludes itself and all
-    writers, not readers. Inside a savepoint, the lock is lost when that rolls back.
+    `timeout` is one deadline in seconds for all the tables ("500ms" works too); 0 does not wait for a lock, and at most
+    a second for a connection; None leaves it to the server's `lock_timeout`, which is afterwards as it was before. The
+    default mode excludes itself and all writers, not readers. Inside a savepoint, the lock is lost when that rolls
+    back.
 
         async with lock_tables(session=session, tables=[Stock, Order]):
             stock = await session.get(Stock, sku)
@@ -120,20 +124,20 @@ async def advisory_lock(
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     engine_of(session)
-    async with _held(session, lambda _: _advisory_acquisition(key, words, shared), 0.001 if limit == 0 else limit):
+    async with _held(session, lambda _: _advisory_acquisition(key, words, shared), limit, least=0.001):
         yield session
 
 
 @asynccontextmanager
-async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> AsyncIterator[None]:
+async def _held(session: AsyncSession, plan: Plan, limit: float | None, *, least: float = 0) -> AsyncIterator[None]:
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_explicit(session) or connection_in_use(session.sync_session)
     try:
         connection, left = await _connection(session, limit)
-        await interruptible(acquire(connection, plan(connection), left))
+        await interruptible(acquire(connection, plan(connection), None if left is None else max(least, left)))
     except BaseException:
         if not joins:
-            await uninterrupted(end_transaction(session))
+            await cleaned_up(end_transaction(session))
         raise
     transaction = session.sync_session.get_transaction()
     try:
@@ -145,23 +149,24 @@ async def _held(session: AsyncSession, plan: Plan, limit: float | None) -> Async
             await interruptible(session.commit())
     except BaseException:
         if not joins:
-            await uninterrupted(session.rollback())
+            await cleaned_up(session.rollback())
         raise
 
 
 async def _connection(session: AsyncSession, limit: float | None) -> tuple[AsyncConnection, float | None]:
     """The session's connection, and what of the limit is left when the pool has given it."""
-    if not limit or connection_in_use(session.sync_session):
+    if limit is None or connection_in_use(session.sync_session):
         return await session.connection(), limit
     loop = asyncio.get_running_loop()
     began = loop.time()
+    patience = limit or CONNECT_LIMIT
     try:
-        connection = await interruptible(session.connection(), limit=limit)
+        connection = await interruptible(session.connection(), limit=patience)
     except TimeoutError as error:
-        if loop.time() - began < limit:  # the driver's own
+        if loop.time() - began < patience:  # the driver's own
             raise
-        raise LockTimeoutError(f"No connection was to be had within {limit:g} s, and so no lock") from error
-    return connection, max(0.001, limit - (loop.time() - began))
+        raise LockTimeoutError(f"No connection was to be had within {patience:g} s, and so no lock") from error
+    return connection, limit and max(0.001, limit - (loop.time() - began))
 
 
 def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:

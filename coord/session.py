@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the annotation
 
-from coord.cancellation import interruptible, settled, uninterrupted
+from coord.cancellation import cleaned_up, interruptible, settled
 from coord.engine import engine_of, prepare
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ async def _closing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
 async def closed(session: AsyncSession) -> None:
     """Close it whatever cancels the caller; outside a transaction there is nothing to wait for."""
     if session.in_transaction():
-        await uninterrupted(session.close())
+        await cleaned_up(session.close())
     else:
         session.sync_session.close()
 
@@ -128,5 +128,5 @@ async def _committing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
         yield session
         await interruptible(session.commit())
     except BaseException:
-        await uninterrupted(session.rollback())
+        await cleaned_up(session.rollback())
         raise

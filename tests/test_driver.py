@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 async def test_a_transaction_is_begun_once_and_is_sqlalchemys(engine: AsyncEngine, observer: Connection) -> None:
     async with engine.connect() as connection:
-        driver, begun = await in_transaction(connection)
-        assert begun
-        assert await in_transaction(connection) == (driver, False)
+        driver = await in_transaction(connection)
+        assert driver.is_in_transaction()
+        assert await in_transaction(connection) is driver
         pid = await connection.scalar(text("SELECT pg_backend_pid()"))
         state = "SELECT state FROM pg_stat_activity WHERE pid = $1"
         assert await observer.fetchval(state, pid) == "idle in transaction"
         await connection.rollback()
         assert await observer.fetchval(state, pid) == "idle"
-        assert (await in_transaction(connection))[1]
+        assert (await in_transaction(connection)).is_in_transaction()
 
 
 async def test_autocommit_is_refused(engine: AsyncEngine) -> None:
@@ -67,7 +67,7 @@ async def test_a_cancelled_begin_spoils_no_connection(database_url: str, observe
 
 async def test_a_connection_that_was_lost_is_known_as_lost(single: AsyncEngine, observer: Connection) -> None:
     async with single.connect() as connection, connection.begin():
-        driver, _ = await in_transaction(connection)
+        driver = await in_transaction(connection)
     assert await observer.fetchval("SELECT pg_terminate_backend($1)", driver.get_server_pid())
     await eventually(lambda: asyncio.sleep(0, driver.is_closed()))
     async with single.connect() as connection:
@@ -76,7 +76,7 @@ async def test_a_connection_that_was_lost_is_known_as_lost(single: AsyncEngine, 
                 await in_transaction(connection)
     assert caught.value.connection_invalidated
     async with single.connect() as connection, connection.begin():
-        assert (await in_transaction(connection))[1]
+        assert (await in_transaction(connection)).is_in_transaction()
 
 
 async def test_errors_are_sqlalchemys(engine: AsyncEngine) -> None:

@@ -60,6 +60,7 @@ class Proxy:
     def __init__(self, url: str, chance: random.Random) -> None:
         self._target = urlsplit(url)
         self._chance = chance
+        self._passing: set[asyncio.Task[Any]] = set()
         self.cuts = 0
 
     @contextlib.asynccontextmanager
@@ -67,8 +68,12 @@ class Proxy:
         server = await asyncio.start_server(self._pass, "127.0.0.1", 0, backlog=2_048)
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         server.close()
+        await asyncio.gather(*self._passing, return_exceptions=True)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._passing.add(task)
         there, back = await asyncio.open_connection(self._target.hostname, self._target.port)
         patience = self._chance.uniform(0, LEAVE_WITHIN) if self._chance.random() < 1 / 3 else None
         try:

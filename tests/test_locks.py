@@ -8,12 +8,13 @@ import math
 import time
 from contextlib import AsyncExitStack
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, event, func, select, text
-from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
@@ -32,6 +33,9 @@ from tests.models import Item, Reserved, User, table_of
 from tests.serving import eventually
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
+
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("tables")
 
+ADVISORY = partial(advisory_lock, key="free", timeout=0)
 WAITING = "SELECT pid FROM pg_locks WHERE NOT granted"
 HELD = """SELECT mode FROM pg_locks JOIN pg_class ON pg_class.oid = relation
           WHERE relname = $1 AND granted AND pid <> pg_backend_pid() ORDER BY mode"""
@@ -412,10 +417,11 @@ async def test_a_lock_works_under_the_context(session_maker: SessionMaker, obser
 
 
 @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("others", [[], [Reserved]])
 async def test_the_lock_comes_before_the_snapshot(
-    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection, level: str
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection, level: str, others: list[Any]
 ) -> None:
-    """Whoever waited for the lock sees what its last holder committed."""
+    """Whoever waited for the lock sees what its last holder committed, though he holds another already."""
     async with AsyncExitStack() as stack:
         holder = await stack.enter_async_context(session_maker())
         holding = await stack.enter_async_context(AsyncExitStack())
@@ -424,13 +430,38 @@ async def test_the_lock_comes_before_the_snapshot(
 
         async def count() -> int | None:
             async with AsyncSession(engine.execution_options(isolation_level=level)) as session:
-                async with lock_tables(session, [User, Item], timeout=10):
+                async with AsyncExitStack() as locks:
+                    for other in others:
+                        await locks.enter_async_context(lock_tables(session, [other]))
+                    await locks.enter_async_context(lock_tables(session, [User, Item], timeout=10))
                     return await session.scalar(select(func.count()).select_from(User))
 
         counting = asyncio.create_task(count())
         await eventually(lambda: observer.fetch(WAITING))
         await holding.aclose()
         assert await counting == 1
+
+
+@pytest.mark.parametrize("lock", [lambda session: lock_tables(session, [User], timeout=0), ADVISORY])
+async def test_who_does_not_wait_for_a_lock_waits_a_second_for_a_connection(
+    single: AsyncEngine, lock: Callable[[AsyncSession], AbstractAsyncContextManager[Any]]
+) -> None:
+    """One that has yet to be made is had; one that others have is not waited for as long as the pool would."""
+    async with AsyncSession(single) as session, lock(session):
+        pass
+    async with single.connect(), AsyncSession(single) as session:
+        began = time.monotonic()
+        with pytest.raises(LockTimeoutError, match="No connection"):
+            async with lock(session):
+                pass
+        assert 1 <= time.monotonic() - began < 3
+
+
+async def test_a_table_that_is_not_there_is_sqlalchemys_own_error(session_maker: SessionMaker) -> None:
+    async with session_maker() as session:
+        with pytest.raises(ProgrammingError, match="nowhere"):
+            async with lock_tables(session, [Table("nowhere", MetaData(), Column("id", Integer, primary_key=True))]):
+                pass
 
 
 async def test_settings_of_the_connection_survive_a_lock(database_url: str) -> None:

@@ -1,0 +1,215 @@
+"""Cancelled anywhere, once or twice, by asyncio or by anyio: nothing lost without an error, nothing left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+import coord.cancellation
+from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wait_for_row_change
+from coord.cancellation import cleaned_up, interruptible
+from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.models import Item, User
+from tests.proxy import proxy
+from tests.serving import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+pytestmark = pytest.mark.usefixtures("tables")
+
+
+@pytest.fixture
+def sessions(single: AsyncEngine) -> async_sessionmaker[AsyncSession]:
+    return async_sessionmaker(single, expire_on_commit=False)
+
+
+@pytest.fixture
+async def locked(tables: None, ledger: None, engine: AsyncEngine) -> AsyncIterator[None]:  # noqa: F811
+    """Somebody holds the tables of items and of jobs."""
+    async with engine.begin() as holder:
+        await holder.execute(text("LOCK TABLE items, coord_jobs IN EXCLUSIVE MODE"))
+        yield
+
+
+async def waits(observer: Connection) -> None:
+    """Return once somebody waits for a lock."""
+    question = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+    await eventually(lambda: observer.fetchval(question))
+
+
+@pytest.mark.usefixtures("locked")
+async def test_who_goes_on_after_a_cancelled_enqueue_does_not_commit_what_has_failed(
+    sessions: async_sessionmaker[AsyncSession], observer: Connection
+) -> None:
+    """PostgreSQL would answer the COMMIT with a ROLLBACK and no error: a 201, and no order."""
+    with pytest.raises(PendingRollbackError):
+        async with create_db_context(sessions)() as session:
+            session.add(User(name="Ada"))
+            await session.flush()
+            enqueueing = asyncio.create_task(enqueue(session, "a_task"))
+            await waits(observer)
+            enqueueing.cancel()
+            await asyncio.wait([enqueueing])
+    assert await observer.fetchval("SELECT count(*) FROM users") == 0
+    async with create_db_context(sessions)() as session:
+        session.add(User(name="Grace"))
+    assert await observer.fetchval("SELECT name FROM users") == "Grace"
+
+
+@pytest.mark.usefixtures("locked")
+async def test_who_goes_on_after_a_lock_that_was_cancelled_when_its_time_was_up_does_not_commit_what_has_failed(
+    sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the refusal and the savepoint that it is undone by."""
+    asked = asyncio.Event()
+
+    async def never(*_: Any) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("coord.acquisition._undo", never)
+    with pytest.raises(SQLAlchemyError):
+        async with create_db_context(sessions)() as session:
+            await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
+            monkeypatch.setattr("coord.cancellation.CLEANUP_LIMIT", 1)
+
+            async def lock() -> None:
+                async with lock_tables(session, [Item], timeout=0.05):
+                    pass
+
+            locking = asyncio.create_task(lock())
+            await asked.wait()
+            locking.cancel()
+            await asyncio.wait([locking])
+    assert await observer.fetchval("SELECT count(*) FROM users") == 0
+
+
+@pytest.mark.usefixtures("locked")
+async def test_a_lock_is_refused_in_its_own_words_though_its_holders_cannot_be_asked_about(
+    sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coord.acquisition._HOLDERS", "SELECT 1/0 WHERE true")
+    async with create_db_context(sessions)() as session:
+        await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
+        with pytest.raises(LockTimeoutError) as caught:
+            async with lock_tables(session, [Item], timeout=0.05):
+                pass
+        assert caught.value.holders == ()
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+@pytest.mark.usefixtures("locked")
+@pytest.mark.parametrize("turns", range(4))
+async def test_who_is_cancelled_twice_leaves_a_connection_as_good_as_new(
+    sessions: async_sessionmaker[AsyncSession], observer: Connection, turns: int
+) -> None:
+    """Two deadlines, or a forced stop after a stop."""
+
+    async def work() -> None:
+        async with create_db_context(sessions)() as session:
+            await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
+            async with lock_tables(session, [Item]):
+                pass
+
+    task = asyncio.create_task(work())
+    await waits(observer)
+    task.cancel()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    async with sessions() as session:
+        assert await session.scalar(select(User.name)) is None
+        assert await session.scalar(text("SELECT count(*) FROM pg_locks WHERE mode = 'RowExclusiveLock'")) == 0
+
+
+async def test_an_error_is_not_told_otherwise_because_the_rollback_fails_too(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A lock that was not to be had is worth another attempt; what the cleanup says is not."""
+    monkeypatch.setattr(coord.cancellation, "CLEANUP_LIMIT", 0.2)
+    async with proxy(database_url) as way:
+        engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+        with pytest.raises(LockTimeoutError):
+            async with create_db_context(async_sessionmaker(engine))() as session:
+                await session.execute(text("SELECT 1"))
+                way.flows.clear()
+                raise LockTimeoutError("of the block's own")
+        way.flows.set()
+        async with create_db_context(async_sessionmaker(engine))() as session:
+            assert await session.scalar(text("SELECT 1")) == 1
+        await engine.dispose()
+    assert "Cleaning up" in caplog.text
+
+
+async def test_cleaning_up_swallows_no_cancellation() -> None:
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        await go_on.wait()
+        raise OSError("of the cleanup")
+
+    task = asyncio.create_task(cleaned_up(work()))
+    await begun.wait()
+    task.cancel()
+    await asyncio.sleep(0)
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_work_whose_time_is_up_has_stopped_before_its_caller_goes_on() -> None:
+    stopped = False
+
+    async def work() -> None:
+        nonlocal stopped
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            stopped = True
+
+    with pytest.raises(TimeoutError):
+        await interruptible(work(), limit=0.01)
+    assert stopped
+
+
+@pytest.mark.parametrize("what", ["enqueue", "lock_tables"])
+@pytest.mark.usefixtures("ledger")
+async def test_who_shares_a_connection_takes_turns_on_it(engine: AsyncEngine, user: int, what: str) -> None:
+    """As the sessions of a test do that is rolled back at its end: one waits, and reads, while another writes."""
+    async with engine.connect() as connection:
+        await connection.begin()
+
+        def session() -> AsyncSession:
+            return AsyncSession(connection, join_transaction_mode="create_savepoint", expire_on_commit=False)
+
+        async with session() as waiting, session() as writing:
+            task = asyncio.create_task(wait_for_row_change(waiting, User, user, interval=0.001))
+            for _ in range(50):
+                if what == "enqueue":
+                    await enqueue(writing, "a_task")
+                else:
+                    async with lock_tables(writing, [Item]):
+                        pass
+                await asyncio.sleep(0)
+            assert not task.done()
+            task.cancel()
+            await asyncio.wait([task])
+
+
+@pytest.fixture
+async def user(observer: Connection, tables: None) -> int:
+    found: int = await observer.fetchval("INSERT INTO users (name) VALUES ('before') RETURNING id")
+    return found
