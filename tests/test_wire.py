@@ -96,7 +96,12 @@ async def test_what_cannot_be_dealt_with_is_the_end(redis_url: str) -> None:
 
 
 async def test_who_does_not_answer_is_given_up() -> None:
-    async with await asyncio.start_server(lambda *_: asyncio.sleep(5), "127.0.0.1", 0) as server:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(100):
+            pass
+        writer.close()
+
+    async with await asyncio.start_server(silent, "127.0.0.1", 0) as server:
         url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"
         async with Redis.from_url(url) as own:
             with pytest.raises(TimeoutError):
