@@ -530,6 +530,26 @@ async def test_changes_that_end_their_waits_cost_no_look_at_the_jobs(
     assert not [read for read in reads if "coord_jobs" in read]
 
 
+async def test_a_change_without_a_bell_is_seen_within_the_interval_beside_a_longer_one(
+    session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, user: int, job: Job
+) -> None:
+    """Also by a wait that nothing else wakes: its job was not handed over when it began, so there was no first look."""
+    async with session_maker() as one, session_maker() as two:
+        longer = waiting(one, User, user, job=job, interval=NEVER)
+        await registered()
+        own = await enqueue(two, a_task)
+        await two.commit()
+        shorter = waiting(two, User, user, job=own, interval=0.1, timeout=3)
+        await registered(4)
+        began = time.monotonic()
+        await observer.execute("UPDATE coord_jobs SET state = 'failed' WHERE id = $1", own.id)
+        with pytest.raises(JobFailedError):
+            await shorter
+        assert time.monotonic() - began < 1
+        longer.cancel()
+        await asyncio.wait([longer])
+
+
 async def test_the_bell_of_a_job_that_rolls_back_is_not_rung(
     session_maker: SessionMaker, coordinator: Coordinator, user: int, job: Job
 ) -> None:
