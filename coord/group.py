@@ -69,6 +69,8 @@ class Group:
         key = waiter.target.key
         others = self.waiters.setdefault(key, [])
         others.append(waiter)
+        if waiter.interval < self._interval:
+            self._awake.set()  # or the loop would sleep on by the longer one
         self._intervals[waiter.interval] += 1
         self._watched[waiter.target.columns] += 1
         heard = self._hearing is not None and (len(others) > 1 or self._hearing.listen(self, key))
@@ -149,7 +151,7 @@ class Group:
         loop = asyncio.get_running_loop()
         tick = loop.time() - random.uniform(0, self._interval)  # so that processes do not read in step
         while self.waiters:
-            await self._sleep_until(tick + self._interval)
+            await self._sleep_after(tick)
             if not self.waiters:
                 return
             keys: Iterable[Key] = self._due
@@ -164,12 +166,16 @@ class Group:
     def _interval(self) -> float:
         return min(self._intervals, default=0.0)
 
-    async def _sleep_until(self, tick: float) -> None:
-        if not self._due:
+    async def _sleep_after(self, tick: float) -> None:
+        """Until a look is due; the shortest interval may become another meanwhile."""
+        loop = asyncio.get_running_loop()
+        while self.waiters and not self._due and loop.time() < tick + self._interval:
             self._awake.clear()
-            timer = asyncio.get_running_loop().call_at(tick, self._awake.set)
-            await self._awake.wait()
-            timer.cancel()
+            timer = loop.call_at(tick + self._interval, self._awake.set)
+            try:
+                await self._awake.wait()
+            finally:
+                timer.cancel()
 
     async def _look(self, due: Due, rung: AbstractSet[Key]) -> None:
         last = [waiter for waiters in due.values() for waiter in waiters if waiter.last]

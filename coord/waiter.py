@@ -41,6 +41,7 @@ class Waiter(Generic[M]):
         "job",
         "last",
         "looked",
+        "over",
         "patient",
         "row",
         "target",
@@ -64,9 +65,11 @@ class Waiter(Generic[M]):
         self.job: Waiter[Any] | None = None
         """Who waits for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
-        """Whose row to look at after the look with this number, if that is no news."""
+        """Whose row to look at after the look with this number, unless that ends the wait."""
         self.last = False
         """Whether the deadline has passed and the next look is the last."""
+        self.over = False
+        """Whether that look is done, or has taken too long."""
         self.row: M | None = None
         self.alone = False
         """Whether nobody else was shown the same instance."""
@@ -83,10 +86,11 @@ class Waiter(Generic[M]):
 
         Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
         """
-        if self.row is None and self.error is None and not self.last:
+        if self.row is None and self.error is None and not self.over:
+            self._look_on()  # who asks again was not content with what the look has found
             self._signal = asyncio.get_running_loop().create_future()
             if deadline is not None:
-                self._alarm = self._group.deadlines.set(deadline, self)
+                self._alarm = self._group.deadlines.set(deadline + LAST_LOOK if self.last else deadline, self)
             try:
                 await self._signal
             finally:
@@ -121,6 +125,9 @@ class Waiter(Generic[M]):
     def seen(self) -> None:
         """A look at the row was no news."""
         self.looked = True
+        self._look_on()
+
+    def _look_on(self) -> None:
         if self.then is not None and self.then[0] <= self._group.generation:
             self.then[1].look()
             self.then = None
@@ -129,7 +136,7 @@ class Waiter(Generic[M]):
         self._group.look(self.target.key)
 
     def look_first(self, other: Waiter[Any]) -> None:
-        """Look at this row, and at the other's only if that is no news."""
+        """Look at this row, and at the other's only if that does not end the wait."""
         self.then = (self._group.generation + 1, other)
         self.look()
 
@@ -154,7 +161,7 @@ class Waiter(Generic[M]):
 
     def look_again(self) -> None:
         """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
-        self.last = False
+        self.last = self.over = False
         if self.row is not None:
             self.row = None
             self._want_fresh()
@@ -177,7 +184,7 @@ class Waiter(Generic[M]):
     def overdue(self, when: float) -> None:
         """Have one last look at the deadline, at the job as well, and wait for it no longer than `LAST_LOOK`."""
         if self.last:
-            self.wake()
+            self.give_up()
             return
         self.last = True
         self._alarm = self._group.deadlines.set(when + LAST_LOOK, self)
@@ -190,7 +197,11 @@ class Waiter(Generic[M]):
     def has_looked_last(self) -> None:
         """There is nothing more to wait for, if it was the last look at the job as well."""
         if self.job is None:
-            self.wake()
+            self.give_up()
+
+    def give_up(self) -> None:
+        self.over = True
+        self.wake()
 
 
 def timed_out(target: Target[Any], began: float) -> WaitTimeoutError:

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI, Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, update
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
 
-from coord import Job, JobState, create_db_dependency
+from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, task_options
 from coord.http import Idempotency, idempotency, problem_handlers
 from coord.http.idempotency import IdempotencyError, _sent
 from coord.jobs.ledger import keys
 from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
-from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
+from worker.models import Stock
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -292,6 +293,65 @@ async def test_a_request_that_needs_no_job_has_its_key_checked(session_maker: Se
     async with served(app) as client:
         answers = [await client.post(f"/things/{number}", headers={"Idempotency-Key": KEY}) for number in (0, 1, 0, 1)]
     assert [answer.status_code for answer in answers] == [200, 200, 422, 200]
+
+
+@pytest.mark.parametrize("why", [UniqueKeyConflictError, TypeError])
+async def test_a_key_whose_job_could_not_be_enqueued_was_not_used(
+    session_maker: SessionMaker, observer: asyncpg.Connection, why: type[Exception]
+) -> None:
+    """Although the handler returns a 4xx, which commits, as does what else it has written."""
+    app = FastAPI(exception_handlers=problem_handlers())
+    get_db, dependency = create_db_dependency(session_maker), idempotency()
+    task, arguments = task_options(a_task, unique_key="u"), [object() if why is TypeError else 2, 2, 2]
+
+    @app.post("/things")
+    async def act(
+        response: Response, once: Idempotency = Depends(dependency), session: AsyncSession = Depends(get_db)
+    ) -> bool:
+        session.add(Stock(sku=f"tea {len(arguments)}", quantity=1))
+        try:
+            return (await once.enqueue(session, task, arguments.pop(0))).joined
+        except why:
+            response.status_code = 409
+            return False
+
+    if why is UniqueKeyConflictError:
+        await committed(session_maker, task, 1)
+    async with served(app) as client:
+        assert (await client.post("/things", headers={"Idempotency-Key": KEY})).status_code == 409
+        assert await observer.fetchval("SELECT count(*) FROM coord_idempotency_keys") == 0
+        assert await observer.fetchval("SELECT count(*) FROM stock") == 1
+        await observer.execute("UPDATE coord_jobs SET state = 'done'")
+        answers = [await client.post("/things", headers={"Idempotency-Key": KEY}) for _ in range(2)]
+    assert [(answer.status_code, answer.json()) for answer in answers] == [(200, False), (200, True)]
+
+
+def by_hand() -> Idempotency:
+    return Idempotency("key", "scope", "fingerprint", timedelta(days=1))
+
+
+async def test_who_waits_for_a_key_has_it_when_its_job_could_not_be_enqueued(session_maker: SessionMaker) -> None:
+    """Also while the other's transaction goes on."""
+    await committed(session_maker, task_options(a_task, unique_key="u"), 1)
+    async with session_maker() as one, session_maker() as two, asyncio.timeout(5):
+        with pytest.raises(UniqueKeyConflictError):
+            await by_hand().enqueue(one, task_options(a_task, unique_key="u"), 2)
+        job = await by_hand().enqueue(two, a_task, 2)
+        await two.commit()
+        assert (await by_hand().enqueue(one, a_task, 2)).id == job.id
+
+
+@pytest.mark.parametrize("commits", [True, False])
+async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
+    session_maker: SessionMaker, observer: asyncpg.Connection, commits: bool
+) -> None:
+    async with session_maker() as one, session_maker() as two:
+        job = await by_hand().enqueue(one, a_task)
+        second = asyncio.create_task(by_hand().enqueue(two, a_task))
+        await eventually(lambda: waiting_for_locks(observer, "INSERT"))
+        await (one.commit() if commits else one.rollback())
+        found = await second
+        assert (found.id == job.id, found.joined) == (commits, commits)
 
 
 async def test_joining_writes_nothing(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
 
-import coord.watcher
 from coord import (
     Coordinator,
     Job,
@@ -31,7 +31,7 @@ from coord.reading import Reader
 from tests.ledger import a_task, committed, delivered, executed, ledger  # noqa: F401 - a fixture
 from tests.models import User
 from tests.serving import eventually
-from tests.waits import registered, waiting
+from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -255,6 +255,37 @@ async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
         assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.parametrize("state", ["done", "failed"])
+async def test_a_job_is_looked_at_by_the_deadline_also_if_the_row_has_changed_and_until_is_false_of_it(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
+) -> None:
+    async with session_maker() as session:
+        began = time.monotonic()
+        task = waiting(session, User, user, job=job, until=lambda _: False, interval=NEVER, timeout=0.5)
+        await registered()
+        await observer.execute("UPDATE users SET name = 'after'")
+        await end(observer, state)
+        if state == "done":
+            assert (await task).name == "after"
+        else:
+            with pytest.raises(JobFailedError):
+                await task
+        assert time.monotonic() - began < 1.5
+
+
+async def test_an_unfinished_job_leaves_the_deadline_to_a_wait_whose_change_was_not_the_one(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job
+) -> None:
+    async with session_maker() as session:
+        began = time.monotonic()
+        task = waiting(session, User, user, job=job, until=lambda _: False, interval=NEVER, timeout=0.5)
+        await registered()
+        await observer.execute("UPDATE users SET name = 'half'")
+        with pytest.raises(WaitTimeoutError):
+            await task
+        assert 0.5 <= time.monotonic() - began < 1.2
+
+
 # What is no job
 
 
@@ -305,12 +336,7 @@ async def test_a_row_that_is_not_there_is_not_found_whatever_the_job(
 async def known_to_have_ended() -> None:
     """Return when a wait that is under way has been told that its job is done."""
 
-    async def concluding() -> bool:
-        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-        groups = [group for watcher in watchers for group in watcher._groups.values()]
-        return any(waiter.concluding for group in groups for found in group.waiters.values() for waiter in found)
-
-    await eventually(concluding)
+    await eventually(lambda: asyncio.sleep(0, any(waiter.concluding for waiter in waiters())))
 
 
 @pytest.mark.parametrize("kind", ["columns", "entities"])
@@ -365,6 +391,30 @@ async def test_a_last_read_that_fails_is_made_again(
         await end(observer, "done")
         held.free.set()
         assert (await task).name == "before"
+
+
+@pytest.mark.parametrize("with_job", [True, False])
+async def test_a_read_that_was_under_way_at_the_deadline_is_not_the_last_look(
+    session_maker: SessionMaker,
+    observer: Connection,
+    monkeypatch: pytest.MonkeyPatch,
+    user: int,
+    job: Job,
+    with_job: bool,
+) -> None:
+    """Nor if what it has found is news of which `until` is false."""
+    async with session_maker() as session:
+        until, linked = (lambda row: row.name == "final"), job if with_job else None
+        task = waiting(session, User, user, job=linked, until=until, timeout=0.5)
+        await registered()
+        held = Held(monkeypatch, User, "entities")
+        held.free.clear()
+        await observer.execute("UPDATE users SET name = 'half'")
+        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await observer.execute("UPDATE users SET name = 'final'")
+        await eventually(lambda: asyncio.sleep(0, any(waiter.last for waiter in waiters())))
+        held.free.set()
+        assert (await task).name == "final"
 
 
 # How many they are
@@ -441,6 +491,63 @@ async def test_the_bell_tells_of_the_end_without_any_interval(
             with pytest.raises(JobCancelledError):
                 await task
         assert time.monotonic() - began < 1
+
+
+async def test_the_bell_tells_of_the_end_also_if_the_row_has_changed_and_until_is_false_of_it(
+    session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, user: int, job: Job
+) -> None:
+    """The row is looked at first when the job's bell rings, and is news; it has no bell of its own here."""
+    async with session_maker() as session, session_maker() as other:
+        task = waiting(session, User, user, job=job, until=lambda _: False, interval=NEVER, timeout=3)
+        await registered()
+        await observer.execute("UPDATE users SET name = 'after'")
+        await end(observer, "done")
+        began = time.monotonic()
+        coordinator.ring(other, Job, job.id)
+        await other.commit()
+        assert (await task).name == "after"
+        assert time.monotonic() - began < 1
+
+
+async def test_changes_that_end_their_waits_cost_no_look_at_the_jobs(
+    engine: AsyncEngine, session_maker: SessionMaker, coordinator: Coordinator, observer: Connection
+) -> None:
+    """Although it is their jobs' bells that ring, and all at once."""
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 50) AS n")
+    made = [await committed(session_maker, a_task, n) for n in range(1, 51)]
+    async with AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(session_maker()) for _ in made]
+        waits = zip(sessions, made, strict=True)
+        tasks = [waiting(session, User, n, job=job, interval=NEVER) for n, (session, job) in enumerate(waits, start=1)]
+        await registered()
+        await observer.execute("UPDATE users SET name = 'after'")
+        with executed(engine) as reads:
+            async with session_maker() as other:
+                for job in made:
+                    coordinator.ring(other, Job, job.id)
+                await other.commit()
+            assert {row.name for row in await asyncio.gather(*tasks)} == {"after"}
+    assert not [read for read in reads if "coord_jobs" in read]
+
+
+async def test_a_change_without_a_bell_is_seen_within_the_interval_beside_a_longer_one(
+    session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, user: int, job: Job
+) -> None:
+    """Also by a wait that nothing else wakes: its job was not handed over when it began, so there was no first look."""
+    async with session_maker() as one, session_maker() as two:
+        longer = waiting(one, User, user, job=job, interval=NEVER)
+        await registered()
+        own = await enqueue(two, a_task)
+        await two.commit()
+        shorter = waiting(two, User, user, job=own, interval=0.1, timeout=3)
+        await registered(4)
+        began = time.monotonic()
+        await observer.execute("UPDATE coord_jobs SET state = 'failed' WHERE id = $1", own.id)
+        with pytest.raises(JobFailedError):
+            await shorter
+        assert time.monotonic() - began < 1
+        longer.cancel()
+        await asyncio.wait([longer])
 
 
 async def test_the_bell_of_a_job_that_rolls_back_is_not_rung(

@@ -1,4 +1,4 @@
-"""What the ledger and Redis forget: jobs that ended long ago, and those that nobody wants any more."""
+"""What the ledger and Redis forget: jobs that ended long ago, those that nobody wants any more, and expired keys."""
 
 # ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
@@ -8,13 +8,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import coord.worker.pruning
 from coord import cancel_job, retry_job, task_options
-from coord.jobs.ledger import cancellations, jobs
-from coord.worker.pruning import Pruning
+from coord.jobs.ledger import cancellations, jobs, keys
+from coord.worker.pruning import Pruning, _expired
 from tests.ledger import a_task, ledger
 from tests.serving import eventually
 from tests.workers import office, opened, script, until, working
@@ -88,12 +88,61 @@ async def test_what_somebody_has_locked_waits_for_the_next_time(ledger: None, en
     assert await pruning(engine).prune() == 1
 
 
+async def lent(engine: AsyncEngine, left: timedelta, count: int = 1) -> None:
+    """Idempotency keys that expire in so long."""
+    row = {"scope": "", "fingerprint": "", "job_id": None, "expires_at": datetime.now(UTC) + left}
+    async with engine.begin() as connection:
+        await connection.execute(insert(keys), [row | {"key": str(uuid4())} for _ in range(count)])
+
+
+async def keys_left(engine: AsyncEngine) -> int:
+    async with engine.connect() as connection:
+        return await connection.scalar(select(func.count()).select_from(keys)) or 0
+
+
+async def test_keys_that_have_expired_go(ledger: None, engine: AsyncEngine) -> None:
+    """However long jobs are kept."""
+    await lent(engine, timedelta(seconds=-1), 3)
+    await lent(engine, timedelta(hours=1), 2)
+    assert await pruning(engine).prune() == 3
+    assert await keys_left(engine) == 2
+
+
+async def test_keys_go_in_batches_by_their_index(
+    ledger: None, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coord.worker.pruning, "BATCH", 10)
+    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    await lent(engine, timedelta(seconds=-1), 25)
+    await lent(engine, timedelta(hours=1), 5_000)
+    async with engine.begin() as connection:
+        await connection.execute(text("ANALYZE coord_idempotency_keys"))
+        sql = _expired().compile(dialect=engine.dialect, compile_kwargs={"literal_binds": True})
+        plan = "\n".join(await connection.scalars(text(f"EXPLAIN {sql}")))
+    assert "coord_idempotency_keys_expiry" in plan, plan
+    assert "Seq Scan" not in plan, plan
+    assert [await pruning(engine).prune() for _ in range(3)] == [20, 5, 0]
+
+
+async def test_a_key_that_is_taken_anew_stays(ledger: None, engine: AsyncEngine) -> None:
+    await lent(engine, timedelta(seconds=-1), 2)
+    async with engine.begin() as connection:
+        one = select(keys.c.key).limit(1).scalar_subquery()
+        later = datetime.now(UTC) + timedelta(days=1)
+        await connection.execute(update(keys).where(keys.c.key == one).values(expires_at=later))
+        async with asyncio.timeout(5):
+            assert await pruning(engine).prune() == 1
+    assert await pruning(engine).prune() == 0
+    assert await keys_left(engine) == 1
+
+
 async def test_a_worker_prunes(office: Office, engine: AsyncEngine) -> None:
+    await lent(engine, timedelta(seconds=-1))
     old, new = await aged(engine, timedelta(seconds=30), "done"), await aged(engine, timedelta(seconds=1), "done")
     async with working(office, [a_task], keep=20):
 
         async def pruned() -> bool:
-            return old not in await left(engine)
+            return old not in await left(engine) and await keys_left(engine) == 0
 
         await eventually(pruned)
         assert new in await left(engine)

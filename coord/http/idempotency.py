@@ -18,6 +18,7 @@ from coord.durations import seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY
 from coord.jobs.enqueueing import enqueue
 from coord.jobs.ledger import Job, jobs, keys
+from coord.session import get_transaction
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -72,17 +73,19 @@ class Idempotency:
     async def enqueue(self, session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
         """As `coord.enqueue`, or with a key that was used before, that request's job (`job.joined`).
 
-        The key is unique with the job, in the caller's transaction: a request that comes while the first is not yet
-        committed waits for that. Raises `IdempotencyError`, 422, when the key belongs to a request with another path,
-        query or body.
+        The key is unique with the job, in a savepoint of the caller's transaction, before which pending changes are
+        flushed. A request that comes while the first is not yet committed waits for that; where `coord.enqueue` raises,
+        the key was not used. Raises `IdempotencyError`, 422, when the key belongs to a request with another path, query
+        or body.
         """
         if self.key is None:
             return await enqueue(session, task, *args, **kwargs)
         while (known := await self._known(session)) is None:  # looked for first: who joins writes nothing
-            if await self._taken(session):
-                job = await enqueue(session, task, *args, **kwargs)
-                await session.execute(update(keys).where(self._is_mine).values(job_id=job.id))
-                return job
+            async with get_transaction(session):  # or a 4xx for what enqueue raises would commit a key with no job
+                if await self._taken(session):
+                    job = await enqueue(session, task, *args, **kwargs)
+                    await session.execute(update(keys).where(self._is_mine).values(job_id=job.id))
+                    return job
         return known
 
     async def _known(self, session: AsyncSession) -> Job | None:

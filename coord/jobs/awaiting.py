@@ -60,8 +60,9 @@ class JobWaiter(Waiter[Job]):
         return True
 
     def has_looked_last(self) -> None:
-        if not self._owner.concluding:
-            self._owner.wake()
+        """If it was a look after the owner's last, and not one that came in between."""
+        if not self._owner.concluding and self._owner.then is None:
+            self._owner.give_up()
 
     def fail(self, error: BaseException) -> None:
         self._owner.fail(error)
