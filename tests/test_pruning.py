@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -76,6 +77,23 @@ async def test_it_goes_in_batches_whatever_the_plan(
     counts = [await pruning(loops).prune() for _ in range(3)]
     await loops.dispose()
     assert counts == [4, 3, 0]
+
+
+async def test_it_comes_back_soon_when_it_has_left_something(
+    ledger: None, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four thousand a second may end, for good, and the ledger does not grow."""
+    monkeypatch.setattr(coord.worker.pruning, "BATCH", 2)
+    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    for _ in range(7):
+        await aged(engine, 2 * KEPT, "done")
+    script, seconds = pruning(engine), []
+    for _ in range(2):
+        script._next = 0.0
+        await script.when_due()
+        seconds.append(round(script._next - time.monotonic()))
+    assert seconds == [5, 60]
+    assert not await left(engine)
 
 
 async def test_what_somebody_has_locked_waits_for_the_next_time(ledger: None, engine: AsyncEngine) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 EVERY = 60.0
 """Seconds between two prunings."""
+SOON = 5.0
+"""The same, when there was more than one may delete."""
 BATCH = 1_000
 BATCHES = 20
 """At once, of each table; what is left waits for the next time."""
@@ -37,7 +39,8 @@ class Pruning:
         if time.monotonic() < self._next:
             return
         self._next = time.monotonic() + EVERY
-        await self.prune()
+        if await self.prune() >= BATCHES * BATCH:
+            self._next = time.monotonic() + SOON
 
     async def prune(self) -> int:
         """How many rows it has deleted."""
