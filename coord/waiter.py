@@ -46,6 +46,7 @@ class Waiter(Generic[M]):
         "row",
         "target",
         "then",
+        "told",
     )
 
     def __init__(self, group: Group, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool) -> None:
@@ -66,6 +67,8 @@ class Waiter(Generic[M]):
         """Who waits for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
         """Whose row to look at after the look with this number, unless that ends the wait."""
+        self.told = 0
+        """The number of the last look that has come to its end; another may be under way."""
         self.last = False
         """Whether the deadline has passed and the next look is the last."""
         self.over = False
@@ -107,6 +110,7 @@ class Waiter(Generic[M]):
     def tell(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         """Look at the row as it is; it is kept if it is news."""
         first, self.looked = not self.looked, True
+        self.told = self._group.generation
         if values is None or row is None:
             self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
         elif self.differs(values) or self._is_wanted:
@@ -125,10 +129,11 @@ class Waiter(Generic[M]):
     def seen(self) -> None:
         """A look at the row was no news."""
         self.looked = True
+        self.told = self._group.generation
         self._look_on()
 
     def _look_on(self) -> None:
-        if self.then is not None and self.then[0] <= self._group.generation:
+        if self.then is not None and self.then[0] <= self.told:
             self.then[1].look()
             self.then = None
 

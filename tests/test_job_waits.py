@@ -417,6 +417,43 @@ async def test_a_read_that_was_under_way_at_the_deadline_is_not_the_last_look(
         assert (await task).name == "final"
 
 
+async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the_row_is_under_way(
+    session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
+) -> None:
+    """The row's last look begins before the wait has judged the one before it."""
+    gates = [asyncio.Event(), asyncio.Event()]
+    reads = {User: 0, Job: 0}
+
+    def counted(kind: str) -> None:
+        read = getattr(Reader, kind)
+
+        async def counting(reader: Reader, *arguments: Any) -> Any:
+            found = await read(reader, *arguments)
+            model = reader.mapper.class_
+            reads[model] += model is Job or kind == "entities"
+            if model is User and kind == "entities":
+                await gates[min(reads[User], 2) - 1].wait()
+            return found
+
+        monkeypatch.setattr(Reader, kind, counting)
+
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, until=lambda row: row.name == "final", timeout=0.5)
+        await registered()
+        counted("entities")
+        counted("columns")
+        await observer.execute("UPDATE users SET name = 'half'")
+        await eventually(lambda: asyncio.sleep(0, reads[User] == 1))
+        await eventually(lambda: asyncio.sleep(0, any(waiter.last for waiter in waiters())))
+        await observer.execute("UPDATE users SET name = 'final'")
+        gates[0].set()
+        await eventually(lambda: asyncio.sleep(0, reads[User] == 2))
+        seen = reads[Job]
+        await eventually(lambda: asyncio.sleep(0, reads[Job] > seen + 1 or task.done()))
+        gates[1].set()
+        assert (await task).name == "final"
+
+
 # How many they are
 
 
