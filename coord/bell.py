@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from contextlib import asynccontextmanager
 from types import MappingProxyType
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
     from coord.outage import Outage
     from coord.publisher import Packets
+
+logger = logging.getLogger("coord.bell")
 
 HEARTBEAT = 5.0
 """Seconds of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
@@ -134,6 +137,8 @@ class Bell:
                 await self._hear_connection()
             except (RedisError, OSError) as error:
                 self._outage.report(error)
+            except Exception:
+                logger.exception("The bell has failed and begins anew; waits go on by polling meanwhile")
             await asyncio.sleep(wait * random.uniform(0.5, 1))
             wait = BACKOFF[0] if not self._outage.lasts else min(2 * wait, longest)
 

@@ -248,6 +248,30 @@ async def test_one_wait_too_many_is_refused_at_once(session_maker: SessionMaker,
             await wait_for_row_change(sessions[2], User, 1, timeout=0)
 
 
+async def test_a_listener_that_fails_does_not_end_the_bell(
+    session_maker: SessionMaker, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Listener:
+        rings = 0
+
+        def listening(self) -> None: ...
+
+        def rung(self) -> None:
+            self.rings += 1
+            if self.rings == 1:
+                raise LookupError("of the listener's")
+
+    async def heard() -> bool:
+        await redis.publish("a channel", "")
+        return listener.rings > 1
+
+    listener = Listener()
+    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+        coordinator.listen(b"a channel", listener)
+        await eventually(heard)
+    assert "of the listener's" in caplog.text
+
+
 async def test_it_closes_at_any_moment_of_its_beginning(session_maker: SessionMaker, redis_url: str) -> None:
     """Before Python 3.12, redis-py may swallow the cancellation when it is told to end a send that takes too long."""
     for steps in range(50):
