@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, make_url
+from sqlalchemy import event
 
 from coord import Job, create_ledger, enqueue
 from coord.jobs.attempt import ATTEMPT, Attempt
@@ -112,40 +112,3 @@ async def statements(engine: AsyncEngine) -> AsyncIterator[list[str]]:
     finally:
         event.remove(engine.sync_engine, "before_cursor_execute", note_cursor)
         driver.remove_query_logger(note)
-
-
-class Wire:
-    """A port that leads to a server and counts its answers: how often somebody there had to wait for it."""
-
-    def __init__(self, url: str) -> None:
-        self._target = make_url(url)
-        self.url = ""
-        self.round_trips = 0
-        self._asked = False
-        self._open: set[asyncio.StreamWriter] = set()
-
-    @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[Wire]:
-        server = await asyncio.start_server(self._lead, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
-        try:
-            yield self
-        finally:
-            server.close()
-            for writer in self._open:
-                writer.transport.abort()
-
-    async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._target.host, self._target.port)
-        self._open |= {writer, back}
-        with contextlib.suppress(OSError, asyncio.CancelledError):
-            await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer, asks=False))
-
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool) -> None:
-        while data := await reader.read(65536):
-            self.round_trips += self._asked and not asks
-            self._asked = asks
-            writer.write(data)
-            await writer.drain()
-        writer.close()

@@ -1,4 +1,4 @@
-"""A way to PostgreSQL that can be stopped: what is sent meanwhile arrives when it goes on."""
+"""A way to PostgreSQL that counts its answers, and that can be stopped: what is sent meanwhile arrives later."""
 
 from __future__ import annotations
 
@@ -6,42 +6,49 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from sqlalchemy import URL, make_url
+from sqlalchemy import make_url
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
 class Proxy:
-    """Stopped while `flows` is not set."""
-
-    def __init__(self, url: URL) -> None:
-        self._target = url
-        self.url = url
+    def __init__(self, url: str) -> None:
+        self._target = make_url(url)
+        self.url = ""
         self.flows = asyncio.Event()
+        """Stopped while this is not set."""
         self.flows.set()
+        self.round_trips = 0
+        """How often somebody had to wait for an answer."""
+        self._asked = False
+        self._open: set[asyncio.StreamWriter] = set()
 
     @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[Proxy]:
+    async def opened(self) -> AsyncIterator[Proxy]:
         server = await asyncio.start_server(self._lead, "127.0.0.1", 0)
-        self.url = self._target.set(host="127.0.0.1", port=server.sockets[0].getsockname()[1])
+        port = server.sockets[0].getsockname()[1]
+        self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
         try:
             yield self
         finally:
             self.flows.set()
             server.close()
+            for writer in self._open:
+                writer.transport.abort()
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._target.host, self._target.port)
-        await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+        self._open |= {writer, back}
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer, asks=False))
 
-    async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, asks: bool) -> None:
         with contextlib.suppress(OSError):
-            while data := await source.read(65_536):
+            while data := await reader.read(65_536):
+                self.round_trips += self._asked and not asks
+                self._asked = asks
                 await self.flows.wait()
-                sink.write(data)
-        sink.close()
-
-
-def proxy(url: str) -> contextlib.AbstractAsyncContextManager[Proxy]:
-    return Proxy(make_url(url)).open()
+                writer.write(data)
+                await writer.drain()
+        writer.close()

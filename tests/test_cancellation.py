@@ -15,7 +15,7 @@ from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wai
 from coord.cancellation import cleaned_up, interruptible
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
-from tests.proxy import proxy
+from tests.proxy import Proxy
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ async def test_an_error_is_not_told_otherwise_because_the_rollback_fails_too(
 ) -> None:
     """A lock that was not to be had is worth another attempt; what the cleanup says is not."""
     monkeypatch.setattr(coord.cancellation, "CLEANUP_LIMIT", 0.2)
-    async with proxy(database_url) as way:
+    async with Proxy(database_url).opened() as way:
         engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
         with pytest.raises(LockTimeoutError):
             async with create_db_context(async_sessionmaker(engine))() as session:

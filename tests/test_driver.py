@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from coord.driver import fetch, in_transaction
 from tests.models import User
-from tests.proxy import proxy
+from tests.proxy import Proxy
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ async def test_autocommit_is_refused(engine: AsyncEngine) -> None:
 @pytest.mark.parametrize("how", ["anyio", "task"])
 async def test_a_cancelled_begin_spoils_no_connection(database_url: str, observer: Connection, how: str) -> None:
     """asyncpg would take it for begun ever after: what is committed by it then would be the release of a savepoint."""
-    async with proxy(database_url) as way:
+    async with Proxy(database_url).opened() as way:
         engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
         async with engine.connect() as connection, connection.begin():
             assert await connection.scalar(text("SELECT 1")) == 1

@@ -18,7 +18,7 @@ from coord.cancellation import uninterrupted
 from coord.http import RequestLimits, problem_handlers
 from tests.counter import PROBLEM, URN, orders  # noqa: F401 - a fixture
 from tests.ledger import ledger  # noqa: F401 - a fixture
-from tests.proxy import proxy
+from tests.proxy import Proxy
 from tests.raw import call
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
@@ -232,7 +232,7 @@ async def test_what_a_handler_says_too_late_is_not_heard() -> None:
 @pytest.mark.usefixtures("orders")
 @pytest.mark.parametrize(("method", "path"), [("GET", "/select"), ("POST", "/order"), ("POST", "/lock")])
 async def test_a_database_that_does_not_answer_holds_no_request(database_url: str, method: str, path: str) -> None:
-    async with proxy(database_url) as way:
+    async with Proxy(database_url).opened() as way:
         engine = create_async_engine(way.url)
         async with served(Service(async_sessionmaker(engine), margin=0.3).app) as client:
             assert (await client.get("/select")).json() == 1

@@ -26,8 +26,9 @@ from coord import (
 from coord.jobs.attempt import ATTEMPT
 from coord.jobs.transaction import CLASS
 from coord.transient import is_transient
-from tests.ledger import WORKER_LOCK, Wire, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import WORKER_LOCK, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
 from tests.models import Item, User
+from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
 
@@ -448,7 +449,7 @@ async def test_a_table_lock_inside_it_is_held_until_its_commit(
 async def test_a_job_under_a_table_lock_takes_five_round_trips(database_url: str, session_maker: SessionMaker) -> None:
     """BEGIN, the claim, the lock, the effect, COMMIT."""
     jobs = [await committed(session_maker, a_task, n) for n in range(3)]
-    async with Wire(database_url).opened() as wire, one_connection(wire.url) as maker:
+    async with Proxy(database_url).opened() as wire, one_connection(wire.url) as maker:
         create_db_context(maker)
         counts = []
         for n, job in enumerate(jobs):
