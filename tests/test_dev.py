@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Start = Any
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project() -> Iterator[Path]:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FAST = {"fsync": "off"}
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def directory() -> Iterator[Path]:

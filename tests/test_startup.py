@@ -52,6 +52,8 @@ REFUSED_DATABASES = {
     "an unknown option": f"postgresql+asyncpg://user@127.0.0.1:1/shop?password={SECRET}&sslmode=disable",
 }
 
+pytestmark = pytest.mark.slow
+
 
 async def refused(command: tuple[str, ...], database_url: str, redis_url: str, variable: str) -> str:
     """The one line that the command says before it ends."""
