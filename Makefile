@@ -24,7 +24,7 @@ test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 	@$(BIN)/python -m pytest -n 3 --dist loadfile
 
 test-fast: $(READY) ## the suite without its slow tests
-	@$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
 	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
