@@ -29,13 +29,13 @@ test-fast: $(READY) ## the suite without its slow tests
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
 	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
 
-bench-waiting: $(BENCH) ## measure how waits scale, in six minutes, and write docs/benchmarks.md
+bench-waiting: $(BENCH) ## measure how waits scale, in five minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
-bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in half an hour, and write docs/roundtrip.md
+bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in twenty minutes, and write docs/roundtrip.md
 	@$(BIN)/python -m benchmarks.roundtrip
 
-bench-scaling: $(BENCH) ## measure more processes, in eight minutes, and write docs/scaling.md
+bench-scaling: $(BENCH) ## measure more processes, in six minutes, and write docs/scaling.md
 	@$(BIN)/python -m benchmarks.scaling
 
 check: $(READY) ## format, lint and strict types

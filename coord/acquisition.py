@@ -93,11 +93,14 @@ async def _acquire(connection: AsyncConnection, acquisition: Acquisition, limit:
 async def _refused(
     connection: AsyncConnection, driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, limited: bool
 ) -> LockTimeoutError | DeadlockError | None:
+    """What to raise instead of the error, if anything; whoever is cancelled here must not commit what has failed."""
     try:
         await _undo(connection, driver)
         return await _refusal(driver, acquisition, error, limited=limited)
-    except BaseException:
-        note_failure(connection)  # cancelled: whoever goes on in spite of that must not commit what has failed
+    except BaseException as later:
+        note_failure(connection)
+        if isinstance(later, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+            return None  # the connection was lost meanwhile
         raise
 
 

@@ -105,14 +105,14 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
-    """The same, after an error: it is raised next, and must not be told otherwise because cleaning up failed too.
+    """The same, but for its own errors, which are logged: what has gone before is not told otherwise by them.
 
-    An error of PostgreSQL may be worth another attempt, and a cancellation is nobody's to swallow.
+    It may be an error that is worth another attempt, or a commit. A cancellation is nobody's to swallow.
     """
     try:
         return await uninterrupted(work)
-    except Exception as error:  # noqa: BLE001 - the one that it comes after is raised
-        logger.warning("Cleaning up after an error has failed: %s", error or type(error).__name__)
+    except Exception as error:  # noqa: BLE001 - see above
+        logger.warning("Cleaning up has failed: %s", error or type(error).__name__)
         return None
 
 

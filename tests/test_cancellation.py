@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import select, text
-from sqlalchemy.exc import PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import coord.cancellation
@@ -80,7 +80,6 @@ async def test_who_goes_on_after_a_lock_that_was_cancelled_when_its_time_was_up_
     with pytest.raises(SQLAlchemyError):
         async with create_db_context(sessions)() as session:
             await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
-            monkeypatch.setattr("coord.cancellation.CLEANUP_LIMIT", 1)
 
             async def lock() -> None:
                 async with lock_tables(session, [Item], timeout=0.05):
@@ -105,6 +104,22 @@ async def test_a_lock_is_refused_in_its_own_words_though_its_holders_cannot_be_a
                 pass
         assert caught.value.holders == ()
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+@pytest.mark.usefixtures("locked")
+async def test_a_connection_that_is_lost_when_a_lock_was_refused_is_known_as_lost(
+    sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose(_connection: Any, driver: Connection) -> None:
+        await observer.fetchval("SELECT pg_terminate_backend($1)", driver.get_server_pid())
+        await driver.execute("SELECT 1")
+
+    monkeypatch.setattr("coord.acquisition._undo", lose)
+    async with sessions() as session:
+        with pytest.raises(DBAPIError) as caught:
+            async with lock_tables(session, [Item], timeout=0.05):
+                pass
+    assert caught.value.connection_invalidated
 
 
 @pytest.mark.usefixtures("locked")

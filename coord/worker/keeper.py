@@ -168,7 +168,7 @@ class Keeper:
         """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
         if self._looks:
             await asyncio.wait([looking_after], timeout=ROUND)
-        while not looking_after.done():  # redis-py may swallow a cancellation; see own_connection
+        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.wire
             looking_after.cancel()
             await asyncio.wait([looking_after], timeout=ROUND)
 
