@@ -18,6 +18,7 @@ PATIENCE = 20.0
 """Seconds that a customer asks the shop to wait."""
 LATE = 6.0
 """Seconds after which a customer of two busy cores calls the shop late."""
+SENT = "http11.send_request_headers.started"
 PAUSE = 0.5
 GIVE_UP = 90.0
 
@@ -26,9 +27,13 @@ GIVE_UP = 90.0
 class Asked:
     """One request, and what it was answered with: a status, or the error that came instead of one."""
 
-    seconds: float
     in_the_calm: bool
-    answer: int | str
+    """Whether both servers were up when it was sent."""
+    sent: float
+    """When it left: a thousand customers are one process, which may have to wait for a processor before."""
+    seconds: float = 0.0
+    """From then on until the answer."""
+    answer: int | str = ""
     order: dict[str, Any] | None = None
     """As the answer had it, with its effect."""
 
@@ -90,17 +95,26 @@ async def _visit(customer: Customer, shop: httpx.AsyncClient, calm: Callable[[],
         else:
             await asyncio.sleep(PAUSE)
     while customer.order_id is not None and not customer.served and time.monotonic() < give_up:
-        customer.asked.append(await _ask(customer, shop, in_the_calm=calm()))
+        customer.asked.append(await _ask(customer, shop, calm))
         if not customer.served:
             await asyncio.sleep(PAUSE)
 
 
-async def _ask(customer: Customer, shop: httpx.AsyncClient, *, in_the_calm: bool) -> Asked:
+async def _ask(customer: Customer, shop: httpx.AsyncClient, calm: Callable[[], bool]) -> Asked:
+    asked = Asked(calm(), time.monotonic())
+
+    async def note(event: str, _info: object) -> None:
+        if event == SENT:
+            asked.in_the_calm, asked.sent = calm(), time.monotonic()
+
     headers = {"Prefer": f"wait={PATIENCE:g}", "Idempotency-Key": f'"{customer.number}"'}
-    began = time.monotonic()
+    path, extensions = f"/orders/{customer.order_id}/fulfil", {"trace": note}
     try:
-        answer = await shop.post(f"/orders/{customer.order_id}/fulfil", headers=headers)
+        answer = await shop.post(path, headers=headers, extensions=extensions)
     except httpx.HTTPError as error:
-        return Asked(time.monotonic() - began, in_the_calm, type(error).__name__)
-    order = answer.json() if answer.status_code == 200 else None
-    return Asked(time.monotonic() - began, in_the_calm, answer.status_code, order)
+        asked.answer = type(error).__name__
+    else:
+        asked.answer = answer.status_code
+        asked.order = answer.json() if answer.status_code == 200 else None
+    asked.seconds = time.monotonic() - asked.sent
+    return asked
