@@ -4,24 +4,28 @@ Sessions commit before the first byte of the response, or the response is an err
 
     get_db = create_db_dependency(session_maker=session_maker)
 
+A handler enqueues a job in its own transaction, commits, and waits for its row without holding a connection:
+
     @app.post("/orders/{order_id}/fulfil")
-    async def fulfil(order_id: int, session: AsyncSession = Depends(get_db)): ...
+    async def fulfil(order_id: int, session: AsyncSession = Depends(get_db)) -> str:
+        order = await session.get_one(Order, order_id)
+        job = await enqueue(session, fulfil_order, order_id)
+        await session.commit()
+        await wait_for_row_change(
+            session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=25.0, job=job
+        )
+        return order.status
 
-A job takes its table locks first, all in one call, and holds them until its transaction ends:
+The job's effect and the note that it is done are one commit; its table locks come first, all in one call:
 
-    async def fulfil_order(ctx, order_id):
-        async with db_context() as session, lock_tables(session, [Stock, Order]):
-            order = await session.get(Order, order_id)
+    async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
+            order = await session.get_one(Order, order_id)
             order.status = "fulfilled"
 
-The handler commits, enqueues (arq's own `enqueue_job`, for now), and waits for its row without holding a connection:
+`arq worker.Settings` runs it:
 
-        order = await session.get(Order, order_id)
-        await session.commit()
-        await queue.enqueue_job("fulfil_order", order_id)
-        order = await wait_for_row_change(
-            session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=25.0
-        )
+    Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost")
 
 In each process a `Coordinator` rings for the rows that its sessions commit and wakes its waits; without one they poll.
 What is raised is in `coord.errors`; the pages in `docs/` say what can be relied on.
@@ -51,7 +55,7 @@ from coord.jobs.schema import create_ledger
 from coord.jobs.transaction import JobSuperseded, job_transaction, set_result
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
-from coord.waiting import wait_for_row_change, watch_row
+from coord.waiting.wait import wait_for_row_change, watch_row
 from coord.worker.settings import worker_settings
 
 __all__ = [

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 
-from coord.bell import Bell
-from coord.changes import Changes
-from coord.channels import Channels
-from coord.engine import engine_of, prepare
-from coord.hearing import Hearing
+from coord.hints.bell import Bell
+from coord.hints.changes import Changes
+from coord.hints.channels import Channels
+from coord.hints.outage import Outage
 from coord.jobs.feed import hand_over
-from coord.outage import Outage
+from coord.postgresql.engine import engine_of, prepare
 from coord.target import key_of, mapper_of
-from coord.watcher import MAX_WAITERS, Watcher
+from coord.waiting.hearing import Hearing
+from coord.waiting.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.bell import Listener
-    from coord.changes import Changed
-    from coord.schemas import Schemas
+    from coord.hints.bell import Listener
+    from coord.hints.changes import Changed
+    from coord.postgresql.schemas import Schemas
 
 
 logger = logging.getLogger("coord.bell")
@@ -47,7 +47,8 @@ class Coordinator:
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given `ArqRedis` tells it how, and is not closed.
+    own, one to publish and one to subscribe; a given `ArqRedis` tells it how, and is not closed. At the block's end
+    reads that nobody waits for any more are stopped, so that the engine can be disposed of.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Coordinator:
         self._changes = Changes(self._engine.dialect, self._tell)
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
+        self._watcher: Watcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
 
@@ -85,12 +87,14 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
+            stack.push_async_callback(self._rest)  # the last of all: who is cancelled with the server leaves meanwhile
             if self._redis is not None:
                 if self._owns_redis:
                     stack.push_async_callback(self._redis.aclose)
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
-            stack.enter_context(Watcher.of(self._engine).coordinate(self._max_waiters, self._hear, self._holds))
+            self._watcher = Watcher.of(self._engine)
+            stack.enter_context(self._watcher.coordinate(self._max_waiters, self._hear, self._holds))
             stack.enter_context(self._changes.observed())
             self._stack = stack.pop_all()
         return self
@@ -121,6 +125,10 @@ class Coordinator:
         """Have a worker hear a channel as long as this is open; nothing without Redis."""
         if self._bell is not None:
             self._bell.listen(channel, listener)
+
+    async def _rest(self) -> None:
+        if self._watcher is not None:
+            await self._watcher.rest()
 
     def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
         return None if self._bell is None else Hearing(self._bell, self.channels, mapper, schemas)

@@ -14,21 +14,23 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
-from coord.acquisition import Acquisition, acquire, literal
 from coord.cancellation import cleaned_up, interruptible
 from coord.durations import postgres_timeout
-from coord.engine import engine_of
 from coord.errors import LockTimeoutError
-from coord.transaction import connection_in_use, end_transaction, holding_lock, is_explicit
+from coord.postgresql.acquisition import Acquisition, acquire, literal
+from coord.postgresql.engine import engine_of
+from coord.postgresql.transaction import connection_in_use, connection_of, end_transaction, holding_lock, is_explicit
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.durations import Seconds
 
-    Plan = Callable[[AsyncConnection], Acquisition]
+    Plan = Callable[[Connection], Acquisition]
 
 
 class LockMode(StrEnum):
@@ -66,14 +68,13 @@ _CONFLICTS = {  # table 13.2 of the manual, by strength
 }
 
 
-@asynccontextmanager
-async def lock_tables(
+def lock_tables(
     session: AsyncSession,
     tables: Sequence[type[Any] | Table],
     *,
     mode: LockMode | str = LockMode.SHARE_ROW_EXCLUSIVE,
     timeout: Seconds | str | None = 5.0,
-) -> AsyncIterator[AsyncSession]:
+) -> AbstractAsyncContextManager[AsyncSession]:
     """Hold table locks until the transaction ends; with none open, this block is the transaction and commits at exit.
 
     The tables are locked in one order everywhere, so calls that lock before they touch a table never deadlock each
@@ -96,21 +97,19 @@ async def lock_tables(
     targets = _tables(tables)
     engine_of(session)
 
-    def plan(connection: AsyncConnection) -> Acquisition:
+    def plan(connection: Connection) -> Acquisition:
         return _table_acquisition(connection, targets, lock_mode, nowait=limit == 0)
 
-    async with _held(session, plan, limit):
-        yield session
+    return _held(session, plan, limit)
 
 
-@asynccontextmanager
-async def advisory_lock(
+def advisory_lock(
     session: AsyncSession,
     key: int | tuple[int, int] | str,
     *,
     shared: bool = False,
     timeout: Seconds | None = 5.0,
-) -> AsyncIterator[AsyncSession]:
+) -> AbstractAsyncContextManager[AsyncSession]:
     """Hold a transaction-level advisory lock (section 13.3.5 of PostgreSQL's manual), on a number, a pair or a name.
 
     It excludes only who asks for the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
@@ -124,12 +123,13 @@ async def advisory_lock(
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     engine_of(session)
-    async with _held(session, lambda _: _advisory_acquisition(key, words, shared), limit, least=0.001):
-        yield session
+    return _held(session, lambda _: _advisory_acquisition(key, words, shared), limit, least=0.001)
 
 
 @asynccontextmanager
-async def _held(session: AsyncSession, plan: Plan, limit: float | None, *, least: float = 0) -> AsyncIterator[None]:
+async def _held(
+    session: AsyncSession, plan: Plan, limit: float | None, *, least: float = 0
+) -> AsyncIterator[AsyncSession]:
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_explicit(session) or connection_in_use(session.sync_session)
     try:
@@ -142,7 +142,7 @@ async def _held(session: AsyncSession, plan: Plan, limit: float | None, *, least
     transaction = session.sync_session.get_transaction()
     try:
         with holding_lock(session):
-            yield
+            yield session
         if not joins and session.sync_session.get_transaction() is not transaction:
             raise RuntimeError("The lock was lost before its block ended: the transaction was ended inside the block.")
         if not joins:
@@ -153,15 +153,15 @@ async def _held(session: AsyncSession, plan: Plan, limit: float | None, *, least
         raise
 
 
-async def _connection(session: AsyncSession, limit: float | None) -> tuple[AsyncConnection, float | None]:
+async def _connection(session: AsyncSession, limit: float | None) -> tuple[Connection, float | None]:
     """The session's connection, and what of the limit is left when the pool has given it."""
     if limit is None or connection_in_use(session.sync_session):
-        return await session.connection(), limit
+        return await connection_of(session), limit
     loop = asyncio.get_running_loop()
     began = loop.time()
     patience = limit or CONNECT_LIMIT
     try:
-        connection = await interruptible(session.connection(), limit=patience)
+        connection = await interruptible(connection_of(session), limit=patience)
     except TimeoutError as error:
         if loop.time() - began < patience:  # the driver's own
             raise
@@ -192,10 +192,9 @@ def _tables_of(target: object) -> Iterable[Table]:
 
 
 def _table_acquisition(
-    connection: AsyncConnection, tables: tuple[Table, ...], mode: LockMode, *, nowait: bool
+    connection: Connection, tables: tuple[Table, ...], mode: LockMode, *, nowait: bool
 ) -> Acquisition:
-    assert connection.sync_connection is not None
-    schemas = connection.sync_connection.get_execution_options().get("schema_translate_map") or {}
+    schemas = connection.get_execution_options().get("schema_translate_map") or {}
     dialect = connection.dialect
     under = tuple(schemas.get(table.schema, table.schema) for table in tables)
     return _spelled(tables, under, dialect.default_schema_name or "", mode, nowait)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the annotation
 
 from coord.cancellation import cleaned_up, interruptible, settled
-from coord.engine import engine_of, prepare
+from coord.postgresql.engine import engine_of, prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping

@@ -66,26 +66,31 @@ def column_names(mapper: Mapper[Any]) -> ColumnNames:
 
 def key_of(mapper: Mapper[Any], pk_value: object) -> Key:
     """Primary key values in the mapper's order, from a value, a tuple, or a mapping by attribute name."""
-    names = [mapper.get_property_by_column(column).key for column in mapper.primary_key]
     values = pk_value
     if isinstance(pk_value, Mapping):
+        names = _key_names(mapper)
         if set(pk_value) != set(names):
             raise ValueError(f"pk_value has {sorted(map(str, pk_value))}; the key of {_name(mapper)} is {names}")
         values = tuple(pk_value[name] for name in names)
     elif not isinstance(pk_value, tuple):
         values = (pk_value,)
     assert isinstance(values, tuple)
-    if len(values) != len(names) or any(value is None or not _is_hashable(value) for value in values):
+    if len(values) != len(mapper.primary_key) or not all(map(_is_part, values)):
+        names = _key_names(mapper)
         raise ValueError(f"pk_value {pk_value!r} does not give the key of {_name(mapper)}, which is {names}")
     return tuple(_as_loaded(column, value) for column, value in zip(mapper.primary_key, values, strict=True))
 
 
-def _is_hashable(value: object) -> bool:
+def _key_names(mapper: Mapper[Any]) -> list[str]:
+    return [mapper.get_property_by_column(column).key for column in mapper.primary_key]
+
+
+def _is_part(value: object) -> bool:
     try:
         hash(value)
     except TypeError:
         return False
-    return True
+    return value is not None
 
 
 def _as_loaded(column: Any, value: Any) -> Any:
@@ -108,8 +113,8 @@ def _columns(mapper: Mapper[Any], columns: Sequence[Any] | None) -> ColumnNames:
 def _column(mapper: Mapper[Any], column: object, known: ColumnNames) -> str:
     """An attribute's name, from the name, the attribute, the table's column, or that column's own name."""
     if isinstance(column, QueryableAttribute):
-        owner = inspect(column.class_)
-        name: str | None = column.key if mapper.common_parent(owner) else None
+        owned = column.class_ is mapper.class_ or mapper.common_parent(inspect(column.class_))
+        name: str | None = column.key if owned else None
     elif isinstance(column, Column):
         found: MapperProperty[Any] | None = mapper._columntoproperty.get(column)
         name = found.key if found is not None else None

@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--serve", action="store_true", help="keep the shop up and print what to try")
     parser.add_argument("--port", type=int, help="where it serves, 8000 unless given or taken")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell has its background jobs ignore the first
+        signal.signal(number, signal.default_int_handler)
     try:
         return _serve(options.port) if options.serve else _demonstrate(options.orders)
     except KeyboardInterrupt:

@@ -20,8 +20,9 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.schema import CreateSchema
 
-import coord.watcher
+import coord.waiting.watcher
 from coord.embedded import PostgreSQL, Valkey
+from coord.postgresql.engine import prepare
 from tests.models import Base
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def redis_url(server_directory: Path) -> Iterator[str]:
 async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     """An engine with a wide pool; tests that count connections make their own."""
     engine = create_async_engine(database_url, pool_size=20, max_overflow=0)
+    prepare(engine)  # as an application's is before it connects
     yield engine
     await engine.dispose()
 
@@ -80,8 +82,13 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 async def single(database_url: str) -> AsyncIterator[AsyncEngine]:
     """An engine with one connection."""
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    prepare(engine)
+    before = _tasks()
     yield engine
-    await engine.dispose()
+    try:
+        await _ended(before)  # a shared read gives its connection back a little later than its last wait ends
+    finally:
+        await engine.dispose()
 
 
 @pytest.fixture(scope="session")
@@ -122,21 +129,25 @@ async def observer(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 @pytest.fixture(autouse=True)
 async def nothing_left_running() -> AsyncIterator[None]:
     """After every test: none of coord's tasks that was not there before."""
-
-    def tasks() -> set[asyncio.Task[object]]:
-        return {task for task in asyncio.all_tasks() if task.get_name().startswith("coord")}
-
-    before = tasks()
+    before = _tasks()
     yield
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + 2
-    while left := tasks() - before:
-        assert loop.time() < deadline, left
-        await asyncio.sleep(0.005)
+    await _ended(before)
 
 
 @pytest.fixture
 async def nobody_left_waiting(nothing_left_running: None) -> AsyncIterator[None]:
     """After every test: no watcher."""
     yield
-    assert not coord.watcher._watchers.get(asyncio.get_running_loop())
+    assert not coord.waiting.watcher._watchers.get(asyncio.get_running_loop())
+
+
+def _tasks() -> set[asyncio.Task[object]]:
+    return {task for task in asyncio.all_tasks() if task.get_name().startswith("coord")}
+
+
+async def _ended(before: set[asyncio.Task[object]]) -> None:
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 2
+    while left := _tasks() - before:
+        assert loop.time() < deadline, left
+        await asyncio.sleep(0.005)

@@ -74,17 +74,29 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
 
 @contextlib.contextmanager
 def executed(engine: AsyncEngine) -> Iterator[list[str]]:
-    """What SQLAlchemy has the engine's connections execute until the block ends."""
+    """What the engine's connections execute until the block ends, for SQLAlchemy or as coord tells the driver."""
     seen: list[str] = []
+    drivers: set[Any] = set()
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         seen.append(statement)
 
+    def note_driver(query: Any) -> None:
+        seen.append(query.query)
+
+    def listen(connection: Any, *_: Any) -> None:
+        drivers.add(connection.driver_connection)
+        connection.driver_connection.add_query_logger(note_driver)
+
     event.listen(engine.sync_engine, "before_cursor_execute", note)
+    event.listen(engine.sync_engine, "checkout", listen)
     try:
         yield seen
     finally:
         event.remove(engine.sync_engine, "before_cursor_execute", note)
+        event.remove(engine.sync_engine, "checkout", listen)
+        for driver in drivers:
+            driver.remove_query_logger(note_driver)
 
 
 @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 from typing import TYPE_CHECKING
 
 from sqlalchemy import make_url
@@ -12,9 +13,28 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 
+SSL_REQUEST = b"\x00\x00\x00\x08\x04\xd2\x16\x2f"
+"""What a client asks first that wants TLS."""
+
+
+def anonymous(protocol: ssl._SSLMethod) -> ssl.SSLContext:
+    """TLS without a certificate, which is enough for a connection's bytes to go the way that they go in TLS."""
+    context = ssl.SSLContext(protocol)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("aNULL:@SECLEVEL=0")
+    return context
+
+
 class Proxy:
-    def __init__(self, url: str) -> None:
+    """With `tls` it is also what encrypts, which the embedded PostgreSQL was not built for."""
+
+    def __init__(self, url: str, *, at_once: int = 65_536, tls: bool = False) -> None:
         self._target = make_url(url)
+        self._tls = anonymous(ssl.PROTOCOL_TLS_SERVER) if tls else None
+        self._at_once = at_once
+        """Bytes of an answer."""
         self.url = ""
         self.flows = asyncio.Event()
         """Stopped while this is not set."""
@@ -34,10 +54,18 @@ class Proxy:
         finally:
             self.flows.set()
             server.close()
-            for writer in self._open:
-                writer.transport.abort()
+            self.cut()
+
+    def cut(self) -> None:
+        """End every connection."""
+        for writer in self._open:
+            writer.transport.abort()
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._tls is not None:
+            assert await reader.readexactly(len(SSL_REQUEST)) == SSL_REQUEST
+            writer.write(b"S")
+            await writer.start_tls(self._tls)
         there, back = await asyncio.open_connection(self._target.host, self._target.port)
         self._open |= {writer, back}
         with contextlib.suppress(asyncio.CancelledError):
@@ -49,6 +77,9 @@ class Proxy:
                 self.round_trips += self._asked and not asks
                 self._asked = asks
                 await self.flows.wait()
-                writer.write(data)
-                await writer.drain()
+                size = len(data) if asks else self._at_once
+                for start in range(0, len(data), size):
+                    writer.write(data[start : start + size])
+                    await writer.drain()
+                    await asyncio.sleep(0)
         writer.close()

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
+from sqlalchemy.pool import QueuePool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 
 class _Server(uvicorn.Server):
@@ -46,3 +49,10 @@ async def eventually(condition: Any, *, within: float = 5.0, message: str = "") 
             raise AssertionError(message or f"not true within {within} s, last seen: {result!r}")
         await asyncio.sleep(0.01)
     return result
+
+
+async def all_given_back(engine: AsyncEngine, *, within: float = 5.0) -> None:
+    """Every connection of its pool; a shared read that is under way when its last wait ends does so a little later."""
+    pool = engine.pool
+    assert isinstance(pool, QueuePool)
+    await eventually(lambda: asyncio.sleep(0, pool.checkedout() == 0), within=within)

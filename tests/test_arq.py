@@ -369,6 +369,33 @@ async def test_a_burst_worker_may_be_run_again_without_having_been_closed(office
         assert len(await office.workers()) <= 1  # the second shift may be over, and the first is
 
 
+async def test_a_shift_asks_redis_nothing_before_the_last_one_has_closed_its_connections(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, closing, close = list[str](), asyncio.Event(), asyncio.Event()
+    execute = Pipeline.execute
+
+    async def tell(pipe: Any, *args: Any) -> Any:
+        told.extend(str(command[0]) for command, _ in pipe.command_stack[:1])
+        return await execute(pipe, *args)
+
+    async def slowly(_ctx: dict[str, Any]) -> None:
+        closing.set()
+        await close.wait()
+        told.append("over")
+
+    monkeypatch.setattr(Pipeline, "execute", tell)
+    async with working(office, [succeed], burst=True, on_shutdown=slowly) as worker:
+        await worker.running
+        again = asyncio.create_task(worker.worker.async_run())
+        await closing.wait()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        close.set()
+        await again
+    assert told == ["INFO", "over", "INFO", "over"]
+
+
 async def test_a_worker_that_arq_gives_another_redis_refuses_to_work(made: Callable[..., Any], redis_url: str) -> None:
     """As `arq --watch` does after the first change: it would run jobs that it has not claimed."""
     other = client(redis_url)
@@ -611,5 +638,11 @@ async def test_no_queue_entry_ends_a_worker(office: Office) -> None:
         await office.redis.zrem(default_queue_name, "far")  # so that the next one is due at no time at all
         assert (await office.final(await office.enqueue(succeed))).state == "done"
         assert worker.lives
-        left = {id_ for id_, _ in await office.redis.zrange(default_queue_name, 0, -1, withscores=True)}
-        assert left == {b"end", b"claimed"}
+
+        async def left() -> set[bytes]:
+            return {*await office.redis.zrange(default_queue_name, 0, -1)}
+
+        async def only_those() -> bool:
+            return await left() == {b"end", b"claimed"}
+
+        await eventually(only_those, message=f"{await left()} are left")

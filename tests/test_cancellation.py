@@ -76,7 +76,7 @@ async def test_who_goes_on_after_a_lock_that_was_cancelled_when_its_time_was_up_
         asked.set()
         await asyncio.Event().wait()
 
-    monkeypatch.setattr("coord.acquisition._undo", never)
+    monkeypatch.setattr("coord.postgresql.acquisition._undo", never)
     with pytest.raises(SQLAlchemyError):
         async with create_db_context(sessions)() as session:
             await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
@@ -96,7 +96,7 @@ async def test_who_goes_on_after_a_lock_that_was_cancelled_when_its_time_was_up_
 async def test_a_lock_is_refused_in_its_own_words_though_its_holders_cannot_be_asked_about(
     sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coord.acquisition._HOLDERS", "SELECT 1/0 WHERE true")
+    monkeypatch.setattr("coord.postgresql.acquisition._HOLDERS", "SELECT 1/0 WHERE true")
     async with create_db_context(sessions)() as session:
         await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
         with pytest.raises(LockTimeoutError) as caught:
@@ -114,10 +114,10 @@ async def test_a_connection_that_is_lost_when_a_lock_was_refused_is_known_as_los
         await observer.fetchval("SELECT pg_terminate_backend($1)", driver.get_server_pid())
         await driver.execute("SELECT 1")
 
-    monkeypatch.setattr("coord.acquisition._undo", lose)
+    monkeypatch.setattr("coord.postgresql.acquisition._undo", lose)
     async with sessions() as session:
         with pytest.raises(DBAPIError) as caught:
-            async with lock_tables(session, [Item], timeout=0.05):
+            async with lock_tables(session, [Item], timeout=0.5):
                 pass
     assert caught.value.connection_invalidated
 
@@ -221,7 +221,8 @@ async def test_who_shares_a_connection_takes_turns_on_it(engine: AsyncEngine, us
                 await asyncio.sleep(0)
             assert not task.done()
             task.cancel()
-            await asyncio.wait([task])
+            readers = [each for each in asyncio.all_tasks() if each.get_name().startswith("coord waits")]
+            await asyncio.wait([task, *readers])
 
 
 @pytest.fixture

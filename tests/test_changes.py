@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy.orm import Mapped, foreign, relationship
 
-from coord.changes import Changes
+from coord.hints.changes import Changes
 from tests.models import Base, Document, Item, User, table_of
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session
 
-    from coord.changes import Change
+    from coord.hints.changes import Change
 
 pytestmark = pytest.mark.usefixtures("tables")
 

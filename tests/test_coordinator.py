@@ -19,13 +19,13 @@ from sqlalchemy import delete, event, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session
 
-import coord.watcher
+import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
-from coord.channels import MANY, Channels
 from coord.embedded import PostgreSQL, Valkey
+from coord.hints.channels import MANY, Channels
 from coord.target import mapper_of
 from tests.models import Account, Base, Item, User
-from tests.serving import eventually, served
+from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
@@ -357,6 +357,44 @@ async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
     assert said[-1] == "Redis is back, all goes on"
 
 
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize(("steps", "rings"), [(-1, True), (-1, False), (0, True), (0, False), (3, True), (3, False)])
+async def test_a_read_for_nobody_is_over_when_the_coordinator_is(
+    single: AsyncEngine, redis_url: str, observer: Connection, steps: int, rings: bool
+) -> None:
+    """Or it would come back to a pool that has been disposed of, and hold a connection that nobody closes.
+
+    A server that stops has only just cancelled the wait, perhaps within another: it leaves so many steps later, which
+    without a bell is after the Coordinator's end.
+    """
+
+    async def within(waiting: asyncio.Task[Any], depth: int) -> None:
+        await (waiting if depth == 0 else asyncio.create_task(within(waiting, depth - 1)))
+
+    session_maker = async_sessionmaker(single)
+    locked = observer.transaction()
+    async with session_maker() as session:
+        async with Coordinator(session_maker, redis=redis_url if rings else None):
+            await locked.start()
+            await observer.execute("LOCK TABLE users")
+            task = waiting(session, User, 1)
+            await eventually(lambda: observer.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"))
+            outer = asyncio.create_task(within(task, max(0, steps)))
+            await asyncio.sleep(0.01)  # until each awaits the next
+            outer.cancel()
+            if steps < 0:
+                await asyncio.wait([task])
+            assert single.pool.checkedout() == 1  # type: ignore[attr-defined]
+            began = time.monotonic()
+        if not rings and steps >= 0:
+            await asyncio.wait([outer])
+            await all_given_back(single)
+        assert single.pool.checkedout() == 0  # type: ignore[attr-defined]
+        assert time.monotonic() - began < 2, "it is stopped"
+        await asyncio.wait([outer])
+    await locked.rollback()
+
+
 @pytest.mark.slow
 async def test_waits_survive_a_restart_of_postgresql(server_directory: Path, redis_url: str) -> None:
     with PostgreSQL(server_directory / "restarted") as server:
@@ -399,11 +437,11 @@ async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
         asyncio.get_running_loop().call_later(chance.uniform(0, 2), task.cancel)
     await asyncio.wait(tasks)
     assert not [task for task in tasks if not task.cancelled() and task.exception()]
-    watcher = coord.watcher._watchers[asyncio.get_running_loop()][engine.dialect]
+    watcher = coord.waiting.watcher._watchers[asyncio.get_running_loop()][engine.dialect]
     assert watcher.waiters == 0
     assert watcher._groups == {}
     await eventually(lambda: _equal(redis.pubsub_channels, []))
-    await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+    await all_given_back(engine)
 
 
 @pytest.mark.usefixtures("users", "coordinator")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from coord.deadlines import EARLY, Deadlines
+from coord.waiting.deadlines import EARLY, Deadlines
 from tests.serving import eventually
 
 

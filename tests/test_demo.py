@@ -30,9 +30,10 @@ SHOP_VARIABLES = ("COORD_DATABASE_URL", "COORD_REDIS_URL")
 
 @asynccontextmanager
 async def demo(directory: Path, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m demo` in a directory of its own, with servers of its own."""
+    """`python -m demo` in a directory of its own, with servers of its own, as a shell's background job."""
     environment = {name: value for name, value in os.environ.items() if name not in SHOP_VARIABLES}
     process = await asyncio.create_subprocess_exec(
+        *("sh", "-c", "trap '' INT; exec \"$@\"", "sh"),  # which ignores SIGINT
         sys.executable,
         "-m",
         "demo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,11 +11,12 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from coord import get_transaction
-from coord.engine import prepare
+from coord.postgresql.engine import prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 ASKED = "SELECT 1"
@@ -86,3 +88,19 @@ async def test_an_engine_that_nothing_failed_on_is_not_listened_to(prepared: Asy
         await fail(session)
         await session.commit()
     assert not prepared.sync_engine.dispatch.commit
+
+
+async def test_a_commit_that_is_refused_leaves_no_transaction_in_the_pool(
+    prepared: AsyncEngine, observer: Connection
+) -> None:
+    for _ in range(2):
+        with pytest.raises(DBAPIError):
+            async with AsyncSession(prepared) as session:
+                pid = await session.scalar(text("SELECT pg_backend_pid()"))
+                with suppress(DBAPIError):
+                    await session.execute(text("SELECT 1 / 0"))
+                await session.commit()
+        state = await observer.fetchval("SELECT state FROM pg_stat_activity WHERE pid = $1", pid)
+        assert state in (None, "idle")
+        async with AsyncSession(prepared) as session:
+            assert await session.scalar(text("SELECT 7")) == 7

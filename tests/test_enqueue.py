@@ -16,6 +16,8 @@ from uuid import uuid4
 
 import pytest
 from arq.worker import func
+from opentelemetry import context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -656,3 +658,75 @@ async def test_an_engines_own_json_does_not_touch_the_ledgers(database_url: str,
         assert (stored.state, stored.result) == (JobState.DONE, {"ü": 2.5})
         await session.execute(text("SELECT 1"))
     await engine.dispose()
+
+
+@pytest.fixture
+async def picky(observer: Connection) -> AsyncIterator[None]:
+    """The ledger takes no job of the task "refused"."""
+    await observer.execute("ALTER TABLE coord_jobs ADD CONSTRAINT picky CHECK (task <> 'refused')")
+    yield
+    await observer.execute("ALTER TABLE coord_jobs DROP CONSTRAINT picky")
+
+
+@pytest.mark.usefixtures("picky", "tables")
+@pytest.mark.parametrize("raised", [False, True])
+async def test_a_savepoint_contains_a_job_that_the_ledger_refuses(
+    single: AsyncEngine, observer: Connection, raised: bool
+) -> None:
+    """Also on a connection that waits for no answer otherwise."""
+    sessions = async_sessionmaker(single, expire_on_commit=False)
+    for number in range(3):
+        async with sessions() as session:
+            session.add(User(id=number))
+            await enqueue(session, a_task, number)
+            with pytest.raises(DBAPIError, match="picky"):
+                async with session.begin_nested():
+                    await enqueue(session, "refused")
+                    if raised:
+                        raise AssertionError("it was taken")
+            await session.commit()
+        assert await observer.fetchval("SELECT count(*) FROM users") == number + 1
+        assert await count(observer) == number + 1
+
+
+@pytest.mark.usefixtures("picky", "tables")
+async def test_a_job_that_the_ledger_refuses_fails_the_commit_at_the_latest(
+    single: AsyncEngine, observer: Connection
+) -> None:
+    sessions = async_sessionmaker(single, expire_on_commit=False)
+    await committed(sessions, a_task)
+    for number in range(3):
+        with pytest.raises(DBAPIError, match="picky"):
+            async with sessions() as session:
+                session.add(User(id=number))
+                await session.flush()
+                await enqueue(session, "refused")
+                await session.commit()
+        assert await observer.fetchval("SELECT count(*) FROM users") == 0
+
+
+@pytest.mark.usefixtures("ledger")
+async def test_a_first_statement_that_cannot_be_encoded_leaves_a_transaction_to_enqueue_in(
+    single: AsyncEngine, observer: Connection
+) -> None:
+    sessions = async_sessionmaker(single, expire_on_commit=False)
+    for number in range(1, 4):
+        async with sessions() as session:
+            with pytest.raises(DBAPIError):
+                await session.execute(text("SELECT CAST(:n AS int)"), {"n": "x"})
+            await enqueue(session, a_task)
+            await session.commit()
+        assert await count(observer) == number
+
+
+async def test_a_job_carries_the_trace_of_who_enqueued_it(session_maker: SessionMaker) -> None:
+    span = NonRecordingSpan(SpanContext(trace_id=1, span_id=2, is_remote=False, trace_flags=TraceFlags(1)))
+    token = context.attach(set_span_in_context(span))
+    try:
+        traced = await committed(session_maker)
+    finally:
+        context.detach(token)
+    plain = await committed(session_maker)
+    async with session_maker() as session:
+        rows = dict((await session.execute(select(jobs.c.id, jobs.c.trace))).all())
+    assert rows == {traced.id: {"traceparent": f"00-{1:032x}-{2:016x}-01"}, plain.id: None}

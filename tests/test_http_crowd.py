@@ -35,6 +35,8 @@ pytestmark = pytest.mark.slow
 CLIENTS = 1_000
 LEAVE_WITHIN = 4.0
 """Seconds in which those who leave do so."""
+PATIENCE = 60.0
+"""Seconds after which nothing comes any more, on however slow a machine."""
 
 
 @contextlib.asynccontextmanager
@@ -104,6 +106,7 @@ class Client:
     order_id: int
     leaves_after: float | None
     answer: dict[str, Any] | None = None
+    put_off: int = 0
 
     async def ask(self, url: str) -> None:
         """Until there is an answer: who was cut off, or told to ask again, does."""
@@ -116,11 +119,13 @@ class Client:
     async def _ask_once(self, url: str) -> None:
         path, key = f"/orders/{self.order_id}/fulfil", {"Idempotency-Key": f'"{self.number}"'}
         async with call(url, "POST", path, key) as asking:
-            await asking.begun(within=40)
-            assert asking.status in {200, 202}, asking
-            body = await asking.json()
+            await asking.begun(within=PATIENCE)
+            assert asking.status in {200, 202, 503}, asking
             if asking.status == 200:
-                self.answer = body
+                self.answer = await asking.json()
+            elif asking.status == 503:  # a slow machine: its time was over before its turn came
+                self.put_off += 1
+                await asyncio.sleep(int(asking.headers["retry-after"]))
 
 
 async def clients(http: httpx.AsyncClient, chance: random.Random) -> list[Client]:
@@ -140,7 +145,7 @@ async def test_a_thousand_clients_at_once_are_each_told_of_their_own_order(
     """A third of them leave at random; their orders are fulfilled all the same."""
     chance = random.Random(through)
     async with shop(database_url, redis_url) as (address, database):
-        async with httpx.AsyncClient(base_url=address, timeout=40) as http:
+        async with httpx.AsyncClient(base_url=address, timeout=PATIENCE) as http:
             everybody = await clients(http, chance)
             proxy = Proxy(address, chance)
             async with proxy.opened() as url:
@@ -153,11 +158,12 @@ async def test_a_thousand_clients_at_once_are_each_told_of_their_own_order(
                     expected = (client.order_id, client.number + 1, "fulfilled")
                     assert (client.answer["id"], client.answer["quantity"], client.answer["status"]) == expected
             assert sum(client.answer is None for client in everybody) > CLIENTS / 20
+            assert sum(client.put_off for client in everybody) < CLIENTS / 10
 
             async def all_done() -> bool:
                 return bool(await database.fetchval("SELECT bool_and(state = 'done') FROM coord_jobs"))
 
-            await eventually(all_done, within=30)
+            await eventually(all_done, within=PATIENCE)
             invoices = await database.fetch("SELECT invoice_number FROM orders ORDER BY 1")
             fulfilled = [number for (number,) in invoices if number is not None]
             assert fulfilled == list(range(1, len(fulfilled) + 1))
@@ -183,11 +189,11 @@ class Follower:
         while self.last != OrderStatus.FULFILLED:
             headers = {"Last-Event-ID": str(self.seen[-1])} if self.seen else {}
             async with call(url, "GET", f"/orders/{self.order_id}/events", headers) as stream:
-                await stream.begun()
+                await stream.begun(within=PATIENCE)
                 assert stream.status == 200
                 left = self.chance.randint(1, 6) if self.resumed < 3 and self.chance.random() < 1 / 3 else -1
                 while left != 0 and self.last != OrderStatus.FULFILLED:
-                    event = await stream.event(within=60)
+                    event = await stream.event(within=PATIENCE)
                     assert event is not None
                     self.seen.append(int(event.id))
                     self.last = event.data["status"]
@@ -221,19 +227,25 @@ async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
     async def all_have_seen(version: int) -> bool:
         return all(follower.seen and follower.seen[-1] == version for follower in followers)
 
-    async with Coordinator(session_maker, redis=redis_url), Coordinator(maker, redis=redis_url):
-        async with served(counter(maker)) as http:
-            following = [asyncio.create_task(follower.follow(str(http.base_url))) for follower in followers]
-            await eventually(lambda: all_have_seen(1), within=30)
+    async def none_holds_a_connection() -> bool:
+        return "Current Checked out connections: 0" in pool.pool.status()
+
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(pool.dispose)
+        await stack.enter_async_context(Coordinator(session_maker, redis=redis_url))
+        await stack.enter_async_context(Coordinator(maker, redis=redis_url))
+        http = await stack.enter_async_context(served(counter(maker)))
+        async with asyncio.TaskGroup() as following:
+            for follower in followers:
+                following.create_task(follower.follow(str(http.base_url)))
+            await eventually(lambda: all_have_seen(1), within=PATIENCE)
             await flow(OrderStatus.PENDING)
-            await eventually(lambda: all_have_seen(1 + CHANGES), within=15)
-            assert "Current Checked out connections: 0" in pool.pool.status()
+            await eventually(lambda: all_have_seen(1 + CHANGES), within=PATIENCE)
+            await eventually(none_holds_a_connection, within=PATIENCE)
             await flow(OrderStatus.FULFILLED)
-            async with asyncio.timeout(15):
-                await asyncio.gather(*following)
+            await eventually(lambda: all_have_seen(1 + 2 * CHANGES), within=PATIENCE)
     for follower in followers:
         assert follower.seen == sorted({*follower.seen})
         assert follower.seen[-1] == 1 + 2 * CHANGES
         assert 1 + CHANGES in follower.seen
     assert sum(follower.resumed > 1 for follower in followers) > STREAMS / 10
-    await pool.dispose()

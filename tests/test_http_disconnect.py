@@ -11,7 +11,7 @@ from fastapi import Request
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 
-import coord.watcher
+import coord.waiting.watcher
 from coord import Coordinator, JobState
 from coord.http.disconnect import while_connected
 from tests.counter import changed, counter, do, orders, placed, the_job  # noqa: F401 - a fixture
@@ -52,7 +52,7 @@ class Counter:
         self.coordinator = coordinator
 
     async def waits(self) -> bool:
-        watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+        watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
         return any(watcher.waiters for watcher in watchers)
 
     async def waits_for_nobody(self) -> bool:
@@ -162,7 +162,7 @@ async def test_a_receive_that_fails_is_no_departure() -> None:
 
 
 async def waiters_are(number: int) -> bool:
-    watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
     return sum(watcher.waiters for watcher in watchers) == number
 
 

@@ -14,7 +14,7 @@ from coord.http import admin, events, handling, limits
 from coord.http.idempotency import DAY, LONGEST
 from coord.http.problem import KINDS
 from coord.jobs.operations import MOST
-from coord.watcher import MAX_WAITERS
+from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
 from tests.raw import call
 from tests.serving import served

@@ -15,8 +15,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 import coord.http.events
 import coord.http.stages
-import coord.watcher
-from coord import Coordinator, JobState
+import coord.waiting.watcher
+from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
 from coord.http.stages import Stages
 from coord.jobs.ledger import Worker, new_id
@@ -52,7 +52,7 @@ async def nobody_follows(nobody_left_waiting: None) -> AsyncIterator[None]:
 
 
 async def nobody_waits() -> bool:
-    watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
     return sum(watcher.waiters for watcher in watchers) == 0
 
 
@@ -235,6 +235,35 @@ async def test_a_job_is_told_until_it_has_ended(
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as late:
         await late.begun()
         assert await job_states(late, 2) == [("1-failed", "failed")]
+
+
+async def test_a_job_that_ends_while_its_workers_are_asked_about_is_told_so(
+    http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The session's own instance is brought up to date in place, whoever holds it."""
+    monkeypatch.setattr(coord.http.events, "BEAT", 0.02)
+    look, asked, let = coord.http.stages.Stages._look, asyncio.Event(), asyncio.Event()
+
+    async def slowly(stages: Stages) -> None:
+        await look(stages)
+        if asked.is_set():
+            return
+        asked.set()
+        await let.wait()
+
+    job = await committed(session_maker, a_task)
+    async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
+        await stream.begun()
+        assert await job_states(stream, 1) == [("1-queued", "queued")]
+        monkeypatch.setattr(coord.http.stages.Stages, "_look", slowly)
+        await asked.wait()
+        async with session_maker() as session:
+            seen = asyncio.create_task(wait_for_row_change(session, Job, job.id, since={"state": "queued"}))
+            await asyncio.sleep(0)
+            await end(session_maker, job, JobState.FAILED, "OutOfTea")
+            await seen  # by the stream too, whose place among those who wait is before this one's
+        let.set()
+        assert await job_states(stream, 2) == [("1-failed", "failed")]
 
 
 async def job_states(stream: Call, count: int) -> list[tuple[str, str]]:

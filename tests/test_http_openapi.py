@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 
 TOKEN = "correct-horse-battery"
 SECONDS = 20.0
+USUAL = {200, 201, 202, 304, 400, 401, 404, 422}
 HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 SCHEMATHESIS = """
@@ -142,13 +143,17 @@ def targets(draw: st.DrawFn, operations: list[tuple[str, str]]) -> tuple[str, st
 async def test_odd_requests_have_declared_answers(stack: Stack) -> None:
     """No 5xx but declared ones; of an event stream the beginning is looked at."""
     with httpx.Client(base_url=stack.url, timeout=40) as http:
-        statuses = await asyncio.to_thread(fuzz, stack, http, time.monotonic() + SECONDS)
-    assert {200, 201, 202, 304, 400, 401, 404, 422} <= {*statuses}, statuses
+        statuses = await asyncio.to_thread(fuzz, stack, http)
+    assert {*statuses} >= USUAL, statuses
 
 
-def fuzz(stack: Stack, http: httpx.Client, until: float) -> Counter[int]:
+def fuzz(stack: Stack, http: httpx.Client) -> Counter[int]:
+    """For its seconds, and on a slow machine until chance has come upon what is usual."""
+    began = time.monotonic()
     statuses: Counter[int] = Counter()
-    operations = [(verb.upper(), path) for path, verbs in stack.document["paths"].items() for verb in verbs]
+    paths = stack.document["paths"]
+    operations = [(verb.upper(), path) for path, verbs in paths.items() for verb in verbs]
+    operations += 8 * [(verb, path) for verb, path in operations if "202" in paths[path][verb.lower()]["responses"]]
     job, order = accepted(http)
     known = {"a fulfilled order": order.removeprefix("/orders/"), "a job": job}
 
@@ -183,7 +188,7 @@ def fuzz(stack: Stack, http: httpx.Client, until: float) -> Counter[int]:
         assert answer.status_code < 500 or answer.status_code == 503, answer
         stack.contract.check(method, path, answer.status_code, answer.headers, text)
 
-    while time.monotonic() < until:
+    while (spent := time.monotonic() - began) < SECONDS or (spent < 4 * SECONDS and not {*statuses} >= USUAL):
         ask()
     return statuses
 

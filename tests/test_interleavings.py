@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from redis.asyncio import Redis
 from sqlalchemy import select, text
 
-import coord.watcher
+import coord.waiting.watcher
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
-from coord.bell import Bell
-from coord.reading import Reader
+from coord.hints.bell import Bell
+from coord.waiting.reading import Reader
 from tests.models import Account
-from tests.serving import eventually
+from tests.serving import all_given_back
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -190,10 +190,10 @@ async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
             await play(world, script)
         for wait in world.waits:
             world.check(wait)
-        watcher = coord.watcher.Watcher.of(engine)
+        watcher = coord.waiting.watcher.Watcher.of(engine)
         assert watcher.waiters == 0
         assert watcher._groups == {}
-        await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0))  # type: ignore[attr-defined]
+        await all_given_back(engine)
 
 
 async def play(world: World, script: list[tuple[Any, ...]]) -> None:

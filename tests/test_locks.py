@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
-import coord.acquisition
 import coord.locks
+import coord.postgresql.acquisition
 from coord import (
     DeadlockError,
     LockMode,
@@ -216,7 +216,7 @@ async def test_the_schema_translate_map_is_honoured(engine: AsyncEngine) -> None
 async def locked_in(session_maker: SessionMaker, engine: AsyncEngine, tables: list[Any]) -> list[str]:
     """The tables as PostgreSQL locked them, in order, by the row versions of its lock manager."""
     seen: list[str] = []
-    original = coord.acquisition.acquire
+    original = coord.postgresql.acquisition.acquire
 
     async def spy(connection: Any, acquisition: Any, limit: Any) -> None:
         await original(connection, acquisition, limit)

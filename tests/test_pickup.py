@@ -21,8 +21,8 @@ from arq.worker import Retry
 import coord.worker.pickup
 from coord import job_transaction, task_options
 from coord.embedded import Valkey
+from coord.hints.outage import Outage
 from coord.jobs.feed import Message
-from coord.outage import Outage
 from coord.worker.address import Address
 from coord.worker.link import Link
 from tests.ledger import ledger
@@ -85,6 +85,45 @@ async def test_a_worker_that_is_idle_or_has_all_slots_busy_costs_next_to_nothing
         worker.signal(signal.SIGKILL)
     assert max(commands for commands, _ in costs) < 13, costs
     assert max(cpu for _, cpu in costs) < 0.02, costs
+
+
+async def test_jobs_that_come_while_all_slots_are_busy_wake_nobody_and_wait_no_longer_for_that(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakes, rings, begun = 0, 0, dict[str, float]()
+    go_on = asyncio.Event()
+    stirred, rung = coord.worker.pickup.Pickup._stirred, coord.worker.pickup.Pickup.rung
+
+    async def counted(pickup: coord.worker.pickup.Pickup, until: float) -> None:
+        nonlocal wakes
+        await stirred(pickup, until)
+        wakes += 1
+
+    def heard(pickup: coord.worker.pickup.Pickup) -> None:
+        nonlocal rings
+        rings += 1
+        rung(pickup)
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun[ctx["job_id"]] = time.perf_counter()
+        await go_on.wait()
+
+    monkeypatch.setattr(coord.worker.pickup, "POLL", 30.0)
+    monkeypatch.setattr(coord.worker.pickup.Pickup, "_stirred", counted)
+    monkeypatch.setattr(coord.worker.pickup.Pickup, "rung", heard)
+    async with working(office, [task], max_jobs=2):
+        jobs = [await office.enqueue(task) for _ in range(2)]
+        await until(lambda: len(begun) == 2)
+        woken, heard_before = wakes, rings
+        jobs += [await office.enqueue(task) for _ in range(20)]
+        await until(lambda: rings > heard_before)
+        await office.queued(22)
+        assert wakes == woken
+        ended = time.perf_counter()
+        go_on.set()
+        for job in jobs:
+            await office.final(job)
+    assert max(begun.values()) - ended < 3
 
 
 async def test_no_more_jobs_run_than_a_worker_has_slots(office: Office) -> None:
@@ -328,6 +367,16 @@ async def test_an_unknown_task_goes_back_until_a_worker_knows_it(
             row = await office.final(job)
         assert (row.state, row.attempt) == ("done", 1)
         assert len(unknown()) == 1, "said once, and not each time it comes up"
+
+
+async def test_what_a_worker_does_not_know_keeps_nothing_else_waiting(office: Office) -> None:
+    async def known(ctx: dict[str, Any]) -> None: ...
+
+    for _ in range(6):
+        await office.enqueue("nobody_knows")
+    job = await office.enqueue(known)
+    async with working(office, [known], max_jobs=1):
+        assert (await office.final(job, within=2)).state == "done"
 
 
 async def test_what_nobody_knows_for_too_long_fails(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:

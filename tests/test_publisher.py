@@ -10,9 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 from redis.asyncio import Redis
 
-import coord.publisher
+import coord.hints.publisher
 from coord.embedded import Valkey
-from coord.publisher import Publisher, ring_of
+from coord.hints.publisher import Publisher, ring_of
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ async def test_rings_under_way_when_a_connection_is_lost_are_sent_again(scene: S
 async def test_rings_that_redis_does_not_answer_are_dropped_and_later_ones_are_not(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.publisher, "LIMIT", 0.2)
+    monkeypatch.setattr(coord.hints.publisher, "LIMIT", 0.2)
     scene.ring(1)
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)

@@ -15,7 +15,7 @@ from arq.constants import default_queue_name
 from sqlalchemy import insert, update
 
 import coord.worker.reconciler
-from coord.channels import Channels
+from coord.hints.channels import Channels
 from coord.jobs.feed import Message
 from coord.jobs.ledger import jobs, workers
 from coord.worker.census import NEVER, Seen

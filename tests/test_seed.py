@@ -81,7 +81,7 @@ await wait_for_row_change(
 SNIPPETS = [SESSION_DEPENDENCY, SESSION_CONTEXT, NESTED_TRANSACTIONS, TABLE_LOCKING, ROW_CHANGE_POLLING]
 
 LOOKED = """SELECT count(*) FROM pg_stat_activity
-            WHERE datname = current_database() AND state = 'idle' AND query LIKE '%unnest%'"""
+            WHERE datname = current_database() AND state = 'idle' AND query LIKE 'SELECT 1, %'"""
 
 Namespace = dict[str, Any]
 

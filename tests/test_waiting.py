@@ -44,10 +44,10 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
-from coord.stored import is_stored_as
-from coord.watcher import Watcher
+from coord.waiting.stored import is_stored_as
+from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
-from tests.serving import eventually
+from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ async def test_a_pool_of_one_serves_two_hundred_waits(database_url: str, observe
         await observer.execute("UPDATE users SET name = 'after ' || id")
         rows = await asyncio.gather(*tasks)
         assert [row.name for row in rows] == [f"after {n}" for n in range(1, 201)]
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        await all_given_back(engine)
     await engine.dispose()
 
 
@@ -407,7 +407,7 @@ async def test_a_cancelled_wait_leaves_nothing(
             with pytest.raises(TimeoutError):
                 await asyncio.wait_for(wait_for_row_change(session, User, user), 0.1)
         # A shared read that was under way ends, with nobody to tell.
-        await eventually(lambda: asyncio.sleep(0, engine.pool.checkedout() == 0), within=2)  # type: ignore[attr-defined]
+        await all_given_back(engine, within=2)
 
 
 async def asynchronous(_row: User) -> bool:
@@ -544,7 +544,7 @@ async def test_the_sessions_own_instance_is_current_in_all_its_parts(
         await registered()
         await observer.execute("""UPDATE documents SET x = 5, y = 6, owner_id = 2, body = '{"n": 2}'""")
         assert await task is own
-        assert engine.pool.checkedout() == 0  # type: ignore[attr-defined]
+        await all_given_back(engine)
         assert own.place == Point(5, 6)
         assert "owner" not in vars(own), "it is the one of before"
         own.body["n"] += 1

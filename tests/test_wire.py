@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, ResponseError
 
-from coord.wire import Wire, connected, packed
+from coord.hints.wire import Wire, connected, packed
 from tests.serving import eventually
 
 if TYPE_CHECKING:

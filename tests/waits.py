@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
-import coord.watcher
+import coord.waiting.watcher
 from coord import wait_for_row_change
 from tests.serving import eventually
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from coord.waiter import Waiter
+    from coord.waiting.waiter import Waiter
 
 
 def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.Task[Any]:
@@ -21,7 +21,7 @@ def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.T
 
 def waiters() -> list[Waiter[Any]]:
     """All that wait in this event loop."""
-    watchers = coord.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
     groups = [group for watcher in watchers for group in watcher._groups.values()]
     return [waiter for group in groups for found in group.waiters.values() for waiter in found]
 

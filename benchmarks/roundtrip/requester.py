@@ -39,7 +39,9 @@ class Requester:
         """The id of an order."""
 
     async def prepare(self) -> None:
+        """As a program of its own does it before a deploy: none of its connections is left."""
         await self._contender.prepare()
+        await self._contender.orders.engine.dispose()
 
     async def begin(self) -> None:
         """Return when the worker works."""

@@ -10,13 +10,13 @@ from fastapi import Depends, Header
 from sqlalchemy import inspect
 
 from coord.cancellation import uninterrupted
-from coord.engine import engine_of, prepare
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.disconnect import ended
 from coord.http.stages import BEAT, JobStage, Stages
 from coord.http.stopping import signalled
 from coord.jobs.ledger import Job
-from coord.waiting import watch_row
+from coord.postgresql.engine import engine_of, prepare
+from coord.waiting.wait import watch_row
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -113,8 +113,9 @@ class EventStreams:
 
     async def _stages_of(self, jobs: AsyncIterator[Job]) -> AsyncIterator[JobStage]:
         async for job in jobs:
-            yield await self._stages.of(job)
-            if job.state.is_final:
+            stage = await self._stages.of(job)
+            yield stage
+            if stage.state.is_final:
                 return
 
 

@@ -16,9 +16,9 @@ from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER
 from coord.jobs.awaiting import job_id_of
 from coord.jobs.operations import get_job
-from coord.reading import is_passing
-from coord.transaction import end_transaction
-from coord.waiting import wait_for_row_change
+from coord.postgresql.transaction import end_transaction
+from coord.waiting.reading import is_passing
+from coord.waiting.wait import wait_for_row_change
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

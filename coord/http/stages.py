@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from coord.jobs import operations
@@ -50,14 +50,16 @@ class Stages:
         self._lock = asyncio.Lock()
 
     async def of(self, job: Job) -> JobStage:
-        """Reads the heartbeats only for an unfinished job, in a transaction of its own."""
-        state = job.state
-        if not state.is_final:
-            async with self._lock:
-                await self._look()
-            if (job.id, job.attempt) in self._running:
-                state = JobState.RUNNING
-        return JobStage(job.id, job.task, state, job.attempt, job.error)
+        """As it is at the call: the instance may be brought up to date meanwhile.
+
+        Reads the heartbeats only for an unfinished job, in a transaction of its own.
+        """
+        stage = JobStage(job.id, job.task, job.state, job.attempt, job.error)
+        if stage.state.is_final:
+            return stage
+        async with self._lock:
+            await self._look()
+        return replace(stage, state=JobState.RUNNING) if (stage.id, stage.attempt) in self._running else stage
 
     async def _look(self) -> None:
         if (now := asyncio.get_running_loop().time()) < self._stale:

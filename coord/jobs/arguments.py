@@ -8,10 +8,13 @@ from typing import Any
 DEEPEST = 100
 """Lists and objects within one another; whoever reads them may have less of a stack left than whoever wrote them."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+"""Made once, as `json.dumps` does not."""
+
 
 def to_json(value: Any) -> str:
     """ASCII without spaces, and the same again for what is read back from it; raises `TypeError` or `ValueError`."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return _ENCODER.encode(value)
 
 
 def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
-from coord.jobs.ledger import Job, JobState
+from coord.jobs.ledger import Job, JobState, job_mapper
 from coord.target import Target
-from coord.waiter import Waiter
+from coord.waiting.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
-    from coord.schemas import Schemas
-    from coord.watcher import Watcher
+    from coord.postgresql.schemas import Schemas
+    from coord.waiting.watcher import Watcher
 
 _NO_JOB = nullcontext()
 
@@ -74,7 +74,7 @@ def job_waiter(
     """To be left when the wait ends; for a wait without a job there is nothing to leave."""
     if job_id is None:
         return _NO_JOB
-    target = Target.of(Job, job_id, [Job.state])
+    target = Target(job_mapper, (job_id,), ("state",))
     baseline = {"state": JobState.QUEUED}
     return watcher.register(
         target,

@@ -5,17 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 
-from sqlalchemy import JSON, Text, bindparam, cast, inspect, select
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import JSON, Text, bindparam, cast, select
+from sqlalchemy.dialects.postgresql import insert as insert_into
 
-from coord.changes import collect
-from coord.engine import engine_of
 from coord.errors import UniqueKeyConflictError
+from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
-from coord.jobs.ledger import Job, JobState, execute, fetch, is_queued, jobs, new_id
+from coord.jobs.ledger import Job, JobState, execute, insert, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
+from coord.postgresql.engine import engine_of
 
 if TYPE_CHECKING:
     from arq.worker import Function
@@ -27,7 +27,7 @@ _given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", 
 _text = cast(bindparam("text", type_=Text), JSON)
 _values: dict[str, Any] = {name: bindparam(name) for name in _given} | {"arguments": _text}
 _unfinished = is_queued & jobs.c.unique_key.is_not(None)
-_insert = insert(jobs).values(_values)
+_insert = insert_into(jobs).values(_values)
 _insert_unique = _insert.on_conflict_do_nothing(
     index_elements=[jobs.c.task, jobs.c.unique_key], index_where=_unfinished
 ).returning(jobs.c.id)
@@ -51,8 +51,9 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
         job = await enqueue(session, fulfil_order, order_id)
         await session.commit()
 
-    Returns a snapshot of the row, whose `id` is readable after the commit too. A task may be given by its name. With
-    `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
+    Returns a snapshot of the row, whose `id` is readable after the commit too; PostgreSQL's answer is waited for by the
+    next statement or the commit, which raises its error (`docs/operation.md`, "Round trips"). A task may be given by
+    its name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
     `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
     """
     engine_of(session)
@@ -65,9 +66,9 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
             return joined
     else:
         trace = values["trace"] and to_json(values["trace"])
-        await fetch(session, _insert, values | {"text": text, "trace": trace})
+        await insert(session, _insert, values | {"text": text, "trace": trace})
     job = Job.snapshot(values | {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1})
-    collect(session.sync_session, (inspect(Job), (job.id,)), job)
+    collect(session.sync_session, (job_mapper, (values["id"],)), job)
     return job
 
 

@@ -11,10 +11,10 @@ from uuid import UUID
 
 from arq.constants import default_queue_name, job_key_prefix
 
+from coord.hints.publisher import Packet, ring_of
+from coord.hints.wire import packed
 from coord.jobs.arguments import DEEPEST, depth_of, to_json
 from coord.jobs.options import LONGEST, name_of
-from coord.publisher import Packet, ring_of
-from coord.wire import packed
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable

@@ -7,7 +7,7 @@ import os
 import time
 from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
 from sqlalchemy import (
@@ -26,18 +26,22 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
-from coord import driver
 from coord.jobs.arguments import to_json
-from coord.schemas import schemas_in_use
+from coord.postgresql import driver
+from coord.postgresql.schemas import schemas_in_use
+from coord.postgresql.transaction import connection_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from sqlalchemy import ColumnElement, CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
+
+
+T = TypeVar("T")
 
 
 class JobState(StrEnum):
@@ -123,8 +127,8 @@ class Job(Ledger):
     @classmethod
     def snapshot(cls, values: Mapping[str, Any]) -> Job:
         """A row as it is, in no session; made without what an instance costs that is to be written."""
-        job: Job = inspect(cls).class_manager.new_instance()
-        inspect(job).dict.update(values)
+        job: Job = job_mapper.class_manager.new_instance()
+        vars(job).update(values)
         return job
 
     joined = False
@@ -190,6 +194,7 @@ class IdempotencyKey(Ledger):
 
 
 Ledger.registry.configure()  # or the first snapshot would come before SQLAlchemy has
+job_mapper: Mapper[Job] = inspect(Job)
 jobs = Job.metadata.tables[Job.__tablename__]
 """For statements that are no business of the unit of work's."""
 is_queued = jobs.c.state == literal_column("'queued'")
@@ -211,10 +216,21 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
 
 
 async def fetch(session: AsyncSession, statement: Executable, values: Mapping[str, Any]) -> Sequence[Any]:
-    """The same, for the two statements that a job costs everybody: see `coord.driver.fetch`."""
-    connection = await session.connection()
+    """The same, for the claim, which every job costs: see `coord.postgresql.driver.fetch`."""
+    return await _driven(driver.fetch, session, statement, values)
+
+
+async def insert(session: AsyncSession, statement: Executable, values: Mapping[str, Any]) -> None:
+    """The same, for the one row that every job costs: see `coord.postgresql.driver.insert`."""
+    await _driven(driver.insert, session, statement, values)
+
+
+async def _driven(
+    run: Callable[..., Awaitable[T]], session: AsyncSession, statement: Executable, values: Mapping[str, Any]
+) -> T:
+    connection = await connection_of(session)
     try:
-        return await driver.fetch(connection, statement, schemas_in_use(session.sync_session), values)
+        return await run(connection, statement, schemas_in_use(session.sync_session), values)
     except ProgrammingError as error:
         _explain(error)
         raise

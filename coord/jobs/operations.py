@@ -11,11 +11,21 @@ from sqlalchemy import bindparam, case, delete, func, inspect, select, tuple_, u
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
-from coord.changes import collect
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
+from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Cancellation, Job, JobState, cancellations, execute, is_queued, jobs, workers
+from coord.jobs.ledger import (
+    Cancellation,
+    Job,
+    JobState,
+    cancellations,
+    execute,
+    is_queued,
+    job_mapper,
+    jobs,
+    workers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -146,7 +156,7 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
             return JobState(state)
     # Kept until a reconciler has taken the job out of Redis, or its worker has ended it.
     execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
-    collect(session, (inspect(Job), (job_id,)))
+    collect(session, (job_mapper, (job_id,)))
     collect(session, (inspect(Cancellation), None))
     return JobState.RUNNING if running else JobState.CANCELLED
 
@@ -173,7 +183,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
         raise ValueError(f"Job {job_id} is {found.state}; only a failed or cancelled one can be run again")
     execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
     job = Job(**row)
-    collect(session, (inspect(Job), (job_id,)), job)
+    collect(session, (job_mapper, (job_id,)), job)
     return job
 
 

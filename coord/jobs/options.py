@@ -116,7 +116,7 @@ def _text(what: str, value: object, longest: int) -> str:
 
 def _is_unicode(value: str) -> bool:
     """A lone half of a surrogate pair is none."""
-    return not any("\ud800" <= character <= "\udfff" for character in value)
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _delay(delay: Seconds | datetime) -> float | datetime:

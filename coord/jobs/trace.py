@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 propagate: Any
@@ -14,23 +14,28 @@ except ImportError:  # it came with FastAPI; nothing here needs it
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
 
 
 def current_trace() -> dict[str, str] | None:
-    """The current trace context, as the configured propagators write it."""
-    if propagate is None:
+    """What OpenTelemetry's current context holds, as the configured propagators write it.
+
+    They take it from there (OpenTelemetry's specification, "Propagators API"): of an empty one they need not be asked.
+    """
+    if propagate is None or not context.get_current():
         return None
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return carrier or None
 
 
-@contextmanager
-def continued(trace: Mapping[str, str] | None) -> Iterator[None]:
+def continued(trace: Mapping[str, str] | None) -> AbstractContextManager[None]:
     """Spans that the block starts belong to that trace."""
-    if propagate is None or not trace:
-        yield
-        return
+    return nullcontext() if propagate is None or not trace else _continued(trace)
+
+
+@contextmanager
+def _continued(trace: Mapping[str, str]) -> Iterator[None]:
     token = context.attach(propagate.extract(trace))
     try:
         yield

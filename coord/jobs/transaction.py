@@ -6,14 +6,14 @@ from contextlib import asynccontextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, inspect, update
+from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
 from sqlalchemy.exc import InvalidRequestError
 
 from coord.cancellation import settled
-from coord.changes import collect
+from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Job, JobState, execute, fetch, is_queued, jobs
+from coord.jobs.ledger import JobState, execute, fetch, is_queued, job_mapper, jobs
 from coord.session import closed
 
 if TYPE_CHECKING:
@@ -162,4 +162,4 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
     if not claimed:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
-    collect(session.sync_session, (inspect(Job), (attempt.job_id,)))
+    collect(session.sync_session, (job_mapper, (attempt.job_id,)))

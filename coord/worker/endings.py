@@ -10,10 +10,10 @@ import traceback
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, delete, func, inspect, select, update
+from sqlalchemy import bindparam, delete, func, select, update
 
-from coord.changes import collect
-from coord.jobs.ledger import Job, JobState, cancellations, jobs
+from coord.hints.changes import collect
+from coord.jobs.ledger import Job, JobState, cancellations, job_mapper, jobs
 from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.session import create_db_context
 from coord.transient import is_transient
@@ -131,7 +131,7 @@ def _write(session: Session, attempt: Attempt, values: dict[str, Any], next_atte
     session.execute(update(jobs).where(jobs.c.id == attempt.job_id).values(values))
     if next_attempt is None:
         session.execute(delete(cancellations).where(cancellations.c.job_id == attempt.job_id))
-    collect(session, (inspect(Job), (attempt.job_id,)), next_attempt)
+    collect(session, (job_mapper, (attempt.job_id,)), next_attempt)
 
 
 def backoff(attempt: int) -> float:

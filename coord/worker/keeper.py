@@ -21,8 +21,8 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from coord.hints.outage import Outage
 from coord.jobs.ledger import JobState, cancellations, jobs, workers
-from coord.outage import Outage
 from coord.worker.census import DEAD, NEVER, Census
 from coord.worker.pickup import LEASE
 from coord.worker.reconciler import Reconciler
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from redis.asyncio import ConnectionPool
 
-    from coord.channels import Channels
+    from coord.hints.channels import Channels
     from coord.worker.claims import Claims
 
 logger = logging.getLogger("arq.coord")
@@ -168,7 +168,7 @@ class Keeper:
         """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
         if self._looks:
             await asyncio.wait([looking_after], timeout=ROUND)
-        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.wire
+        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.hints.wire
             looking_after.cancel()
             await asyncio.wait([looking_after], timeout=ROUND)
 

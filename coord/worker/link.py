@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 
-from coord.wire import Wire, connected, packed
+from coord.hints.wire import Wire, connected, packed
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
     from redis.asyncio.connection import Connection
 
-    from coord.outage import Outage
+    from coord.hints.outage import Outage
 
 ANSWER_LIMIT = 2.0
 """Seconds after which Redis counts as away."""

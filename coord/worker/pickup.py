@@ -29,6 +29,8 @@ LEASE = 60.0
 """Seconds that a claim lasts, unless it is renewed."""
 BACKOFF = (0.1, 2.0)
 """Seconds before the first and any later attempt to reach Redis again."""
+HOLD = 0.05
+"""Seconds that Redis is not told of a job that is over, to be told of it with the next claims, while slots are free."""
 UNKNOWN_LIMIT = 900.0
 """Seconds after which a task that no worker has known is given up: a rolling deploy is over by then."""
 UNKNOWN_PAUSE = (0.5, 30.0)
@@ -53,15 +55,22 @@ class Pickup:
         self._link = link
         self._lease = int(LEASE * 1000)
         self._stir = asyncio.Event()
+        self._may_have = True
+        """Whether the queue may have more than was found in it."""
+        self._tell_at = 0.0
+        """When Redis is to be told of what has ended, on the loop's clock."""
         self._unknown: list[Claim] = []
         self._pause = 0.0
         self._next_due = 0.0
 
-    def listening(self) -> None:
-        """What was rung before this was not heard."""
-        self._stir.set()
+    def rung(self) -> None:
+        """Somebody has handed a job over; who has no slot for it looks when one is free."""
+        self._may_have = True
+        if self.claims.free > 0:
+            self._stir.set()
 
-    rung = listening
+    listening = rung
+    """What was rung before this was not heard."""
 
     @property
     def bell(self) -> bytes:
@@ -73,7 +82,12 @@ class Pickup:
         self._stir.set()
 
     def end(self, claim: Claim, ending: str = GONE) -> None:
-        """The claim's slot is free; Redis is told at once, with the next claims."""
+        """The claim's slot is free; Redis is told with the next claims, or soon without any."""
+        now = asyncio.get_running_loop().time()
+        if ending != GONE:
+            self._tell_at = now
+        elif not self.claims.has_ended:
+            self._tell_at = now + HOLD
         self.claims.end(claim, ending)
         self._stir.set()
 
@@ -85,11 +99,18 @@ class Pickup:
         while True:
             self._stir.clear()
             free = min(self.claims.free, most) if not self.draining and self.is_alive() else 0
-            if (free > 0 or self.claims.has_ended) and (found := await self._exchange(free)):
+            now = loop.time()
+            claims = free > 0 and (self._may_have or now >= self._next_due)
+            if (claims or (self.claims.has_ended and now >= self._tell_at)) and (found := await self._exchange(free)):
                 return found
             wake = min(deadline, self._next_due) if free > 0 else deadline
+            if free > 0 and self._may_have:
+                wake = now
+            if self.claims.has_ended:
+                wake = min(wake, self._tell_at)
             await self._stirred(max(wake, loop.time() + self._pause))
             if loop.time() >= deadline:
+                self._may_have = True  # no bell is sure to be heard
                 return []  # to be asked again at once
 
     async def flush(self) -> None:
@@ -115,6 +136,7 @@ class Pickup:
 
     async def _exchange(self, free: int) -> list[bytes]:
         ended = self.claims.take_ended()
+        self._may_have = self._may_have and not free  # unless a bell rings meanwhile
         told = [part for claim in ended for part in (_raw(claim.id), claim.ending, _attempt(claim))]
         try:
             following, *found = await take.run(self._link, self.queue, self.worker, self._lease, free, *told)
@@ -127,14 +149,17 @@ class Pickup:
             raise
         self._link.report(None)
         self._pause = 0.0
-        wait = float(following) / 1000
-        self._next_due = asyncio.get_running_loop().time() + (wait if wait >= 0 else POLL)
+        if free > 0:
+            wait = float(following) / 1000
+            self._next_due = asyncio.get_running_loop().time() + (wait if wait >= 0 else POLL)
+            self._may_have = self._may_have or len(found) == 3 * free
         triples = zip(found[::3], found[1::3], found[2::3], strict=True)
         taken = [id_ for id_, score, raw in triples if self._accept(id_, score, raw)]
         await self._send_back()
         return taken
 
     def _away(self, error: Exception) -> None:
+        self._may_have = True
         self._link.report(error)
         self._pause = min(max(self._pause * 2, BACKOFF[0]), BACKOFF[1]) * random.uniform(0.75, 1.0)
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from arq.constants import job_key_prefix
-from sqlalchemy import Uuid, bindparam, delete, inspect, select
+from sqlalchemy import Uuid, bindparam, delete, select
 
 from coord.jobs.feed import Message, id_of, milliseconds, queue_bell, score
-from coord.jobs.ledger import Job, cancellations, is_queued, jobs, workers
+from coord.jobs.ledger import cancellations, is_queued, job_mapper, jobs, workers
 from coord.worker.pruning import Pruning
 from coord.worker.rescue import end_transactions, next_attempts
 from coord.worker.scripts import drop, give_back, look
@@ -164,7 +164,7 @@ class Reconciler:
     async def _ended(self, claims: dict[UUID, str]) -> None:
         await self._drop(claims)
         for id_ in claims:
-            await self._redis.publish(self._identity.channels.row(inspect(Job), (), (id_,)), b"")
+            await self._redis.publish(self._identity.channels.row(job_mapper, (), (id_,)), b"")
 
     async def _drop(self, claims: dict[UUID, str]) -> None:
         if claims:

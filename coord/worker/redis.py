@@ -37,6 +37,8 @@ class WorkerRedis(ArqRedis):
 
     pickup: Pickup | None = None
     """Set while the worker runs."""
+    ending: asyncio.Task[None] | None = None
+    """What closes a shift, the last one perhaps, and at its end every connection."""
     health_check_key = ""
 
     async def zrangebyscore(self, name: Any, *args: Any, **kwargs: Any) -> Any:
@@ -85,6 +87,7 @@ class ClaimPipeline(Pipeline):
     def __init__(self, redis: WorkerRedis, transaction: bool, shard_hint: str | None) -> None:
         super().__init__(redis.connection_pool, redis.response_callbacks, transaction, shard_hint)
         self._pickup = redis.pickup
+        self._ending = redis.ending
         self._claim: Claim | None = None
 
     async def immediate_execute_command(self, *args: Any, **options: Any) -> Any:
@@ -129,6 +132,8 @@ class ClaimPipeline(Pipeline):
 
     async def _of_no_claim(self, commands: list[Any], raise_on_error: bool) -> list[Any]:
         """The task's own, or what arq asks at its start, and of aborted jobs, without which it can do."""
+        if self._ending not in (None, asyncio.current_task()) and commands and commands[0][0] == "INFO":
+            await asyncio.wait([self._ending])
         try:
             return await super().execute(raise_on_error)
         except AWAY:

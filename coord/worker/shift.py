@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.exc import ProgrammingError
 
 from coord.coordinator import Coordinator
-from coord.engine import engine_of
+from coord.hints.outage import Outage
 from coord.jobs.ledger import new_id
-from coord.outage import Outage
+from coord.postgresql.engine import engine_of
 from coord.worker.claims import Claims
 from coord.worker.keeper import Identity, Keeper
 from coord.worker.link import Link
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.channels import Channels
+    from coord.hints.channels import Channels
     from coord.worker.address import Address
     from coord.worker.hooks import Hook
     from coord.worker.redis import WorkerRedis
@@ -127,8 +127,12 @@ class Shift:
     async def end(self, ctx: dict[Any, Any]) -> None:
         """arq's `on_shutdown`, when no job runs any more: last the application's own."""
         if self._ending is None:
-            self._ending = asyncio.create_task(self._stack.aclose(), name="coord shift ends")
+            self._close()
+        assert self._ending is not None
         await asyncio.shield(self._ending)
+
+    def _close(self) -> None:
+        self._ending = self._redis.ending = asyncio.create_task(self._stack.aclose(), name="coord shift ends")
 
     def _main_has_ended(self, stack: AsyncExitStack, _main: asyncio.Task[Any]) -> None:
         loop = asyncio.get_running_loop()
@@ -137,7 +141,7 @@ class Shift:
         if self._claims is not None and any(claim.task and not claim.task.done() for claim in self._claims.all()):
             loop.call_later(LINGER, self._main_has_ended, stack, _main)
         elif self._ending is None:
-            self._ending = loop.create_task(self._stack.aclose(), name="coord shift ends")
+            self._close()
 
     async def _open(self, stack: AsyncExitStack) -> None:
         terms, worker = self._terms, new_id()

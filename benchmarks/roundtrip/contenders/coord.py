@@ -44,10 +44,10 @@ class Coord(Contender):
 
     async def request(self, order_id: int) -> str:
         async with self.orders.sessions() as session:
-            session.add(pending(order_id))
+            session.add(order := pending(order_id))
             job = await enqueue(session, self.fulfil_order, order_id)
             await session.commit()
-            order = await wait_for_row_change(
-                session=session, model=Order, pk_value=order_id, columns=[Order.status], timeout=PATIENCE, job=job
+            await wait_for_row_change(
+                session=session, model=Order, pk_value=order.id, columns=[Order.status], timeout=PATIENCE, job=job
             )
             return order.status

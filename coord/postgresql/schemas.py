@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coord.transaction import connection_in_use
+from coord.postgresql.transaction import connection_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,9 +24,8 @@ def schemas_of(session: Session) -> Schemas:
 
 def schemas_in_use(session: Session) -> Schemas:
     """That of the connection which the session's transaction has taken, else `schemas_of` it."""
-    if connection_in_use(session):
-        return _schemas(session.connection().get_execution_options()) or schemas_of(session)
-    return schemas_of(session)
+    connection = connection_in_use(session)
+    return (connection and _schemas(connection.get_execution_options())) or schemas_of(session)
 
 
 def _schemas(options: Mapping[str, Any]) -> Schemas:

@@ -8,8 +8,8 @@ from sqlalchemy import inspect
 from sqlalchemy.orm import RelationshipDirection
 from sqlalchemy.orm.attributes import set_committed_value
 
-from coord.baseline import own_copy
 from coord.target import column_names
+from coord.waiting.baseline import own_copy
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -41,7 +41,11 @@ def adopt(session: AsyncSession, row: M, *, alone: bool) -> M:
 def _update(session: AsyncSession, own: M, row: InstanceState[M]) -> None:
     """Do to an instance what a refresh would, with the values at hand; merge() would take its changes away."""
     state: InstanceState[M] = inspect(own)
-    unmodified = [name for name in column_names(state.mapper) if not state.attrs[name].history.has_changes()]
+    unmodified = [
+        name
+        for name in column_names(state.mapper)
+        if name not in state.committed_state or not state.attrs[name].history.has_changes()
+    ]
     changed = {name for name in unmodified if state.dict.get(name, row) != row.dict[name]}
     for name in unmodified:
         set_committed_value(own, name, own_copy(row.dict[name]))

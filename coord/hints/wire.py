@@ -84,5 +84,8 @@ class Wire(Line):
 
 def packed(*parts: bytes | str | int) -> bytes:
     """A command as Redis reads it."""
-    texts = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
-    return b"*%d\r\n" % len(texts) + b"".join(b"$%d\r\n%b\r\n" % (len(text), text) for text in texts)
+    lines = [b"*%d\r\n" % len(parts)]
+    for part in parts:
+        text = part if isinstance(part, bytes) else str(part).encode()
+        lines.append(b"$%d\r\n%b\r\n" % (len(text), text))
+    return b"".join(lines)

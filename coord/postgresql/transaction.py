@@ -12,7 +12,8 @@ from sqlalchemy.orm import SessionTransactionOrigin
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy.orm import Session
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session, SessionTransaction
 
 _LOCKS = "coord.locks"
 
@@ -26,10 +27,27 @@ _TRANSACTION_IDS = text("""
 """)
 
 
-def connection_in_use(session: Session) -> bool:
-    """Whether the session's transaction has a connection; an autobegun one has none before its first statement."""
-    transaction = session.get_transaction()
-    return transaction is not None and bool(transaction._connections)  # pinned by tests/test_transaction.py
+def connection_in_use(session: Session) -> Connection | None:
+    """The one of the session's own bind that its transaction has; an autobegun one has none before its first statement.
+
+    Who routes statements to several binds (`binds=`, `get_bind`) may have one of another.
+    """
+    return _connection_in(session.get_transaction(), session)
+
+
+def _connection_in(transaction: SessionTransaction | None, session: Session) -> Connection | None:
+    held = None if transaction is None else transaction._connections.get(session.get_bind())
+    return held and held[0]  # pinned by tests/test_transaction.py
+
+
+async def connection_of(session: AsyncSession) -> Connection:
+    """The connection of the session's transaction, or of its savepoint: taken from the pool, and begun, if need be."""
+    own = session.sync_session
+    if _connection_in(own.get_nested_transaction() or own.get_transaction(), own) is not None:
+        return own.connection()
+    connection = await session.connection()
+    assert connection.sync_connection is not None
+    return connection.sync_connection
 
 
 def is_explicit(session: AsyncSession) -> bool:
@@ -43,15 +61,16 @@ def is_explicit(session: AsyncSession) -> bool:
 @contextmanager
 def holding_lock(session: AsyncSession) -> Iterator[None]:
     """Mark the session as inside `lock_tables` or `advisory_lock`."""
-    session.info[_LOCKS] = session.info.get(_LOCKS, 0) + 1
+    info = session.sync_session.info
+    info[_LOCKS] = info.get(_LOCKS, 0) + 1
     try:
         yield
     finally:
-        session.info[_LOCKS] -= 1
+        info[_LOCKS] -= 1
 
 
 def holds_lock(session: AsyncSession) -> bool:
-    return bool(session.info.get(_LOCKS))
+    return bool(session.sync_session.info.get(_LOCKS))
 
 
 async def has_written(session: AsyncSession) -> bool:

@@ -11,15 +11,14 @@ import asyncpg
 from sqlalchemy import bindparam
 from sqlalchemy.dialects import postgresql
 
-from coord.driver import in_transaction, keeps_its_snapshot, translated, turn
-from coord.engine import note_failure
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
+from coord.postgresql.driver import in_transaction, keeps_its_snapshot, translated, turn
+from coord.postgresql.engine import note_failure
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import ClauseElement
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import ClauseElement, Connection
 
     Settings = Mapping[str, str | int]
 
@@ -67,7 +66,7 @@ class Acquisition:
         return "; ".join(("SAVEPOINT coord_lock", *parts, "RELEASE SAVEPOINT coord_lock"))
 
 
-async def acquire(connection: AsyncConnection, acquisition: Acquisition, limit: float | None) -> None:
+async def acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
     """Take the lock in the connection's transaction, which stays usable if it is not granted.
 
     `limit` is seconds for all of it together; 0 is in the statement, None leaves it to the server's `lock_timeout`.
@@ -76,7 +75,7 @@ async def acquire(connection: AsyncConnection, acquisition: Acquisition, limit: 
         await _acquire(connection, acquisition, limit)
 
 
-async def _acquire(connection: AsyncConnection, acquisition: Acquisition, limit: float | None) -> None:
+async def _acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
     driver = await in_transaction(connection)
     known = await _settings(driver) if limit and keeps_its_snapshot(connection) else None
     sql = acquisition.sql(limit, known)
@@ -91,7 +90,7 @@ async def _acquire(connection: AsyncConnection, acquisition: Acquisition, limit:
 
 
 async def _refused(
-    connection: AsyncConnection, driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, limited: bool
+    connection: Connection, driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, limited: bool
 ) -> LockTimeoutError | DeadlockError | None:
     """What to raise instead of the error, if anything; whoever is cancelled here must not commit what has failed."""
     try:
@@ -99,12 +98,14 @@ async def _refused(
         return await _refusal(driver, acquisition, error, limited=limited)
     except BaseException as later:
         note_failure(connection)
-        if isinstance(later, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
-            return None  # the connection was lost meanwhile
-        raise
+        if isinstance(later, asyncpg.InternalClientError):  # of a farewell that came while nothing was asked
+            driver.terminate()
+        elif not isinstance(later, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+            raise
+        return None  # the connection was lost meanwhile
 
 
-async def _undo(connection: AsyncConnection, driver: asyncpg.Connection) -> None:
+async def _undo(connection: Connection, driver: asyncpg.Connection) -> None:
     """Make the transaction usable again. A cancelled lock may have been granted after all, and then it is so already.
 
     asyncpg sends the question once the server has confirmed that the statement has ended.

@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
-from coord.baseline import differs, own_copy
 from coord.errors import RowNotFoundError, WaitTimeoutError
 from coord.target import M
+from coord.waiting.baseline import differs, own_copy
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from coord.baseline import Baseline
-    from coord.deadlines import Alarm
-    from coord.group import Group
     from coord.target import Target
+    from coord.waiting.baseline import Baseline
+    from coord.waiting.deadlines import Alarm
+    from coord.waiting.group import Group
 
 LAST_LOOK = 0.8
 """Seconds after its deadline within which a wait may still learn of a change that was there at the deadline."""

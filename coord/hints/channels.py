@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Table, inspect
 
 from coord.jobs.ledger import Cancellation
-from coord.schemas import schemas_of
+from coord.postgresql.schemas import schemas_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.changes import Change
-    from coord.schemas import Schemas
+    from coord.hints.changes import Change
+    from coord.postgresql.schemas import Schemas
     from coord.target import Key
 
 MANY = 100

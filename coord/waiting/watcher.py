@@ -10,9 +10,9 @@ from weakref import WeakKeyDictionary
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coord.errors import TooManyWaitersError
-from coord.group import Group
-from coord.reading import Reader
-from coord.waiter import Waiter
+from coord.waiting.group import Group
+from coord.waiting.reading import READ_LIMIT, Reader
+from coord.waiting.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
     from sqlalchemy.orm import Mapper
 
-    from coord.baseline import Baseline
-    from coord.hearing import Hearing
-    from coord.schemas import Schemas
+    from coord.postgresql.schemas import Schemas
     from coord.target import M, Target
+    from coord.waiting.baseline import Baseline
+    from coord.waiting.hearing import Hearing
 
     Hear = Callable[[Mapper[Any], Schemas], Hearing | None]
 
@@ -41,8 +41,11 @@ class Watcher:
         self._coordinated = False
         self._hear: Hear = _hear_nothing
         self.holds: Callable[[object], bool] = _hold_nothing
-        """Whether a job has yet to be handed over, so that nobody can have begun it."""
+        """Whether a job is only being handed over, so that hardly anybody can have begun it."""
         self._groups: dict[tuple[Mapper[Any], Schemas], Group] = {}
+        self._unwanted: set[asyncio.Task[None]] = set()
+        """Those that read for nobody any more."""
+        self._resting = False
 
     @classmethod
     def of(cls, source: AsyncEngine | AsyncConnection) -> Watcher:
@@ -86,13 +89,23 @@ class Watcher:
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
         self._set(max_waiters, hear, coordinated=True)
-        self.holds = holds
+        self.holds, self._resting = holds, False
         try:
             yield
         finally:
             self._set(MAX_WAITERS, _hear_nothing, coordinated=False)
             self.holds = _hold_nothing
             self._forget_if_idle()
+
+    async def rest(self) -> None:
+        """Stop what reads for nobody, now and later on, in `READ_LIMIT` at most: the pool has its connections back."""
+        self._resting = True
+        for task in self._unwanted:
+            task.cancel()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + READ_LIMIT
+        while self._unwanted and (left := deadline - loop.time()) > 0:
+            await asyncio.wait([*self._unwanted], timeout=left)
 
     def _set(self, max_waiters: int, hear: Hear, *, coordinated: bool) -> None:
         self._max_waiters, self._hear, self._coordinated = max_waiters, hear, coordinated
@@ -103,6 +116,11 @@ class Watcher:
         self.waiters -= waiter.counts
         if not group.waiters:
             self._groups = {kind: other for kind, other in self._groups.items() if other is not group}
+            if group.task is not None and not group.task.done():
+                self._unwanted.add(group.task)
+                group.task.add_done_callback(self._unwanted.discard)
+                if self._resting:
+                    group.task.cancel()
             self._forget_if_idle()
 
     def _forget_if_idle(self) -> None:

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import inspect
 
-from coord.deadlines import Deadlines
-from coord.reading import is_passing
 from coord.target import column_names
+from coord.waiting.deadlines import Deadlines
+from coord.waiting.reading import is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from coord.hearing import Hearing
-    from coord.reading import Reader
     from coord.target import ColumnNames, Key
-    from coord.waiter import Waiter
+    from coord.waiting.hearing import Hearing
+    from coord.waiting.reading import Reader
+    from coord.waiting.waiter import Waiter
 
     Due = Mapping[Key, list[Waiter[Any]]]
 
@@ -63,7 +63,7 @@ class Group:
         self._patient: set[Key] = set()
         """Those to be looked at in a little while."""
         self._awake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self.task: asyncio.Task[None] | None = None
 
     def add(self, waiter: Waiter[Any]) -> None:
         key = waiter.target.key
@@ -79,9 +79,9 @@ class Group:
             self.look(key)
         elif waiter.patient and waiter.curious:
             self._look_later(key)
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
-            self._task.add_done_callback(self._ended)
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
+            self.task.add_done_callback(self._ended)
 
     def remove(self, waiter: Waiter[Any]) -> None:
         key = waiter.target.key

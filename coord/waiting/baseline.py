@@ -11,7 +11,7 @@ from sqlalchemy import inspect
 from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
 
-from coord.stored import is_stored_as
+from coord.waiting.stored import is_stored_as
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession

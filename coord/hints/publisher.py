@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from redis.exceptions import ResponseError
 
-from coord.wire import Line, connected
+from coord.hints.wire import Line, connected
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping
@@ -74,12 +74,16 @@ class Publisher:
             await asyncio.wait([task])
 
     def send(self, packets: Packets) -> None:
-        """Send them soon, together with whatever else there is by then."""
+        """Send them at once, or soon and together with whatever else there is by then."""
         self._packets.update(packets)
         self._senders += 1
         if self._packets and self._quiet.is_set():
             self._quiet.clear()
-            asyncio.get_running_loop().call_at(self._next, self._flush)
+            loop = asyncio.get_running_loop()
+            if self._line is not None and loop.time() >= self._next:
+                self._flush()
+            else:
+                loop.call_at(self._next, self._flush)
 
     def _flush(self) -> None:
         if self._line is None:
@@ -92,8 +96,8 @@ class Publisher:
             self._line.send(packets)
 
     def holds(self, key: Hashable) -> bool:
-        """Whether a packet is still to be sent."""
-        return key in self._packets
+        """Whether a packet is still to be sent, or Redis has not answered it."""
+        return key in self._packets or (self._line is not None and key in self._line.sent)
 
     def _answered(self) -> None:
         self._told(None)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
-    from coord.bell import Bell
-    from coord.channels import Channels
-    from coord.group import Group
-    from coord.schemas import Schemas
+    from coord.hints.bell import Bell
+    from coord.hints.channels import Channels
+    from coord.postgresql.schemas import Schemas
     from coord.target import Key
+    from coord.waiting.group import Group
 
 
 class _Ear(NamedTuple):
@@ -39,22 +39,22 @@ class Hearing:
         self._schemas = schemas
         self._table = channels.table(mapper, schemas)
         self._ear: _Ear | None = None
+        self._rows: dict[Key, bytes] = {}
+        """How those are called that are listened to."""
 
     def listen(self, group: Group, key: Key) -> bool:
         """Hear the row from now on; whether the group will be told to look at it when that is so."""
         if self._ear is None:
             self._ear = _Ear(group, None)
             self._bell.listen(self._table, self._ear)
-        self._bell.listen(self._row(key), _Ear(group, key))
+        row = self._rows[key] = self._channels.row(self._mapper, self._schemas, key)
+        self._bell.listen(row, _Ear(group, key))
         return self._bell.connected
 
     def leave(self, group: Group, key: Key) -> None:
-        self._bell.leave(self._row(key), _Ear(group, key))
+        self._bell.leave(self._rows.pop(key), _Ear(group, key))
 
     def close(self) -> None:
         """Hear the table no more; the rows are left one by one."""
         if self._ear is not None:
             self._bell.leave(self._table, self._ear)
-
-    def _row(self, key: Key) -> bytes:
-        return self._channels.row(self._mapper, self._schemas, key)

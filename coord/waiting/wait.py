@@ -7,18 +7,18 @@ from contextlib import aclosing, asynccontextmanager
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
-from coord.adoption import adopt
-from coord.baseline import baseline_of
 from coord.cancellation import interruptible
 from coord.durations import seconds
-from coord.engine import source_of
 from coord.errors import UncommittedChangesError
 from coord.jobs.awaiting import job_id_of, job_waiter
-from coord.schemas import schemas_in_use
+from coord.postgresql.engine import source_of
+from coord.postgresql.schemas import schemas_in_use
+from coord.postgresql.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.target import Target
-from coord.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.waiter import LAST_LOOK, timed_out
-from coord.watcher import Watcher
+from coord.waiting.adoption import adopt
+from coord.waiting.baseline import baseline_of
+from coord.waiting.waiter import LAST_LOOK, timed_out
+from coord.waiting.watcher import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from coord.durations import Seconds
     from coord.jobs.ledger import Job
     from coord.target import M
-    from coord.waiter import Waiter
+    from coord.waiting.waiter import Waiter
 
 
 async def wait_for_row_change(
@@ -70,7 +70,7 @@ async def wait_for_row_change(
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
     beat = _interval(interval)
-    if iscoroutinefunction(until):
+    if until is not None and iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)
     baseline, schemas = baseline_of(session, target, since), schemas_in_use(session.sync_session)

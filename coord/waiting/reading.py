@@ -7,26 +7,34 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from sqlalchemy import ARRAY, Integer, and_, bindparam, column, func, select
+from sqlalchemy import ARRAY, Integer, and_, bindparam, cast, column, func, literal_column, select
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
+from sqlalchemy.pool import QueuePool
+from sqlalchemy.util import greenlet_spawn
+
+from coord.target import column_names
+from coord.waiting.plain import Query, detached, is_plain
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from sqlalchemy import Select
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.engine import Dialect
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.schemas import Schemas
+    from coord.postgresql.schemas import Schemas
     from coord.target import ColumnNames, Key
 
 CHUNK = 5_000
 """Keys in one query."""
 READ_LIMIT = 5.0
-"""Seconds after which a query is given up, to be tried again: the server may be gone without a word."""
+"""Seconds after which a read is given up, to be tried again: the server may be gone without a word."""
+QUEUE_LIMIT = 30.0
+"""Seconds more for one that has to queue for a connection, unless the pool has a `pool_timeout` of its own."""
 
 PASSING = {"40001", "40P01", "55P03"}
 """What a role's own settings or somebody's table lock may answer to a plain SELECT."""
@@ -45,20 +53,46 @@ class Reader:
 
     async def columns(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, Sequence[Any]]:
         """The named attributes of the rows that are there, after each row's position among the keys."""
-        return await self._rows(keys, _columns_statement(self.mapper, self._schemas, names))
+        quick = await self._quickly(keys, names)
+        return await self._rows(keys, _columns_statement(self.mapper, self._schemas, names)) if quick is None else quick
 
     async def entities(self, keys: Sequence[Key]) -> dict[Key, Any]:
         """The rows that are there, as detached instances with every column loaded and no relationship."""
+        names = column_names(self.mapper)
+        if (quick := await self._quickly(keys, names)) is not None:
+            return {key: detached(self.mapper, names, row[1:]) for key, row in quick.items()}
         rows = await self._rows(keys, _entity_statement(self.mapper, self._schemas))
         return {key: row[1] for key, row in rows.items()}
 
+    @property
+    def _limit(self) -> float:
+        """Longer if it has to queue: who gives up a place in the pool's queue begins again at its end."""
+        pool = self.source.pool if isinstance(self.source, AsyncEngine) else None
+        if isinstance(pool, QueuePool) and 0 <= pool._max_overflow <= pool.overflow() and not pool.checkedin():
+            return READ_LIMIT + (pool.timeout() or QUEUE_LIMIT)
+        return READ_LIMIT
+
+    async def _quickly(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, Sequence[Any]] | None:
+        """None if the ORM has to be asked."""
+        if not isinstance(self.source, AsyncEngine) or not is_plain(self.mapper, self.source.sync_engine):
+            return None
+        engine = self.source.sync_engine
+        one = len(keys) == 1 and not any(key.type._has_bind_expression for key in self.mapper.primary_key)
+        query = _query(self.mapper, self._schemas, names, engine.dialect, one=one)
+        found: dict[Key, Sequence[Any]] = {}
+        for chunk, parameters in [(keys, _parameters(keys[0]))] if one else _chunks(keys):
+            async with asyncio.timeout(self._limit):
+                rows = await greenlet_spawn(query.rows, engine, parameters)
+            if rows is None:
+                return None
+            found.update((chunk[row[0] - 1], row) for row in rows)
+        return found
+
     async def _rows(self, keys: Sequence[Key], statement: Select[Any]) -> dict[Key, Sequence[Any]]:
         found: dict[Key, Sequence[Any]] = {}
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
-            parameters = {f"keys_{n}": list(values) for n, values in enumerate(zip(*chunk, strict=True))}
+        for chunk, parameters in _chunks(keys):
             session = AsyncSession(self.source, join_transaction_mode="rollback_only", autoflush=False)
-            async with asyncio.timeout(READ_LIMIT):
+            async with asyncio.timeout(self._limit):
                 rows = await session.run_sync(self._fetch, statement, parameters)
             found.update((chunk[row[0] - 1], row) for row in rows)
         return found
@@ -80,6 +114,29 @@ class Reader:
                 raise
 
 
+def _chunks(keys: Sequence[Key]) -> Iterator[tuple[Sequence[Key], dict[str, Any]]]:
+    for start in range(0, len(keys), CHUNK):
+        chunk = keys[start : start + CHUNK]
+        yield chunk, _parameters(map(list, zip(*chunk, strict=True)))
+
+
+def _parameters(values: Iterable[Any]) -> dict[str, Any]:
+    return {f"keys_{n}": value for n, value in enumerate(values)}
+
+
+@lru_cache(maxsize=256)
+def _query(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, dialect: Dialect, *, one: bool) -> Query:
+    """For one row by itself, since for an array PostgreSQL makes a plan each time, which takes longer than the rest."""
+    columns = [mapper.columns[name] for name in names]
+    if one:
+        keys = enumerate(mapper.primary_key)
+        is_it = [key == cast(bindparam(f"keys_{n}", type_=key.type), key.type) for n, key in keys]
+        return Query(select(literal_column("1"), *columns).where(*is_it), schemas, dialect)
+    wanted, match = _wanted(mapper, [*mapper.primary_key])
+    statement = select(wanted.c.position.cast(Integer), *columns).select_from(wanted).join(mapper.local_table, match)
+    return Query(statement, schemas, dialect)
+
+
 @lru_cache(maxsize=256)  # making a statement takes as long as running it
 def _columns_statement(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames) -> Select[Any]:
     return _select(mapper, schemas, mapper.class_, [getattr(mapper.class_, name) for name in names])
@@ -93,7 +150,15 @@ def _entity_statement(mapper: Mapper[Any], schemas: Schemas) -> Select[Any]:
 
 
 def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, entities: Sequence[Any]) -> Select[Any]:
-    """PostgreSQL matches the keys, so its notion of equality counts; rows come with their key's position."""
+    """Rows come with their key's position."""
+    own = [getattr(source, mapper.get_property_by_column(key).key) for key in mapper.primary_key]
+    wanted, match = _wanted(mapper, own)
+    statement = select(wanted.c.position.cast(Integer), *entities).select_from(wanted).join(source, match)
+    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+
+
+def _wanted(mapper: Mapper[Any], own: Sequence[Any]) -> tuple[Any, ColumnElement[bool]]:
+    """The keys as a table, and what matches them: PostgreSQL does, so its notion of equality counts."""
     keys = mapper.primary_key
     arrays = [bindparam(f"keys_{n}", type_=ARRAY(key.type)) for n, key in enumerate(keys)]
     wanted = (
@@ -101,10 +166,7 @@ def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, entities: Sequen
         .table_valued(*(column(f"key_{n}", key.type) for n, key in enumerate(keys)), with_ordinality="position")
         .render_derived(name="wanted")
     )
-    own = [getattr(source, mapper.get_property_by_column(key).key) for key in keys]
-    match = and_(*(mine == wanted.c[f"key_{n}"] for n, mine in enumerate(own)))
-    statement = select(wanted.c.position.cast(Integer), *entities).select_from(wanted).join(source, match)
-    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+    return wanted, and_(*(mine == wanted.c[f"key_{n}"] for n, mine in enumerate(own)))
 
 
 def is_passing(error: Exception) -> bool:

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
-from coord.publisher import Publisher, ring_of
-from coord.wire import Wire, connected, packed
+from coord.hints.publisher import Publisher, ring_of
+from coord.hints.wire import Wire, connected, packed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
 
     from redis.asyncio import Redis
 
-    from coord.outage import Outage
-    from coord.publisher import Packets
+    from coord.hints.outage import Outage
+    from coord.hints.publisher import Packets
 
 logger = logging.getLogger("coord.bell")
 
@@ -78,11 +78,11 @@ class Bell:
         return self._wire is not None
 
     def ring(self, channels: Iterable[bytes], packets: Packets = MappingProxyType({})) -> None:
-        """Publish soon, after the packets, in one round trip with whatever else there is by then."""
+        """Publish at once or soon, after the packets, in one round trip with whatever else there is by then."""
         self._publisher.send({**packets, **{channel: ring_of(channel) for channel in channels}})
 
     def holds(self, key: object) -> bool:
-        """Whether the packet is still to be sent."""
+        """Whether the packet is still to be sent, or Redis has not answered it."""
         return self._publisher.holds(key)
 
     def listen(self, channel: bytes, listener: Listener) -> None:

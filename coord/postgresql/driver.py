@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.util import greenlet_spawn
 
-from coord.engine import note_failure
+from coord.postgresql.engine import note_failure
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-    from sqlalchemy import Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy import Connection, Executable
 
-    from coord.schemas import Schemas
+    from coord.postgresql.schemas import Schemas
+
+T = TypeVar("T")
 
 _DIALECT = PGDialect_asyncpg()  # type: ignore[no-untyped-call]
 
 
-def turn(connection: AsyncConnection) -> asyncio.Lock:
+def turn(connection: Connection) -> asyncio.Lock:
     """To be held while the driver is spoken to, since whoever shares the connection may speak to it by SQLAlchemy."""
     lock: asyncio.Lock = _proxied(connection).dbapi_connection._execute_mutex  # pinned by tests/test_driver.py
     return lock
 
 
-async def in_transaction(connection: AsyncConnection) -> asyncpg.Connection:
+async def in_transaction(connection: Connection) -> asyncpg.Connection:
     """The driver's connection, inside its transaction.
 
     SQLAlchemy sends BEGIN with a transaction's first statement, and only with one of its own. When this is cancelled
@@ -45,7 +47,7 @@ async def in_transaction(connection: AsyncConnection) -> asyncpg.Connection:
         raise await translated(connection, "BEGIN", error) from error
     except BaseException:
         # Cancelled: it may have begun or not, and asyncpg takes it for begun ever after.
-        await connection.invalidate()
+        await greenlet_spawn(connection.invalidate)
         raise
     if not driver.is_in_transaction():
         raise InvalidRequestError("This needs a transaction, and the connection is in AUTOCOMMIT mode.")
@@ -53,25 +55,45 @@ async def in_transaction(connection: AsyncConnection) -> asyncpg.Connection:
 
 
 async def fetch(
-    connection: AsyncConnection, statement: Executable, schemas: Schemas, values: Mapping[str, Any]
+    connection: Connection, statement: Executable, schemas: Schemas, values: Mapping[str, Any]
 ) -> Sequence[Any]:
     """The rows of a statement of coord's own, in the connection's transaction; errors are SQLAlchemy's.
 
     It saves half of what SQLAlchemy itself takes, which hot paths pay once a job. Values go to the driver as they are.
     """
+    return await _run(connection, statement, schemas, values, asyncpg.Connection.fetch)
+
+
+async def insert(connection: Connection, statement: Executable, schemas: Schemas, values: Mapping[str, Any]) -> None:
+    """The same for one row to be inserted; where the connection pipelines, an error may be the next statement's."""
+    # A savepoint has to contain it: there it must be known whether it has failed.
+    run = asyncpg.Connection.fetch if connection.in_nested_transaction() else _insert
+    await _run(connection, statement, schemas, values, run)
+
+
+async def _insert(driver: asyncpg.Connection, sql: str, *values: Any) -> None:
+    # asyncpg has isinstance() say of each of its connections that it is one of any class of them.
+    await getattr(driver, "insert_ahead", driver.fetch)(sql, *values)
+
+
+async def _run(
+    connection: Connection,
+    statement: Executable,
+    schemas: Schemas,
+    values: Mapping[str, Any],
+    run: Callable[..., Awaitable[T]],
+) -> T:
     sql, parameters = _compiled(statement, schemas)
     given = [values.get(name, constant) for name, constant in parameters]
     try:
         async with turn(connection):
-            driver = await in_transaction(connection)
-            rows: Sequence[Any] = await driver.fetch(sql, *given)
+            return await run(await in_transaction(connection), sql, *given)
     except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
         raise await translated(connection, sql, error) from error
     except BaseException:
         # Cancelled: who goes on in spite of that must not commit what has failed, or was done after all.
-        await connection.invalidate()
+        await greenlet_spawn(connection.invalidate)
         raise
-    return rows
 
 
 @lru_cache(maxsize=256)
@@ -82,7 +104,7 @@ def _compiled(statement: Any, schemas: Schemas) -> tuple[str, Sequence[tuple[str
     return str(compiled), [(name, compiled.binds[name].value) for name in compiled.positiontup]
 
 
-async def translated(connection: AsyncConnection, sql: str, error: Exception) -> BaseException:
+async def translated(connection: Connection, sql: str, error: Exception) -> BaseException:
     """As SQLAlchemy would say it, without the values."""
     adapter = _proxied(connection).dbapi_connection
     closed = adapter.driver_connection.is_closed()
@@ -96,18 +118,17 @@ async def translated(connection: AsyncConnection, sql: str, error: Exception) ->
     except Exception as unknown:  # noqa: BLE001 - it is returned
         found = unknown
     if closed:
-        await connection.invalidate(error)
+        await greenlet_spawn(connection.invalidate, error)
     else:
         note_failure(connection)
     return found
 
 
-def keeps_its_snapshot(connection: AsyncConnection) -> bool:
+def keeps_its_snapshot(connection: Connection) -> bool:
     """Whether all statements of a transaction see what its first one has seen: above READ COMMITTED."""
     level = _proxied(connection).dbapi_connection.isolation_level or connection.dialect.default_isolation_level or ""
     return level.replace("_", " ").upper() in ("REPEATABLE READ", "SERIALIZABLE")
 
 
-def _proxied(connection: AsyncConnection) -> Any:
-    assert connection.sync_connection is not None
-    return connection.sync_connection.connection
+def _proxied(connection: Connection) -> Any:
+    return connection.connection

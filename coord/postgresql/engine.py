@@ -9,6 +9,8 @@ import asyncpg
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
+from coord.postgresql.pipelining import PipeliningConnection
+
 if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect, ExceptionContext
@@ -45,7 +47,7 @@ def require_asyncpg(dialect: Dialect) -> None:
 
 
 def prepare(engine: AsyncEngine) -> None:
-    """Have the engine's connections end what their client abandoned and refuse to commit what has failed.
+    """Have the engine's connections end what their client abandoned, refuse to commit what has failed, and pipeline.
 
     Sets `client_connection_check_interval` once a connection (PostgreSQL 14 and later, where the platform can tell; see
     section 19.3 of its manual). Repeating the call changes nothing.
@@ -54,6 +56,13 @@ def prepare(engine: AsyncEngine) -> None:
     if not event.contains(sync_engine, "checkout", _check_client):
         event.listen(sync_engine, "checkout", _check_client)
         event.listen(sync_engine, "handle_error", _note_error)
+        event.listen(sync_engine, "do_connect", _pipeline)
+
+
+def _pipeline(_dialect: Dialect, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
+    """Not where the application makes its connections itself, or of a class of its own."""
+    if "async_creator_fn" not in parameters:
+        parameters.setdefault("connection_class", PipeliningConnection)
 
 
 def _check_client(dbapi_connection: Any, record: Any, _proxy: Any) -> None:
@@ -69,19 +78,16 @@ async def _set_connection_check(driver: asyncpg.Connection) -> None:
         logger.debug("client_connection_check_interval is not to be had here: %s", error)
 
 
-def note_failure(connection: AsyncConnection) -> None:
-    """Have the next commit make sure that PostgreSQL has not given the transaction up."""
-    assert connection.sync_connection is not None
-    _distrust(connection.sync_connection)
-
-
 def _note_error(context: ExceptionContext) -> None:
     if context.connection is not None and not context.is_disconnect and not context.connection.invalidated:
-        _distrust(context.connection)
+        note_failure(context.connection)
 
 
-def _distrust(connection: Connection) -> None:
-    """Listening to the commits of this connection alone: on an engine that is listened to every statement is slower."""
+def note_failure(connection: Connection) -> None:
+    """Have the next commit make sure that PostgreSQL has not given the transaction up.
+
+    Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
+    """
     connection.info[_FAILED] = True
     event.listen(connection, "commit", _refuse_failed)
 
@@ -91,5 +97,11 @@ def _refuse_failed(connection: Connection) -> None:
 
     Only after a statement has failed does this cost a round trip. Inside a savepoint that was rolled back it passes.
     """
-    if not connection.invalidated and connection.info.pop(_FAILED, False):
+    if connection.invalidated or not connection.info.pop(_FAILED, False):
+        return
+    try:
         connection.exec_driver_sql("SELECT 1")
+    except BaseException:
+        # SQLAlchemy takes the transaction for over, and would give the connection back in it.
+        connection.invalidate()
+        raise

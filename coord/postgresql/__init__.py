@@ -1,0 +1,9 @@
+"""PostgreSQL by way of SQLAlchemy and asyncpg: what coord knows of both beneath their public names is here.
+
+engine.py       what is asked of an engine
+transaction.py  what a session's transaction is and holds
+schemas.py      under which schemas it works
+acquisition.py  how a lock is taken
+driver.py       asyncpg's connection beneath SQLAlchemy's
+pipelining.py   statements that travel with the next one
+"""
