@@ -41,6 +41,8 @@ class Proxy:
         self.flows.set()
         self.round_trips = 0
         """How often somebody had to wait for an answer."""
+        self.stops_at = 0
+        """Which of these answers it stops before; 0 is none."""
         self._asked = False
         self._open: set[asyncio.StreamWriter] = set()
 
@@ -76,6 +78,9 @@ class Proxy:
             while data := await reader.read(65_536):
                 self.round_trips += self._asked and not asks
                 self._asked = asks
+                if not asks and self.round_trips == self.stops_at:
+                    self.flows.clear()
+                    self.stops_at = 0
                 await self.flows.wait()
                 size = len(data) if asks else self._at_once
                 for start in range(0, len(data), size):

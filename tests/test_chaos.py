@@ -13,10 +13,11 @@ from tests.chaos.faults import TO_SERVERS, TO_WORKERS, forecast
 
 SECONDS = 40
 PACE = 25.0
-"""Orders a second, of which two busy cores do twice as many, and keep a rest for the other tests."""
+"""Orders a second, of which two busy cores do twice as many."""
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_no_fault_loses_an_order_or_deals_with_it_twice() -> None:
     seed = random.SystemRandom().randrange(2**32)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CLIENTS = 1_000
 LEAVE_WITHIN = 4.0

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from coord.target import Key
 
-LIMIT = 0.1
+LIMIT, USUAL_LIMIT = 0.1, reading.READ_LIMIT
 BOTH_WAYS = pytest.mark.parametrize(("model", "key"), [(User, (1,)), (Document, (UUID(int=1),))])
 """By the driver alone and by the ORM."""
 
@@ -62,7 +62,7 @@ async def test_a_read_keeps_its_place_in_the_pools_queue(
 @BOTH_WAYS
 @pytest.mark.parametrize("connected", [True, False])
 async def test_a_read_that_nothing_answers_is_given_up(
-    database_url: str, model: type, key: Key, connected: bool
+    database_url: str, model: type, key: Key, connected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SQLAlchemy takes two seconds more to close its connection."""
     async with Proxy(database_url).opened() as proxy:
@@ -76,5 +76,6 @@ async def test_a_read_that_nothing_answers_is_given_up(
                 await Reader(engine, inspect(model), ()).entities([key])
         assert not patience.expired()
         proxy.flows.set()
+        monkeypatch.setattr(reading, "READ_LIMIT", USUAL_LIMIT)
         assert await Reader(engine, inspect(model), ()).entities([key]) == {}
         await engine.dispose()

@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from sqlalchemy import Engine, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from coord.cancellation import cleaned_up
 from coord.hints.outage import Outage
 from coord.jobs.ledger import JobState, cancellations, jobs, workers
 from coord.worker.census import DEAD, NEVER, Census
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
 
     from redis.asyncio import ConnectionPool
+    from sqlalchemy import Delete, Insert
 
     from coord.hints.channels import Channels
     from coord.worker.claims import Claims
@@ -107,16 +109,24 @@ class Keeper:
 
     async def start(self) -> None:
         """Return once the worker is on the list; raises what keeps it off."""
-        engine = _another(self._engine)
         began = time.monotonic()
         try:
-            async with engine.connect() as connection:
-                await connection.execute(insert(workers), self._row())
-        finally:
-            await engine.dispose()
+            await self._write(insert(workers).values(self._row()))
+        except asyncio.CancelledError:
+            await cleaned_up(self._write(self._off_the_list()))  # it may have been written all the same
+            raise
         self._beaten = began
         self._thread = threading.Thread(target=self._main, name="coord keeper", daemon=True)
         self._thread.start()
+
+    async def _write(self, statement: Insert | Delete) -> None:
+        """Before the thread's own connections are there."""
+        engine = _another(self._engine)
+        try:
+            async with engine.connect() as connection:
+                await connection.execute(statement)
+        finally:
+            await engine.dispose()
 
     async def stop(self) -> None:
         """Return when the thread has ended, or does not within some seconds."""
@@ -153,16 +163,16 @@ class Keeper:
     async def _look_after(self, reconciler: Reconciler) -> None:
         """Beside the rounds: with much to compare it may take long, and the others have to be watched steadily.
 
-        At most a fifth of the time, as it is time that tasks do not have.
+        At most a fifth of the processor's time, as tasks do not have it meanwhile. To wait, or be frozen, takes none.
         """
         while not self._stopping:
-            began = time.monotonic()
+            began = time.thread_time()
             if self._census.leads:
                 self._looks = True
                 await self._guarded(reconciler.look_after(self._census), limit=RECONCILE_LIMIT)
                 self._looks = False
             if not self._stopping:
-                await asyncio.sleep(max(ROUND, 4 * (time.monotonic() - began)))
+                await asyncio.sleep(max(ROUND, 4 * (time.thread_time() - began)))
 
     async def _ended(self, looking_after: asyncio.Task[None]) -> None:
         """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
@@ -231,11 +241,14 @@ class Keeper:
         here = (workers.c.queue == self.identity.queue) & (workers.c.host == socket.gethostname())
         alive = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
         async with engine.connect() as connection:
-            await connection.execute(delete(workers).where(workers.c.id == self.identity.id))
+            await connection.execute(self._off_the_list())
             others = await connection.scalar(select(func.count()).select_from(workers).where(here, alive))
         if not others:
             await redis.delete(self.identity.health_key)
         return True
+
+    def _off_the_list(self) -> Delete:
+        return delete(workers).where(workers.c.id == self.identity.id)
 
     def _row(self) -> dict[str, Any]:
         return {
