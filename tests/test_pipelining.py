@@ -479,7 +479,7 @@ async def test_values_are_as_the_driver_itself_would_have_them(connection: Any, 
             await connection.insert_ahead(insert, *row)
     found = [tuple(row) for row in await observer.fetch("SELECT * FROM pipelined_values")]
     assert found == [values[0], *values]
-    with pytest.raises(TypeError, match="no type"):
+    with pytest.raises(asyncpg.DataError, match="expected str"):
         await connection.insert_ahead(insert, *values[0][:-1], object())
     await observer.execute("DROP TABLE pipelined_values")
 

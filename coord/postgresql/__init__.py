@@ -5,5 +5,8 @@ transaction.py  what a session's transaction is and holds
 schemas.py      under which schemas it works
 acquisition.py  how a lock is taken
 driver.py       asyncpg's connection beneath SQLAlchemy's
-pipelining.py   statements that travel with the next one
+pipelining.py   connections on which some statements travel with the next one
+ahead.py        what they are still owed for those
+encoding.py     what asyncpg would send for a statement
+flushing.py     which rows travel with their commit
 """

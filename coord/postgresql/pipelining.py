@@ -12,23 +12,27 @@ of its own, may come after something ahead; before anything else that is answere
 
 from __future__ import annotations
 
-import asyncio
 import re
-from datetime import datetime
-from functools import lru_cache
-from struct import pack
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import asyncpg
+from asyncpg.connresource import guarded
+from asyncpg.prepared_stmt import PreparedStatement
+
+from coord.postgresql.ahead import Ahead
+from coord.postgresql.encoding import Encoder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from asyncpg.prepared_stmt import PreparedStatement
+    from coord.postgresql.flushing import LastFlush
 
 INSERTS = 16
 """Statements that a connection keeps for `insert_ahead`: one for each schema that the ledger is used under."""
+OWED = 1_000
+"""Bytes of answers, twenty to a row, from which on no more rows go ahead."""
+ROW = 8_000
+"""Bytes of a row that does not go ahead any more."""
 
 _BEGIN = re.compile(r"BEGIN[ A-Z]*;")
 """As asyncpg's transactions begin."""
@@ -36,29 +40,34 @@ _COMMIT = "COMMIT;"
 """As they commit."""
 _NOTHING = ";"
 """A query, and not even that."""
-_ANY_TIME = b"NSA"
-"""Notices, parameters that have changed and notifications belong to no statement."""
+_CAST = r'(?:::[\w ".\[\]]+(?:\([\d, ]+\)[\w ]*)?)?'
+_ROW_ALONE = re.compile(rf'INSERT INTO (?:[\w"]+\.)?[\w"]+ \([^()]+\) VALUES \((?:\$\d+{_CAST}, )*\$\d+{_CAST}\)')
+"""As SQLAlchemy writes a row that it asks nothing back of."""
 
 
 class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
     """A `connection_class` of asyncpg's."""
 
-    __slots__ = ("_ahead", "_inserts")
+    __slots__ = ("_ahead", "_encoder", "_inserts", "last_flush")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._ahead = _Ahead(self._transport, self._protocol)  # pinned by tests/test_pipelining.py
+        self._ahead = Ahead(self._transport, self._protocol)  # pinned by tests/test_pipelining.py
+        self._encoder = Encoder()
         self._inserts: dict[str, PreparedStatement[Any]] = {}
+        self.last_flush: LastFlush | None = None
+        """The flush that the transaction's commit has begun with, until the commit itself has ended."""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """As asyncpg's, whose transactions begin and end by it as well."""
         if query == _COMMIT:
-            return await self._commit(timeout)
+            return await self._commit_last_flush(timeout)
+        self.last_flush = None
         if self._ahead.owed and not args:
             await self._heard(query)
         elif not args and self._pipelines and _BEGIN.fullmatch(query):
             self._check_open()
-            self._ahead.send(_once(query), _BEGUN)
+            self._ahead.begin(query)
             return "BEGIN"
         status: str = await super().execute(query, *args, timeout=timeout)
         return status
@@ -67,7 +76,7 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
         """Insert one row, in a transaction; only when this connection does it first is the answer waited for."""
         statement = self._inserts.get(query)
         is_one_too_many = statement is None and len(self._inserts) >= INSERTS
-        if not self._pipelines or is_one_too_many or self.get_settings().client_encoding != "UTF8":
+        if not self._pipelines or is_one_too_many:
             await self.fetch(query, *args)
         elif statement is None:
             statement = await self.prepare(query)
@@ -75,7 +84,30 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
             self._inserts[query] = statement
         else:
             self._check_open()
-            self._ahead.send(_again(statement.get_name(), args), _INSERTED)
+            self._ahead.insert(self._encoder.run(statement, args))
+
+    async def prepare(self, query: str, **options: Any) -> PreparedStatement[Any]:
+        statement = await super().prepare(query, **options)
+        return RowStatement(self, query, statement._state) if _ROW_ALONE.fullmatch(query) else statement
+
+    def row_ahead(self, statement: RowStatement, values: Sequence[Any]) -> bool:
+        """Send it now, and have its answer taken by what comes next, if the last flush allows that."""
+        flush = self.last_flush
+        if flush is None or not flush.has_next(statement.get_query()) or not self._pipelines:
+            return False
+        if not self.is_in_transaction() or len(self._ahead.owed) > OWED:
+            return False
+        messages = self._encoder.run(statement, values)
+        if len(messages) > ROW:
+            return False
+        self._ahead.insert(messages, may_be_none=True)
+        flush.rows += 1
+        return True
+
+    @property
+    def failures(self) -> int:
+        """How often something that went ahead has failed."""
+        return self._ahead.failures
 
     @property
     def _pipelines(self) -> bool:
@@ -127,6 +159,16 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
         await self._heard()
         return await super().copy_records_to_table(*args, **options)
 
+    async def _commit_last_flush(self, timeout: float | None) -> str:
+        try:
+            return await self._commit(timeout)
+        except BaseException:
+            if self.last_flush is not None:
+                self.last_flush.undo()
+            raise
+        finally:
+            self.last_flush = None
+
     async def _commit(self, timeout: float | None) -> str:
         """With a Sync of its own if anything is ahead of it, which a simple query has not."""
         if self._ahead.owed:
@@ -159,118 +201,22 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
                 raise
 
 
-class _Ahead(asyncio.Protocol):
-    """Stands before asyncpg's protocol as long as the server owes answers to what was sent ahead."""
+class RowStatement(PreparedStatement):  # type: ignore[misc]
+    """An INSERT of one row. Goes ahead only once it was answered well, and nothing has failed since."""
 
-    def __init__(self, transport: Any, protocol: Any) -> None:
-        self._transport = transport
-        self._protocol = protocol
-        self.owed = b""
-        """What it will answer, byte for byte."""
-        self._part = b""
-        """Of a message, the rest of which is still to come."""
-        self._asked = False
-        """Whether asyncpg waits for an answer, or will within this step."""
-        self._error = b""
-        """What has failed, until asyncpg has asked something: before, it takes an error for the connection's end."""
+    __slots__ = ("_answered_at",)
 
-    def send(self, messages: bytes, answers: bytes) -> None:
-        if not self.owed:
-            self._transport.set_protocol(self)
-        self.owed += answers
-        self._transport.write(messages)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._answered_at = -1
+        """How much had failed on its connection when it was last answered well."""
 
-    def data_received(self, data: bytes) -> None:
-        data, self._part = self._part + data, b""
-        if not self._error and data.startswith(self.owed):
-            self._step_aside(data[len(self.owed) :])
-            return
-        while len(data) >= 5 and len(data) >= (end := 1 + int.from_bytes(data[1:5])):
-            message, data = data[:end], data[end:]
-            if message[:1] in _ANY_TIME:
-                self._protocol.data_received(message)
-            elif message[:1] == b"E" and not self._asked:
-                self._error = message
-            elif self._error or message[:1] == b"E":
-                self._step_aside(self._error + message + data)
-                return
-            elif not self.owed.startswith(message):
-                # Somebody else has used the connection in between; whose answer is whose nobody knows any more.
-                self._step_aside(b"")
-                self._transport.abort()
-                return
-            elif message == self.owed:
-                self._step_aside(data)
-                return
-            else:
-                self.owed = self.owed[len(message) :]
-        self._part = data
-
-    def ask(self) -> None:
-        """asyncpg is about to send something, in this step of its task."""
-        self._asked = True
-        if self._error:
-            asyncio.get_running_loop().call_soon(self._tell)
-
-    def _tell(self) -> None:
-        if self._error:
-            self._step_aside(self._error)
-
-    def _step_aside(self, rest: bytes) -> None:
-        self.owed = self._error = b""
-        self._asked = False
-        self._transport.set_protocol(self._protocol)
-        if rest:
-            self._protocol.data_received(rest)
-
-    def pause_writing(self) -> None:
-        self._protocol.pause_writing()
-
-    def resume_writing(self) -> None:
-        self._protocol.resume_writing()
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self.owed = self._error = b""
-        self._protocol.connection_lost(error)
-
-
-def _message(kind: bytes, *parts: bytes) -> bytes:
-    content = b"".join(parts)
-    return kind + pack("!i", 4 + len(content)) + content
-
-
-@lru_cache(maxsize=32)
-def _once(query: str) -> bytes:
-    """By the unnamed statement."""
-    return _message(b"P", b"\0", query.encode(), b"\0\0\0") + _again("", ())
-
-
-def _again(statement: str, values: Sequence[Any]) -> bytes:
-    """With its values as text, which is how PostgreSQL takes them where no format is named."""
-    bound = [b"\0", statement.encode(), b"\0", pack("!hh", 0, len(values))]
-    for value in values:
-        if value is None:
-            bound.append(pack("!i", -1))
-        else:
-            text = _text(value).encode()
-            bound += (pack("!i", len(text)), text)
-    return _message(b"B", *bound, b"\0\0") + _EXECUTE
-
-
-def _text(value: object) -> str:
-    match value:
-        case str():
-            return value
-        case datetime():
-            return value.isoformat()
-        case bool():
-            return "true" if value else "false"
-        case int() | float() | UUID():
-            return str(value)
-    raise TypeError(f"{value!r} is of no type that is known here")
-
-
-_EXECUTE = _message(b"E", b"\0", pack("!i", 0))
-_BOUND = _message(b"2")
-_BEGUN = _message(b"1") + _BOUND + _message(b"C", b"BEGIN\0")
-_INSERTED = _BOUND + _message(b"C", b"INSERT 0 1\0")
+    @guarded  # type: ignore[untyped-decorator]
+    async def fetch(self, *args: Any, **options: Any) -> list[Any]:
+        connection: PipeliningConnection = self._connection
+        if self._answered_at == connection.failures and not options and connection.row_ahead(self, args):
+            self._last_status = b"INSERT 0 1"  # type: ignore[misc]
+            return []
+        rows: list[Any] = await super().fetch(*args, **options)
+        self._answered_at = connection.failures
+        return rows

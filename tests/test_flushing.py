@@ -1,0 +1,599 @@
+"""Rows that travel with their commit: nobody may be able to tell, but by the round trip that is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Numeric, event, func, insert, select, text
+from sqlalchemy.dialects.postgresql import ARRAY, INET, JSONB
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from coord.postgresql.engine import prepare
+from coord.postgresql.pipelining import ROW
+from tests.proxy import Proxy
+from tests.serving import eventually
+from tests.shop import waiting_for_locks
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from asyncpg import Connection
+
+    SessionMaker = async_sessionmaker[AsyncSession]
+
+
+MOST = 95
+"""A session gives up after so many flushes in one commit, and a few."""
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Parcel(Base):
+    """Its key comes from the application: SQLAlchemy asks nothing back."""
+
+    __tablename__ = "flushed_parcels"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    label: Mapped[str | None] = mapped_column(unique=True)
+    inside: Mapped[int | None] = mapped_column(ForeignKey("flushed_parcels.id", deferrable=True, initially="DEFERRED"))
+
+
+class Stamp(Base):
+    __tablename__ = "flushed_stamps"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class Ticket(Base):
+    """Its key comes from the database."""
+
+    __tablename__ = "flushed_tickets"
+    id: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Values(Base):
+    __tablename__ = "flushed_values"
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    text: Mapped[str | None]
+    number: Mapped[int | None] = mapped_column(BigInteger)
+    real: Mapped[float | None]
+    exact: Mapped[Decimal | None] = mapped_column(Numeric(20, 6))
+    at: Mapped[datetime | None] = mapped_column(DateTime(timezone=True))
+    day: Mapped[date | None]
+    lasts: Mapped[timedelta | None]
+    truth: Mapped[bool | None]
+    raw: Mapped[bytes | None]
+    json: Mapped[Any] = mapped_column(JSON, nullable=True)
+    jsonb: Mapped[Any] = mapped_column(JSONB, nullable=True)
+    list: Mapped[Any] = mapped_column(ARRAY(BigInteger), nullable=True)
+    address: Mapped[Any] = mapped_column(INET, nullable=True)
+
+
+@pytest.fixture(scope="module")
+async def made(engine: AsyncEngine) -> AsyncIterator[None]:
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+        await connection.run_sync(Base.metadata.create_all)
+    yield
+    async with engine.begin() as connection:
+        await connection.run_sync(Base.metadata.drop_all)
+
+
+@pytest.fixture
+async def proxy(database_url: str, made: None, observer: Connection) -> AsyncIterator[Proxy]:
+    await observer.execute("TRUNCATE flushed_parcels, flushed_stamps, flushed_values")
+    async with Proxy(database_url).opened() as proxy:
+        yield proxy
+
+
+@asynccontextmanager
+async def warm(url: str, **options: Any) -> AsyncIterator[SessionMaker]:
+    """Sessions on one connection that knows the statements."""
+    engine = create_async_engine(url, pool_size=1, max_overflow=0, **options)
+    prepare(engine)
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    for number in range(3):
+        async with begun(sessions) as session:
+            session.add_all([Parcel(id=-number), Stamp(id=-number), Values()])
+            await session.commit()
+            await session.get(Parcel, -number)
+    yield sessions
+    await engine.dispose()
+
+
+@pytest.fixture
+async def sessions(proxy: Proxy) -> AsyncIterator[SessionMaker]:
+    async with warm(proxy.url) as sessions:
+        yield sessions
+
+
+@asynccontextmanager
+async def begun(sessions: SessionMaker) -> AsyncIterator[AsyncSession]:
+    """A session whose transaction has begun, as `enqueue` begins one."""
+    async with sessions() as session:
+        await session.execute(text("SELECT 7"))
+        yield session
+
+
+async def labels(observer: Connection) -> list[str]:
+    rows = await observer.fetch("SELECT label FROM flushed_parcels WHERE id > 0 ORDER BY id")
+    return [row["label"] for row in rows]
+
+
+@asynccontextmanager
+async def listening(session: AsyncSession, name: str, listener: Callable[..., None]) -> AsyncIterator[None]:
+    event.listen(session.sync_session, name, listener)
+    yield
+    event.remove(session.sync_session, name, listener)
+
+
+async def is_usable(sessions: SessionMaker, observer: Connection) -> bool:
+    """The connection, for another row that goes ahead, and for the next."""
+    for number in (900, 901):
+        async with begun(sessions) as session:
+            session.add(Parcel(id=number, label=str(number)))
+            await session.commit()
+    return (await labels(observer))[-2:] == ["900", "901"]
+
+
+# What it saves
+
+
+@pytest.mark.parametrize("rows", [[Parcel], [Parcel, Stamp]])
+async def test_rows_and_commit_take_one_round_trip(
+    sessions: SessionMaker, proxy: Proxy, observer: Connection, rows: list[type[Parcel | Stamp]]
+) -> None:
+    async with begun(sessions) as session:
+        session.add_all([row(id=1) for row in rows])
+        before = proxy.round_trips
+        await session.commit()
+        assert proxy.round_trips == before + 1
+    for row in rows:
+        assert await observer.fetchval(f"SELECT count(*) FROM {row.__tablename__} WHERE id = 1") == 1
+
+
+async def test_what_the_server_has_to_tell_is_waited_for(sessions: SessionMaker, proxy: Proxy) -> None:
+    """A flush that somebody asks for, many rows at once, an UPDATE whose rows are counted."""
+    async with begun(sessions) as session:
+        session.add(Parcel(id=1))
+        before = proxy.round_trips
+        await session.flush()
+        assert proxy.round_trips == before + 1
+        session.add_all([Parcel(id=2), Parcel(id=3)])
+        await session.commit()
+        before = proxy.round_trips
+        (await session.get_one(Parcel, 1)).label = "changed"
+        await session.commit()
+        assert proxy.round_trips >= before + 2
+
+
+async def test_values_are_as_they_always_were(sessions: SessionMaker, observer: Connection) -> None:
+    values = {
+        "text": "é'\"\\ \n\u2028", "number": -(2**63), "real": 0.1 + 0.2, "exact": Decimal("12345678901234.567890"),
+        "at": datetime(9999, 12, 31, 23, tzinfo=UTC), "day": date(1, 1, 2), "lasts": timedelta(days=-3, microseconds=7),
+        "truth": False, "raw": b"\0\xff", "json": {"a": [1, None]}, "jsonb": ["x"], "list": [1, None, 3],
+        "address": "10.0.0.1/32",
+    }  # fmt: skip
+    ids = []
+    for is_ahead in (False, True):
+        async with begun(sessions) as session:
+            session.add(row := Values(**values))
+            if not is_ahead:
+                await session.flush()
+            await session.commit()
+            ids.append(row.id)
+    one, other = [dict(await observer.fetchrow("SELECT * FROM flushed_values WHERE id = $1", id_)) for id_ in ids]
+    assert one.pop("id") != other.pop("id")
+    assert one == other
+    assert json.loads(other["json"]) == values["json"]
+
+
+async def test_a_codec_of_the_applications_own_encodes_them(proxy: Proxy, observer: Connection) -> None:
+    engine = create_async_engine(proxy.url, pool_size=1, max_overflow=0)
+    prepare(engine)
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def set_codec(connection: Any, _record: Any) -> None:
+        async def set_it(driver: Connection) -> None:
+            await driver.set_type_codec(
+                "varchar", schema="pg_catalog", encoder=str.upper, decoder=str.lower, format="text"
+            )
+
+        connection.run_async(set_it)
+
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    for number, label in enumerate(["flushed", "first", "ahead"], start=1):
+        async with begun(sessions) as session:
+            session.add(Parcel(id=number, label=label))
+            await session.commit()
+    assert await labels(observer) == ["FLUSHED", "FIRST", "AHEAD"]
+    await engine.dispose()
+
+
+# What fails
+
+
+async def refused(session: AsyncSession, *rows: Any) -> None:
+    session.add_all(rows)
+    with pytest.raises(IntegrityError):
+        await session.commit()
+
+
+@pytest.mark.parametrize("also", [[], [Stamp]], ids=["alone", "before another"])
+@pytest.mark.parametrize("how", ["same session", "another session"])
+async def test_a_row_that_is_refused_is_new_again(
+    sessions: SessionMaker, observer: Connection, how: str, also: list[type]
+) -> None:
+    """Else it would be taken for stored by whoever adds it once more."""
+    async with begun(sessions) as session:
+        await refused(session, Parcel(id=1, label="taken"), Parcel(id=0))
+        await session.rollback()
+        session.add(Parcel(id=1, label="taken"))
+        await session.commit()
+    await is_usable(sessions, observer)
+    row, others = Parcel(id=2, label="taken"), [kind(id=2) for kind in also]
+    async with begun(sessions) as session:
+        await refused(session, row, *others)
+        if how == "same session":
+            await session.rollback()
+            row.label = "free"
+            session.add_all([row, *others])
+            await session.commit()
+    if how == "another session":
+        row.label = "free"
+        async with begun(sessions) as session:
+            session.add_all([row, *others])
+            await session.commit()
+    assert (await labels(observer))[:2] == ["taken", "free"]
+    assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 2") == len(also)
+
+
+async def test_the_error_is_the_same_and_everything_is_rolled_back(
+    sessions: SessionMaker, observer: Connection
+) -> None:
+    told = []
+    for is_ahead in (False, True):
+        await is_usable(sessions, observer)
+        await observer.execute("DELETE FROM flushed_parcels WHERE id >= 900")
+        async with begun(sessions) as session:
+            session.add_all([Stamp(id=1), Parcel(id=0)])
+            with pytest.raises(IntegrityError) as caught:
+                await (session.commit() if is_ahead else session.flush())
+            error: Any = caught.value.orig
+            told.append((type(error), error.sqlstate, error.detail))
+            await session.rollback()
+        assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 1") == 0
+    assert told[0] == told[1]
+    assert await is_usable(sessions, observer)
+
+
+async def test_after_an_error_it_is_waited_for_once(sessions: SessionMaker, proxy: Proxy, observer: Connection) -> None:
+    """SQLAlchemy, and asyncpg, learn of what has changed about a statement only from its own errors."""
+    async with begun(sessions) as session:
+        await refused(session, Parcel(id=0))
+    took = []
+    for number in (1, 2, 3):
+        async with begun(sessions) as session:
+            session.add(Parcel(id=number))
+            before = proxy.round_trips
+            await session.commit()
+            took.append(proxy.round_trips - before)
+    assert took == [2, 1, 1]
+
+
+async def test_a_table_made_anew_is_learnt_of(
+    sessions: SessionMaker, observer: Connection, engine: AsyncEngine
+) -> None:
+    await observer.execute("""
+        CREATE TYPE flushed_kind AS ENUM ('a');
+        ALTER TABLE flushed_stamps ADD COLUMN kind flushed_kind;
+    """)
+    await observer.execute("ALTER TABLE flushed_parcels ALTER COLUMN label TYPE varchar(3)")
+    try:
+        async with begun(sessions) as session:
+            session.add(Parcel(id=1, label="four"))
+            with pytest.raises(DBAPIError, match="value too long"):
+                await session.commit()
+        async with begun(sessions) as session:
+            session.add(Parcel(id=1, label="iii"))
+            await session.commit()
+    finally:
+        await observer.execute("ALTER TABLE flushed_parcels ALTER COLUMN label TYPE varchar")
+        await observer.execute("ALTER TABLE flushed_stamps DROP COLUMN kind; DROP TYPE flushed_kind")
+    assert await labels(observer) == ["iii"]
+    assert await is_usable(sessions, observer)
+
+
+async def test_what_cannot_be_encoded_fails_in_the_flush(sessions: SessionMaker, observer: Connection) -> None:
+    async with begun(sessions) as session:
+        session.add(Parcel(id=2**63))
+        with pytest.raises(DBAPIError, match="out of int64 range"):
+            await session.commit()
+        await session.rollback()
+    assert await is_usable(sessions, observer)
+
+
+async def test_a_constraint_checked_at_the_commit_fails_there(sessions: SessionMaker, observer: Connection) -> None:
+    async with begun(sessions) as session:
+        await refused(session, row := Parcel(id=1, inside=12345))
+    row.inside = None
+    async with begun(sessions) as session:
+        session.add(row)
+        await session.commit()
+    assert await labels(observer) == [None]
+
+
+async def test_a_connection_lost_at_the_commit_is_an_error(proxy: Proxy, observer: Connection) -> None:
+    async with warm(proxy.url) as sessions, begun(sessions) as session:
+        session.add(row := Parcel(id=1, label="lost"))
+        proxy.flows.clear()
+        committing = asyncio.create_task(session.commit())
+        await asyncio.wait([committing], timeout=0.1)
+        proxy.cut()
+        proxy.flows.set()
+        with pytest.raises(DBAPIError):
+            await committing
+        await session.close()
+        if not await labels(observer):
+            async with begun(sessions) as session:
+                session.add(row)
+                await session.commit()
+    assert await labels(observer) == ["lost"]
+
+
+async def test_a_commit_cancelled_while_its_row_waits_leaves_nothing(
+    sessions: SessionMaker, observer: Connection
+) -> None:
+    row = Parcel(id=1, label="late")
+    async with observer.transaction():
+        await observer.execute("LOCK TABLE flushed_parcels IN SHARE MODE")
+        async with begun(sessions) as session:
+            session.add(row)
+            committing = asyncio.create_task(session.commit())
+
+            async def waits() -> bool:
+                return await waiting_for_locks(observer, "INSERT INTO flushed_parcels") > 0
+
+            await eventually(waits)
+            committing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await committing
+            await session.rollback()
+    assert await labels(observer) == []
+    async with begun(sessions) as session:
+        session.add(row)
+        await session.commit()
+    assert await labels(observer) == ["late"]
+    assert await is_usable(sessions, observer)
+
+
+# What may come in between
+
+
+async def test_whoever_asks_in_the_same_flush_finds_the_row(sessions: SessionMaker) -> None:
+    found: list[Any] = []
+
+    def count(session: Session, *_: Any) -> None:
+        found.append(session.connection().scalar(select(func.count()).where(Parcel.id == 1)))
+
+    async with begun(sessions) as session, listening(session, "after_flush", count):
+        session.add(Parcel(id=1))
+        await session.commit()
+    assert found == [1]
+
+
+async def test_its_error_is_the_next_statements_if_one_comes(sessions: SessionMaker, observer: Connection) -> None:
+    def ask(session: Session, *_: Any) -> None:
+        session.connection().execute(text("SELECT 7"))
+
+    async with begun(sessions) as session, listening(session, "after_flush", ask):
+        await refused(session, row := Parcel(id=0))
+        await session.rollback()
+        row.id = 1
+        session.add(row)
+        await session.commit()
+    assert await labels(observer) == [None]
+    assert await is_usable(sessions, observer)
+
+
+async def test_a_savepoint_contains_what_comes_in_it(sessions: SessionMaker, observer: Connection) -> None:
+    def save(session: Session, *_: Any) -> None:
+        with suppress(IntegrityError), session.connection().begin_nested():
+            session.connection().execute(insert(Stamp).values(id=0))
+
+    async with begun(sessions) as session, listening(session, "after_flush", save):
+        session.add(Parcel(id=1, label="kept"))
+        await session.commit()
+    assert await labels(observer) == ["kept"]
+    async with begun(sessions) as session:
+        session.add(Parcel(id=2, label="kept too"))
+        async with session.begin_nested():
+            session.add(Stamp(id=2))
+        await session.commit()
+    assert await labels(observer) == ["kept", "kept too"]
+
+
+async def test_a_savepoints_own_commit_is_not_the_last(sessions: SessionMaker, observer: Connection) -> None:
+    async with begun(sessions) as session:
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                session.add(Parcel(id=0))
+        session.add(Parcel(id=1, label="goes on"))
+        await session.commit()
+    assert await labels(observer) == ["goes on"]
+
+
+async def test_rows_of_others_in_the_flush_are_counted_as_they_are(
+    sessions: SessionMaker, observer: Connection
+) -> None:
+    """A trigger may put a row elsewhere; the ORM does not ask, others may."""
+    await observer.execute("""
+        CREATE OR REPLACE FUNCTION flushed_nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+        CREATE TRIGGER nothing BEFORE INSERT ON flushed_stamps FOR EACH ROW EXECUTE FUNCTION flushed_nothing();
+    """)
+    counted: list[int] = []
+
+    def core(session: Session, *_: Any) -> None:
+        counted.append(session.connection().execute(insert(Stamp.__table__).values(id=7)).rowcount)  # type: ignore[arg-type]
+
+    try:
+        async with begun(sessions) as session:
+            session.add_all([Stamp(id=1), Parcel(id=1, label="kept")])
+            await session.commit()
+        for _ in range(2):
+            async with begun(sessions) as session, listening(session, "after_flush", core):
+                session.add(Stamp(id=1))
+                await session.commit()
+    finally:
+        await observer.execute("DROP TRIGGER nothing ON flushed_stamps; DROP FUNCTION flushed_nothing")
+    assert await labels(observer) == ["kept"]
+    assert counted == [0, 0]
+    assert await is_usable(sessions, observer)
+
+
+async def test_a_commit_that_does_not_come_leaves_the_next_flush_as_it_was(sessions: SessionMaker) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("not now")
+
+    async with begun(sessions) as session:
+        session.add(Parcel(id=0))
+        async with listening(session, "before_flush", fail):
+            with pytest.raises(ValueError, match="not now"):
+                await session.commit()
+        with pytest.raises(IntegrityError):
+            await session.flush()
+
+
+async def test_a_commit_that_was_rolled_back_does_not_either(sessions: SessionMaker) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("not now")
+
+    def go_on(session: Session) -> None:
+        """In one step of the event loop's task, as far as SQLAlchemy's are concerned."""
+        session.add(Parcel(id=0))
+        with pytest.raises(ValueError, match="not now"):
+            session.commit()
+        session.rollback()
+        event.remove(session, "before_flush", fail)
+        session.connection()
+        session.add(Parcel(id=0))
+        with pytest.raises(IntegrityError):
+            session.flush()
+
+    async with begun(sessions) as session:
+        event.listen(session.sync_session, "before_flush", fail)
+        await session.run_sync(go_on)
+
+
+async def test_rows_too_many_or_too_long_are_waited_for(
+    sessions: SessionMaker, proxy: Proxy, observer: Connection
+) -> None:
+    async with begun(sessions) as session:
+        session.add(Parcel(id=1, label="x" * ROW))
+        before = proxy.round_trips
+        await session.commit()
+        assert proxy.round_trips == before + 2
+    numbers = iter(range(101, 100 + MOST))
+
+    def again(session: Session, *_: Any) -> None:
+        for number in islice(numbers, 1):
+            session.add(Parcel(id=number))
+
+    async with begun(sessions) as session, listening(session, "after_flush_postexec", again):
+        session.add(Parcel(id=100))
+        before = proxy.round_trips
+        await session.commit()
+        assert before + 1 < proxy.round_trips < before + 5
+    assert len(await labels(observer)) == 1 + MOST
+
+
+# Whose sessions are left alone
+
+
+async def test_a_session_that_chooses_its_engine_is_not_asked(sessions: SessionMaker, observer: Connection) -> None:
+    asked: list[Any] = []
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            asked.append(mapper)
+            assert mapper is not None or options.get("clause") is not None
+            return super().get_bind(mapper, **options)
+
+    routed = async_sessionmaker(sessions.kw["bind"], sync_session_class=Routing, expire_on_commit=False)
+    async with routed() as session:
+        await session.get(Parcel, -1)
+        session.add(Parcel(id=1, label="routed"))
+        await session.commit()
+    assert await labels(observer) == ["routed"]
+    assert asked
+
+
+@pytest.mark.parametrize("how", ["binds", "get_bind"])
+async def test_two_engines_both_commit_or_neither(
+    sessions: SessionMaker, engine: AsyncEngine, observer: Connection, how: str
+) -> None:
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, **options: Any) -> Any:
+            is_stamp = mapper is not None and mapper.class_ is Stamp
+            return engine.sync_engine if is_stamp else super().get_bind(mapper, **options)
+
+    options: dict[str, Any] = {"binds": {Stamp: engine}} if how == "binds" else {"sync_session_class": Routing}
+    async with AsyncSession(sessions.kw["bind"], **options) as session:
+        await session.get(Parcel, -1)
+        session.add_all([Parcel(id=0), Stamp(id=50)])
+        with pytest.raises(IntegrityError, match="INSERT INTO flushed_parcels"):  # before any commit
+            await session.commit()
+    assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 50") == 0
+
+
+@pytest.mark.parametrize("mode", ["rollback_only", "create_savepoint"])
+async def test_a_session_inside_somebodys_transaction_does_not_commit(
+    sessions: SessionMaker, observer: Connection, mode: Any
+) -> None:
+    engine: AsyncEngine = sessions.kw["bind"]
+    async with engine.connect() as connection:
+        outer = await connection.begin()
+        async with AsyncSession(connection, join_transaction_mode=mode) as session:
+            await session.execute(text("SELECT 7"))
+            session.add(Parcel(id=0))
+            with pytest.raises(IntegrityError, match="INSERT INTO flushed_parcels"):
+                await session.commit()
+        if outer.is_active:
+            await outer.rollback()
+    assert await is_usable(sessions, observer)
+
+
+async def test_what_the_database_fills_in_is_read(sessions: SessionMaker) -> None:
+    for _ in range(3):
+        async with begun(sessions) as session:
+            session.add(ticket := Ticket())
+            await session.commit()
+            assert ticket.id > 0
+
+
+async def test_in_autocommit_each_row_is_waited_for(sessions: SessionMaker, observer: Connection) -> None:
+    engine: AsyncEngine = sessions.kw["bind"].execution_options(isolation_level="AUTOCOMMIT")
+    for number in (1, 2, 3):
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 7"))
+            session.add(Parcel(id=number, label=str(number)))
+            await session.commit()
+    assert await labels(observer) == ["1", "2", "3"]
+
+
+async def test_a_driver_that_keeps_no_statements_waits(proxy: Proxy, observer: Connection) -> None:
+    options = {"connect_args": {"statement_cache_size": 0, "prepared_statement_cache_size": 0}}
+    async with warm(proxy.url, **options) as sessions:
+        assert await is_usable(sessions, observer)
+        async with begun(sessions) as session:
+            await refused(session, Parcel(id=0))
