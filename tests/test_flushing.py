@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator  # noqa: TC003 - SQLAlchemy reads the annotations
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
-from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from uuid import UUID, uuid4
 
+import asyncpg
 import pytest
-from sqlalchemy import JSON, BigInteger, DateTime, ForeignKey, Numeric, event, func, insert, select, text
+from sqlalchemy import JSON, BigInteger, Column, DateTime, ForeignKey, Numeric, Table, event, func, insert, select, text
 from sqlalchemy.dialects.postgresql import ARRAY, INET, JSONB
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
+from coord.postgresql import pipelining
 from coord.postgresql.engine import prepare
 from coord.postgresql.pipelining import ROW
 from tests.proxy import Proxy
@@ -30,10 +32,6 @@ if TYPE_CHECKING:
     from asyncpg import Connection
 
     SessionMaker = async_sessionmaker[AsyncSession]
-
-
-MOST = 95
-"""A session gives up after so many flushes in one commit, and a few."""
 
 
 class Base(DeclarativeBase):
@@ -52,6 +50,33 @@ class Parcel(Base):
 class Stamp(Base):
     __tablename__ = "flushed_stamps"
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class Ink(Base):
+    __tablename__ = "flushed_inks"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+
+
+class Paper(Base):
+    __tablename__ = "flushed_papers"
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    around_id: Mapped[int | None] = mapped_column(ForeignKey("flushed_parcels.id"))
+    around: Mapped[Parcel | None] = relationship()
+    inks: Mapped[list[Ink]] = relationship(
+        secondary=Table(
+            "flushed_papers_inks",
+            Base.metadata,
+            Column("paper", ForeignKey("flushed_papers.id"), primary_key=True),
+            Column("ink", ForeignKey("flushed_inks.id"), primary_key=True),
+        )
+    )
+
+
+class Coupon(Base):
+    __tablename__ = "flushed_coupons"
+    codes: ClassVar[Iterator[int]]
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    code: Mapped[int | None] = mapped_column(unique=True, default=lambda: next(Coupon.codes))
 
 
 class Ticket(Base):
@@ -91,7 +116,7 @@ async def made(engine: AsyncEngine) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def proxy(database_url: str, made: None, observer: Connection) -> AsyncIterator[Proxy]:
-    await observer.execute("TRUNCATE flushed_parcels, flushed_stamps, flushed_values")
+    await observer.execute("TRUNCATE " + ", ".join(Base.metadata.tables))
     async with Proxy(database_url).opened() as proxy:
         yield proxy
 
@@ -102,11 +127,17 @@ async def warm(url: str, **options: Any) -> AsyncIterator[SessionMaker]:
     engine = create_async_engine(url, pool_size=1, max_overflow=0, **options)
     prepare(engine)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    for number in range(3):
+    Coupon.codes = iter([-1, -2, -3])
+    for number in (0, -1, -2):
         async with begun(sessions) as session:
-            session.add_all([Parcel(id=-number), Stamp(id=-number), Values()])
+            parcel, inks = Parcel(id=number), [Ink(id=number)]
+            session.add_all([parcel, Stamp(id=number), Values(), Paper(id=number, around=parcel, inks=inks)])
+            session.add(Coupon(id=number))
             await session.commit()
-            await session.get(Parcel, -number)
+            await session.execute(text("SELECT 7"))
+            session.add(Values())
+            await session.commit()
+            await session.get(Parcel, number)
     yield sessions
     await engine.dispose()
 
@@ -114,6 +145,14 @@ async def warm(url: str, **options: Any) -> AsyncIterator[SessionMaker]:
 @pytest.fixture
 async def sessions(proxy: Proxy) -> AsyncIterator[SessionMaker]:
     async with warm(proxy.url) as sessions:
+        yield sessions
+
+
+@pytest.fixture(params=["coord's connections", "asyncpg's"])
+async def either(request: pytest.FixtureRequest, proxy: Proxy) -> AsyncIterator[SessionMaker]:
+    """What holds with these has to hold with those."""
+    options = {"connect_args": {"connection_class": asyncpg.Connection}} if request.param == "asyncpg's" else {}
+    async with warm(proxy.url, **options) as sessions:
         yield sessions
 
 
@@ -232,17 +271,17 @@ async def refused(session: AsyncSession, *rows: Any) -> None:
 @pytest.mark.parametrize("also", [[], [Stamp]], ids=["alone", "before another"])
 @pytest.mark.parametrize("how", ["same session", "another session"])
 async def test_a_row_that_is_refused_is_new_again(
-    sessions: SessionMaker, observer: Connection, how: str, also: list[type]
+    either: SessionMaker, observer: Connection, how: str, also: list[type]
 ) -> None:
     """Else it would be taken for stored by whoever adds it once more."""
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         await refused(session, Parcel(id=1, label="taken"), Parcel(id=0))
         await session.rollback()
         session.add(Parcel(id=1, label="taken"))
         await session.commit()
-    await is_usable(sessions, observer)
+    await is_usable(either, observer)
     row, others = Parcel(id=2, label="taken"), [kind(id=2) for kind in also]
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         await refused(session, row, *others)
         if how == "same session":
             await session.rollback()
@@ -251,7 +290,7 @@ async def test_a_row_that_is_refused_is_new_again(
             await session.commit()
     if how == "another session":
         row.label = "free"
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add_all([row, *others])
             await session.commit()
     assert (await labels(observer))[:2] == ["taken", "free"]
@@ -291,36 +330,34 @@ async def test_after_an_error_it_is_waited_for_once(sessions: SessionMaker, prox
     assert took == [2, 1, 1]
 
 
-async def test_a_table_made_anew_is_learnt_of(
-    sessions: SessionMaker, observer: Connection, engine: AsyncEngine
-) -> None:
+async def test_a_table_made_anew_is_learnt_of(either: SessionMaker, observer: Connection, engine: AsyncEngine) -> None:
     await observer.execute("""
         CREATE TYPE flushed_kind AS ENUM ('a');
         ALTER TABLE flushed_stamps ADD COLUMN kind flushed_kind;
     """)
     await observer.execute("ALTER TABLE flushed_parcels ALTER COLUMN label TYPE varchar(3)")
     try:
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add(Parcel(id=1, label="four"))
             with pytest.raises(DBAPIError, match="value too long"):
                 await session.commit()
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add(Parcel(id=1, label="iii"))
             await session.commit()
     finally:
         await observer.execute("ALTER TABLE flushed_parcels ALTER COLUMN label TYPE varchar")
         await observer.execute("ALTER TABLE flushed_stamps DROP COLUMN kind; DROP TYPE flushed_kind")
     assert await labels(observer) == ["iii"]
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
 
 
-async def test_what_cannot_be_encoded_fails_in_the_flush(sessions: SessionMaker, observer: Connection) -> None:
-    async with begun(sessions) as session:
+async def test_what_cannot_be_encoded_fails_in_the_flush(either: SessionMaker, observer: Connection) -> None:
+    async with begun(either) as session:
         session.add(Parcel(id=2**63))
         with pytest.raises(DBAPIError, match="out of int64 range"):
             await session.commit()
         await session.rollback()
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
 
 
 async def test_a_constraint_checked_at_the_commit_fails_there(sessions: SessionMaker, observer: Connection) -> None:
@@ -352,12 +389,12 @@ async def test_a_connection_lost_at_the_commit_is_an_error(proxy: Proxy, observe
 
 
 async def test_a_commit_cancelled_while_its_row_waits_leaves_nothing(
-    sessions: SessionMaker, observer: Connection
+    either: SessionMaker, observer: Connection
 ) -> None:
     row = Parcel(id=1, label="late")
     async with observer.transaction():
         await observer.execute("LOCK TABLE flushed_parcels IN SHARE MODE")
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add(row)
             committing = asyncio.create_task(session.commit())
 
@@ -370,52 +407,118 @@ async def test_a_commit_cancelled_while_its_row_waits_leaves_nothing(
                 await committing
             await session.rollback()
     assert await labels(observer) == []
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         session.add(row)
         await session.commit()
     assert await labels(observer) == ["late"]
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
+
+
+async def test_what_a_refused_flush_has_filled_in_is_filled_in_anew(either: SessionMaker, observer: Connection) -> None:
+    """Keys that point to a row whose own key is changed meanwhile, rows between rows, and a default."""
+    await observer.execute("INSERT INTO flushed_parcels (id) VALUES (1); INSERT INTO flushed_coupons VALUES (5, 1)")
+    Coupon.codes = iter([1, 2])
+    async with begun(either) as session:
+        parcel = Parcel(id=1)
+        rows = [parcel, Paper(id=1, around=parcel, inks=[Ink(id=1)])]
+        await refused(session, *rows)
+        await session.rollback()
+        parcel.id = 2
+        session.add_all(rows)
+        await session.commit()
+    assert await observer.fetchval("SELECT around_id FROM flushed_papers WHERE id = 1") == 2
+    assert await observer.fetchval("SELECT count(*) FROM flushed_papers_inks WHERE paper = 1 AND ink = 1") == 1
+    async with begun(either) as session:
+        await refused(session, coupon := Coupon(id=1))
+        assert coupon.code is None
+        await session.rollback()
+        session.add(coupon)
+        await session.commit()
+    assert await observer.fetchval("SELECT code FROM flushed_coupons WHERE id = 1") == 2
+
+
+@pytest.mark.parametrize("how", ["close", "rollback"])
+async def test_after_an_error_that_a_savepoint_held_a_row_that_is_refused_is_new_again(
+    either: SessionMaker, observer: Connection, how: str
+) -> None:
+    row = Parcel(id=0)
+    async with begun(either) as session:
+        with pytest.raises(IntegrityError):
+            async with session.begin_nested():
+                session.add(Parcel(id=-1))
+        await refused(session, row)
+        await getattr(session, how)()
+    row.id, row.label = 1, "again"
+    async with begun(either) as session:
+        session.add(row)
+        await session.commit()
+    assert await labels(observer) == ["again"]
+
+
+async def test_a_session_goes_on_after_a_refusal_only_once_it_is_rolled_back(either: SessionMaker) -> None:
+    async with begun(either) as session:
+        await refused(session, Parcel(id=0))
+        with pytest.raises(PendingRollbackError):
+            await session.execute(text("SELECT 7"))
+        await session.rollback()
+        await session.execute(text("SELECT 7"))
+
+
+async def test_to_roll_back_late_takes_nothing_from_another_session(
+    either: SessionMaker, engine: AsyncEngine, observer: Connection
+) -> None:
+    row = Parcel(id=0, label="one")
+    async with begun(either) as session, AsyncSession(engine, expire_on_commit=False) as other:
+        await refused(session, row)
+        await session.rollback()
+        row.id = 1
+        other.add(row)
+        await other.commit()
+        await session.rollback()
+        row.label = "two"
+        await other.commit()
+    assert await labels(observer) == ["two"]
 
 
 # What may come in between
 
 
-async def test_whoever_asks_in_the_same_flush_finds_the_row(sessions: SessionMaker) -> None:
+async def test_whoever_asks_in_the_same_flush_finds_the_row(either: SessionMaker) -> None:
     found: list[Any] = []
 
     def count(session: Session, *_: Any) -> None:
         found.append(session.connection().scalar(select(func.count()).where(Parcel.id == 1)))
 
-    async with begun(sessions) as session, listening(session, "after_flush", count):
+    async with begun(either) as session, listening(session, "after_flush", count):
         session.add(Parcel(id=1))
         await session.commit()
     assert found == [1]
 
 
-async def test_its_error_is_the_next_statements_if_one_comes(sessions: SessionMaker, observer: Connection) -> None:
+async def test_its_error_is_the_next_statements_if_one_comes(either: SessionMaker, observer: Connection) -> None:
     def ask(session: Session, *_: Any) -> None:
         session.connection().execute(text("SELECT 7"))
 
-    async with begun(sessions) as session, listening(session, "after_flush", ask):
+    async with begun(either) as session, listening(session, "after_flush", ask):
         await refused(session, row := Parcel(id=0))
         await session.rollback()
         row.id = 1
         session.add(row)
         await session.commit()
     assert await labels(observer) == [None]
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
 
 
-async def test_a_savepoint_contains_what_comes_in_it(sessions: SessionMaker, observer: Connection) -> None:
+async def test_a_savepoint_contains_what_comes_in_it(either: SessionMaker, observer: Connection) -> None:
     def save(session: Session, *_: Any) -> None:
         with suppress(IntegrityError), session.connection().begin_nested():
             session.connection().execute(insert(Stamp).values(id=0))
 
-    async with begun(sessions) as session, listening(session, "after_flush", save):
+    async with begun(either) as session, listening(session, "after_flush", save):
         session.add(Parcel(id=1, label="kept"))
         await session.commit()
     assert await labels(observer) == ["kept"]
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         session.add(Parcel(id=2, label="kept too"))
         async with session.begin_nested():
             session.add(Stamp(id=2))
@@ -423,8 +526,8 @@ async def test_a_savepoint_contains_what_comes_in_it(sessions: SessionMaker, obs
     assert await labels(observer) == ["kept", "kept too"]
 
 
-async def test_a_savepoints_own_commit_is_not_the_last(sessions: SessionMaker, observer: Connection) -> None:
-    async with begun(sessions) as session:
+async def test_a_savepoints_own_commit_is_not_the_last(either: SessionMaker, observer: Connection) -> None:
+    async with begun(either) as session:
         with pytest.raises(IntegrityError):
             async with session.begin_nested():
                 session.add(Parcel(id=0))
@@ -433,9 +536,7 @@ async def test_a_savepoints_own_commit_is_not_the_last(sessions: SessionMaker, o
     assert await labels(observer) == ["goes on"]
 
 
-async def test_rows_of_others_in_the_flush_are_counted_as_they_are(
-    sessions: SessionMaker, observer: Connection
-) -> None:
+async def test_rows_of_others_in_the_flush_are_counted_as_they_are(either: SessionMaker, observer: Connection) -> None:
     """A trigger may put a row elsewhere; the ORM does not ask, others may."""
     await observer.execute("""
         CREATE OR REPLACE FUNCTION flushed_nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
@@ -447,25 +548,25 @@ async def test_rows_of_others_in_the_flush_are_counted_as_they_are(
         counted.append(session.connection().execute(insert(Stamp.__table__).values(id=7)).rowcount)  # type: ignore[arg-type]
 
     try:
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add_all([Stamp(id=1), Parcel(id=1, label="kept")])
             await session.commit()
         for _ in range(2):
-            async with begun(sessions) as session, listening(session, "after_flush", core):
+            async with begun(either) as session, listening(session, "after_flush", core):
                 session.add(Stamp(id=1))
                 await session.commit()
     finally:
         await observer.execute("DROP TRIGGER nothing ON flushed_stamps; DROP FUNCTION flushed_nothing")
     assert await labels(observer) == ["kept"]
     assert counted == [0, 0]
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
 
 
-async def test_a_commit_that_does_not_come_leaves_the_next_flush_as_it_was(sessions: SessionMaker) -> None:
+async def test_a_commit_that_does_not_come_leaves_the_next_flush_as_it_was(either: SessionMaker) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("not now")
 
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         session.add(Parcel(id=0))
         async with listening(session, "before_flush", fail):
             with pytest.raises(ValueError, match="not now"):
@@ -474,7 +575,7 @@ async def test_a_commit_that_does_not_come_leaves_the_next_flush_as_it_was(sessi
             await session.flush()
 
 
-async def test_a_commit_that_was_rolled_back_does_not_either(sessions: SessionMaker) -> None:
+async def test_a_commit_that_was_rolled_back_does_not_either(either: SessionMaker) -> None:
     def fail(*_: Any) -> None:
         raise ValueError("not now")
 
@@ -490,31 +591,144 @@ async def test_a_commit_that_was_rolled_back_does_not_either(sessions: SessionMa
         with pytest.raises(IntegrityError):
             session.flush()
 
-    async with begun(sessions) as session:
+    async with begun(either) as session:
         event.listen(session.sync_session, "before_flush", fail)
         await session.run_sync(go_on)
 
 
 async def test_rows_too_many_or_too_long_are_waited_for(
-    sessions: SessionMaker, proxy: Proxy, observer: Connection
+    sessions: SessionMaker, proxy: Proxy, observer: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with begun(sessions) as session:
         session.add(Parcel(id=1, label="x" * ROW))
         before = proxy.round_trips
         await session.commit()
         assert proxy.round_trips == before + 2
-    numbers = iter(range(101, 100 + MOST))
-
-    def again(session: Session, *_: Any) -> None:
-        for number in islice(numbers, 1):
-            session.add(Parcel(id=number))
-
-    async with begun(sessions) as session, listening(session, "after_flush_postexec", again):
-        session.add(Parcel(id=100))
+    monkeypatch.setattr(pipelining, "OWED", 0)
+    async with begun(sessions) as session:
+        session.add_all([Parcel(id=2, label="x"), Stamp(id=2)])
         before = proxy.round_trips
         await session.commit()
-        assert before + 1 < proxy.round_trips < before + 5
-    assert len(await labels(observer)) == 1 + MOST
+        assert proxy.round_trips == before + 2
+    assert len(await labels(observer)) == 2
+
+
+async def test_a_rule_may_make_more_rows_of_one(either: SessionMaker, observer: Connection) -> None:
+    await observer.execute("""
+        CREATE RULE flushed_twice AS ON INSERT TO flushed_stamps DO INSTEAD
+        INSERT INTO flushed_tickets SELECT new.id * 10 + n FROM generate_series(1, 2) AS n
+    """)
+    try:
+        for number in (1, 2, 3):
+            async with begun(either) as session:
+                session.add(Stamp(id=number))
+                await session.commit()
+    finally:
+        await observer.execute("DROP RULE flushed_twice ON flushed_stamps")
+    assert await observer.fetchval("SELECT count(*) FROM flushed_tickets WHERE id BETWEEN 11 AND 32") == 6
+
+
+async def test_nothing_goes_on_after_the_commit(sessions: SessionMaker, observer: Connection) -> None:
+    """Were SQLAlchemy, or coord itself, to execute something there, it would have no transaction."""
+
+    def go_on(session: Session, *_: Any) -> None:
+        session.connection().execute(insert(Stamp).values(id=70))
+
+    go_on.__module__ = "coord"
+    async with begun(sessions) as session, listening(session, "after_flush", go_on):
+        session.add(Parcel(id=1))
+        with pytest.raises(InvalidRequestError, match="committed by its last flush"):
+            await session.commit()
+    assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 70") == 0
+    assert await is_usable(sessions, observer)
+
+
+# Who listens
+
+
+async def test_whoever_flushes_before_the_commit_is_told(either: SessionMaker, observer: Connection) -> None:
+    def save(session: Session) -> None:
+        if not session.in_nested_transaction():
+            with suppress(IntegrityError), session.begin_nested():
+                session.add(Parcel(id=0))
+
+    def flush(session: Session) -> None:
+        session.add(Parcel(id=0))
+        try:
+            session.flush()
+        except IntegrityError:
+            told.append("refused")
+            raise
+
+    told: list[str] = []
+    async with begun(either) as session, listening(session, "before_commit", save):
+        session.add(Parcel(id=1, label="kept"))
+        await session.commit()
+    async with begun(either) as session, listening(session, "before_commit", flush):
+        with pytest.raises(IntegrityError):
+            await session.commit()
+    assert told == ["refused"]
+    assert await labels(observer) == ["kept"]
+
+
+async def test_a_session_within_anothers_flush_is_told(either: SessionMaker, observer: Connection) -> None:
+    outcomes: list[str] = []
+
+    def within(_mapper: Any, connection: Any, _row: Any) -> None:
+        with connection.begin_nested() as savepoint, Session(connection) as inner:
+            inner.add(Stamp(id=0))
+            try:
+                inner.flush()
+            except IntegrityError:
+                savepoint.rollback()
+                outcomes.append("refused")
+
+    event.listen(Parcel, "before_insert", within)
+    try:
+        async with begun(either) as session:
+            session.add(Parcel(id=1, label="kept"))
+            await session.commit()
+    finally:
+        event.remove(Parcel, "before_insert", within)
+    assert outcomes == ["refused"]
+    assert await labels(observer) == ["kept"]
+
+
+@pytest.mark.parametrize("name", ["commit", "before_cursor_execute"])
+async def test_an_engine_that_is_listened_to_gives_whole_connections_back(
+    either: SessionMaker, observer: Connection, name: str
+) -> None:
+    engine: AsyncEngine = either.kw["bind"]
+
+    def ask(connection: Any, *rest: Any) -> None:
+        if name == "commit":
+            connection.exec_driver_sql("SELECT 7")
+
+    event.listen(engine.sync_engine, name, ask)
+    try:
+        row = Parcel(id=0)
+        async with begun(either) as session:
+            await refused(session, row)
+    finally:
+        event.remove(engine.sync_engine, name, ask)
+    row.id, row.label = 1, "again"
+    async with begun(either) as session:
+        session.add(row)
+        await session.commit()
+    assert await labels(observer) == ["again"]
+
+
+@pytest.mark.parametrize("when", ["before_commit", "after_flush"])
+async def test_a_second_engine_that_joins_late_commits_nothing_alone(
+    either: SessionMaker, engine: AsyncEngine, observer: Connection, when: str
+) -> None:
+    def join(session: Session, *_: Any) -> None:
+        session.execute(insert(Stamp.__table__).values(id=50), bind_arguments={"bind": engine.sync_engine})  # type: ignore[arg-type]
+
+    for _ in range(4):
+        async with begun(either) as session, listening(session, when, join):
+            await refused(session, Parcel(id=0))
+    assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 50") == 0
 
 
 # Whose sessions are left alone
@@ -540,7 +754,7 @@ async def test_a_session_that_chooses_its_engine_is_not_asked(sessions: SessionM
 
 @pytest.mark.parametrize("how", ["binds", "get_bind"])
 async def test_two_engines_both_commit_or_neither(
-    sessions: SessionMaker, engine: AsyncEngine, observer: Connection, how: str
+    either: SessionMaker, engine: AsyncEngine, observer: Connection, how: str
 ) -> None:
     class Routing(Session):
         def get_bind(self, mapper: Any = None, **options: Any) -> Any:
@@ -548,7 +762,7 @@ async def test_two_engines_both_commit_or_neither(
             return engine.sync_engine if is_stamp else super().get_bind(mapper, **options)
 
     options: dict[str, Any] = {"binds": {Stamp: engine}} if how == "binds" else {"sync_session_class": Routing}
-    async with AsyncSession(sessions.kw["bind"], **options) as session:
+    async with AsyncSession(either.kw["bind"], **options) as session:
         await session.get(Parcel, -1)
         session.add_all([Parcel(id=0), Stamp(id=50)])
         with pytest.raises(IntegrityError, match="INSERT INTO flushed_parcels"):  # before any commit
@@ -558,9 +772,9 @@ async def test_two_engines_both_commit_or_neither(
 
 @pytest.mark.parametrize("mode", ["rollback_only", "create_savepoint"])
 async def test_a_session_inside_somebodys_transaction_does_not_commit(
-    sessions: SessionMaker, observer: Connection, mode: Any
+    either: SessionMaker, observer: Connection, mode: Any
 ) -> None:
-    engine: AsyncEngine = sessions.kw["bind"]
+    engine: AsyncEngine = either.kw["bind"]
     async with engine.connect() as connection:
         outer = await connection.begin()
         async with AsyncSession(connection, join_transaction_mode=mode) as session:
@@ -570,25 +784,37 @@ async def test_a_session_inside_somebodys_transaction_does_not_commit(
                 await session.commit()
         if outer.is_active:
             await outer.rollback()
-    assert await is_usable(sessions, observer)
+    assert await is_usable(either, observer)
 
 
-async def test_what_the_database_fills_in_is_read(sessions: SessionMaker) -> None:
+async def test_what_the_database_fills_in_is_read(either: SessionMaker) -> None:
     for _ in range(3):
-        async with begun(sessions) as session:
+        async with begun(either) as session:
             session.add(ticket := Ticket())
             await session.commit()
             assert ticket.id > 0
 
 
-async def test_in_autocommit_each_row_is_waited_for(sessions: SessionMaker, observer: Connection) -> None:
-    engine: AsyncEngine = sessions.kw["bind"].execution_options(isolation_level="AUTOCOMMIT")
+async def test_in_autocommit_each_row_is_waited_for(either: SessionMaker, observer: Connection) -> None:
+    engine: AsyncEngine = either.kw["bind"].execution_options(isolation_level="AUTOCOMMIT")
     for number in (1, 2, 3):
         async with AsyncSession(engine) as session:
             await session.execute(text("SELECT 7"))
             session.add(Parcel(id=number, label=str(number)))
             await session.commit()
     assert await labels(observer) == ["1", "2", "3"]
+
+
+async def test_a_connection_keeps_no_session(sessions: SessionMaker) -> None:
+    for level in ("AUTOCOMMIT", "READ COMMITTED"):
+        engine: AsyncEngine = sessions.kw["bind"].execution_options(isolation_level=level)
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 7"))
+            session.add(Parcel(id=1000 + len(level)))
+            await session.commit()
+        async with engine.connect() as connection:
+            driver: Any = (await connection.get_raw_connection()).driver_connection
+            assert (driver.last_flush, driver.has_committed) == (None, False)
 
 
 async def test_a_driver_that_keeps_no_statements_waits(proxy: Proxy, observer: Connection) -> None:

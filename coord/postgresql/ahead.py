@@ -12,7 +12,7 @@ from coord.postgresql.encoding import BOUND, message
 
 _ANY_TIME = b"NSA"
 """Notices, parameters that have changed and notifications belong to no statement."""
-_ONE_ROW, _NO_ROW = (message(b"C", b"INSERT 0 %d\0" % rows) for rows in (1, 0))
+_ONE_ROW = message(b"C", b"INSERT 0 1\0")
 BEGUN = message(b"1") + BOUND + message(b"C", b"BEGIN\0")
 INSERTED = BOUND + _ONE_ROW
 
@@ -25,8 +25,8 @@ class Ahead(asyncio.Protocol):
         self._protocol = protocol
         self.owed = b""
         """What it will answer, byte for byte."""
-        self._may_be_none = deque[bool]()
-        """Of each insert that is owed, whether a trigger may have put its row elsewhere, or nowhere."""
+        self._may_vary = deque[bool]()
+        """Of each insert that is owed, whether a trigger or a rule may have made another number of its one row."""
         self.failures = 0
         """How often the answer was an error."""
         self._part = b""
@@ -39,8 +39,8 @@ class Ahead(asyncio.Protocol):
     def begin(self, query: str) -> None:
         self._send(once(query), BEGUN)
 
-    def insert(self, messages: bytes, *, may_be_none: bool = False) -> None:
-        self._may_be_none.append(may_be_none)
+    def insert(self, messages: bytes, *, may_vary: bool = False) -> None:
+        self._may_vary.append(may_vary)
         self._send(messages, INSERTED)
 
     def _send(self, messages: bytes, answers: bytes) -> None:
@@ -75,13 +75,11 @@ class Ahead(asyncio.Protocol):
 
     def _is_owed(self, answer: bytes) -> bool:
         """Then it is not any longer."""
-        ends_insert = self.owed.startswith(_ONE_ROW)
-        if not self.owed.startswith(answer) and not (ends_insert and answer == _NO_ROW and self._may_be_none[0]):
-            return False
-        if ends_insert:
-            self._may_be_none.popleft()
-        self.owed = self.owed[len(answer) :]
-        return True
+        usual = answer if self.owed.startswith(answer) else b""
+        if self.owed.startswith(_ONE_ROW) and self._may_vary.popleft() and answer[:1] == b"C":
+            usual = _ONE_ROW
+        self.owed = self.owed[len(usual) :]
+        return usual != b""
 
     def ask(self) -> None:
         """asyncpg is about to send something, in this step of its task."""
@@ -96,7 +94,7 @@ class Ahead(asyncio.Protocol):
     def _step_aside(self, rest: bytes) -> None:
         self.failures += rest.startswith(b"E")
         self.owed = self._error = b""
-        self._may_be_none.clear()
+        self._may_vary.clear()
         self._asked = False
         self._transport.set_protocol(self._protocol)
         if rest:

@@ -10,7 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
-from coord.postgresql.flushing import begin_last_flush, note_statement
+from coord.postgresql.flushing import begin_last_flush, end_last_flush, note_statement
 from coord.postgresql.pipelining import PipeliningConnection
 
 if TYPE_CHECKING:
@@ -60,8 +60,9 @@ def prepare(engine: AsyncEngine) -> None:
         event.listen(sync_engine, "handle_error", _note_error)
         event.listen(sync_engine, "do_connect", _pipeline)
         event.listen(sync_engine, "do_execute", note_statement)
-    if not event.contains(Session, "before_commit", begin_last_flush):
-        event.listen(Session, "before_commit", begin_last_flush)
+    if not event.contains(Session, "before_flush", begin_last_flush):
+        event.listen(Session, "before_flush", begin_last_flush)
+        event.listen(Session, "after_flush", end_last_flush)
 
 
 def _pipeline(_dialect: Dialect, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:

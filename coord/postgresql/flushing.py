@@ -1,76 +1,155 @@
-"""The rows of a commit's own flush travel with the COMMIT: a round trip less, in which their table would be locked.
+"""The flush that a commit begins with ends with the COMMIT itself: a round trip less, in which its tables are locked.
 
-What the ORM inserts when it is told to commit, asking nothing back, it sends and goes on; the COMMIT is then the first
-statement that waits for an answer. An error is the commit's, and leaves the session as one of the flush would have.
+The rows that the ORM inserts there, asking nothing back, are sent and not waited for. At the end of the flush the
+COMMIT is, and with it their answers: what is refused fails the flush, with which SQLAlchemy has not finished, and so
+leaves the session as it always does. The commit that SQLAlchemy then goes on to is over already.
+
+Only where nobody looks on: who listens to a session's flushes, or to an engine's statements, may execute something
+after what is the end here, or count the rows.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from greenlet import getcurrent
-from sqlalchemy import Engine
+from sqlalchemy import inspect
+from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
+from sqlalchemy.util import await_only
 
 from coord.postgresql.pipelining import PipeliningConnection
 
 if TYPE_CHECKING:
-    from sqlalchemy import ExecutionContext
-    from sqlalchemy.orm import SessionTransaction
+    from collections.abc import Iterable
+
+    from sqlalchemy import Connection, ExecutionContext
+    from sqlalchemy.orm import InstanceState, SessionTransaction
+
+_IN_COMMIT = "_prepare_impl"
+"""The step of `SessionTransaction` that flushes for a commit; see tests/test_flushing.py for what is pinned here."""
 
 
 class LastFlush:
-    """From `session.commit()` to the COMMIT of the one connection that the session has."""
+    """One that is under way, on the one connection of its session."""
 
-    def __init__(self, transaction: SessionTransaction) -> None:
-        self._transaction = transaction
-        self._greenlet = getcurrent()
-        self._next: str | None = None
-        self.rows = 0
-        """How many went ahead."""
+    def __init__(self, session: Session, connection: Connection) -> None:
+        self._connection = connection
+        states: list[InstanceState[Any]] = [inspect(row) for row in session.new]
+        self._had = [(state, frozenset(state.dict)) for state in states]
+        self._at: tuple[str, Any, Any] | None = None
+        """The statement that is about to be executed, if it may go ahead."""
+        self._ahead: list[tuple[str, Any, Any]] = []
 
-    def note(self, statement: str, context: Any) -> None:
-        """What is about to be executed may go ahead if the ORM's unit of work sends it: nobody asks how it went.
+    def note(self, statement: str, parameters: Any, context: Any) -> None:
+        """The unit of work alone brings a mapper's cache, and asks of an INSERT without RETURNING no more than that."""
+        in_unit_of_work = context.isinsert and context.execution_options.get("compiled_cache") is not None
+        self._at = (statement, parameters, context) if in_unit_of_work else None
 
-        Not what comes later because the commit has not come, as an error in a listener has ended it.
-        """
-        in_flush = context.isinsert and "compiled_cache" in context.execution_options
-        self._next = statement if in_flush and getcurrent() is self._greenlet else None
+    def goes_ahead(self, statement: str) -> bool:
+        return self._at is not None and self._at[0] == statement
 
-    def has_next(self, statement: str) -> bool:
-        """Once."""
-        expected, self._next = self._next, None
-        return expected == statement
+    def went_ahead(self) -> None:
+        assert self._at is not None
+        self._ahead.append(self._at)
 
-    def undo(self) -> None:
-        """Make new again what was new: SQLAlchemy does so when a flush fails, not when a COMMIT does."""
-        if self.rows:
-            self._transaction._restore_snapshot()  # pinned by tests/test_flushing.py
+    def end(self, *, is_alone: bool) -> None:
+        """With the COMMIT, unless another connection's would be to come."""
+        driver: Any = self._connection.connection.driver_connection
+        if not driver.is_owed:
+            return
+        try:
+            await_only(driver.commit_early() if is_alone else driver.hear())
+        except BaseException as error:  # noqa: BLE001 - it is raised
+            for state, had in self._had:
+                _forget(state, state.dict.keys() - had)
+            self._raise(error)
+
+    def _raise(self, error: BaseException) -> None:
+        """As SQLAlchemy raises what a statement has raised; of several, nobody knows which it was."""
+        statement, parameters, context = self._ahead[-1]
+        if len(self._ahead) > 1:
+            statement = parameters = None  # type: ignore[assignment]
+        if isinstance(error, Exception):
+            try:
+                self._connection.connection.dbapi_connection._handle_exception(error)  # type: ignore[union-attr]
+            except Exception as translated:  # noqa: BLE001 - it is what SQLAlchemy raises
+                error = translated
+        self._connection._handle_dbapi_exception(error, statement, parameters, None, context)
 
 
-def begin_last_flush(session: Session) -> None:
-    """For the `before_commit` event of sessions that have one engine, and began a transaction on one connection."""
-    if not session.new or session.in_nested_transaction() or not _has_one_engine(session):
-        return
+def begin_last_flush(session: Session, *_: Any) -> None:
+    """For the `before_flush` event of all sessions."""
     transaction: Any = session.get_transaction()
-    begun = set(transaction._connections.values())
-    if len(begun) != 1:
+    if transaction is None or not session.new or not _is_for_commit(session, transaction):
         return
-    ((connection, *_),) = begun
-    if not connection.closed and not connection.invalidated:
-        driver = connection.connection.driver_connection
-        if issubclass(type(driver), PipeliningConnection):  # asyncpg has isinstance() say so of any
-            driver.last_flush = LastFlush(transaction)
+    if not _has_one_engine(session) or not _is_unobserved(session):
+        return
+    begun = _begun(transaction)
+    if len(begun) == 1 and not (begun[0]._has_events or begun[0].engine._has_events):
+        driver: Any = _driver(begun[0])
+        if driver is not None and driver.is_in_transaction():
+            driver.last_flush = LastFlush(session, begun[0])
+
+
+def end_last_flush(session: Session, *_: Any) -> None:
+    """For the `after_flush` event of all sessions."""
+    transaction = session.get_transaction()
+    begun = _begun(transaction) if transaction is not None else []
+    for connection in begun:
+        flush = getattr(_driver(connection), "last_flush", None)
+        if flush is not None:
+            _driver(connection).last_flush = None
+            flush.end(is_alone=len(begun) == 1)
+
+
+def note_statement(cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None) -> None:
+    """For the `do_execute` event of an engine, which leaves the rest to SQLAlchemy."""
+    driver = cursor._connection
+    if getattr(driver, "has_committed", False):
+        raise InvalidRequestError("The transaction was committed by its last flush, and something goes on with it.")
+    if (flush := getattr(driver, "last_flush", None)) is not None:
+        flush.note(statement, parameters, context)
+
+
+def _is_for_commit(session: Session, transaction: Any) -> bool:
+    """Not for a savepoint's release; nor in a `before_commit` listener, which may go on with the transaction."""
+    step = getattr(transaction._current_fn, "__name__", "")
+    return step == _IN_COMMIT and not session.in_nested_transaction() and not session.dispatch.before_commit
 
 
 def _has_one_engine(session: Session) -> bool:
-    """Else a second connection may commit although this one's rows are refused."""
-    usual = type(session).get_bind is Session.get_bind and not session.binds
-    return usual and isinstance(session.bind, Engine) and not session.twophase
+    return type(session).get_bind is Session.get_bind and not session.binds and not session.twophase
 
 
-def note_statement(cursor: Any, statement: str, _parameters: Any, context: ExecutionContext | None) -> None:
-    """For the `do_execute` event of an engine, which leaves it to SQLAlchemy."""
-    flush: LastFlush | None = getattr(cursor._connection, "last_flush", None)
-    if flush is not None:
-        flush.note(statement, context)
+def _is_unobserved(session: Session) -> bool:
+    events: Any = session.dispatch
+    if events.after_flush_postexec or events.pending_to_persistent:
+        return False
+    mappers = {inspect(row).mapper for row in session.new}
+    if any(mapper.dispatch.before_insert or mapper.dispatch.after_insert for mapper in mappers):
+        return False
+    return _are_ours(events.before_flush) and _are_ours(events.after_flush)
+
+
+def _are_ours(listeners: Iterable[Any]) -> bool:
+    return all(listener.__module__.partition(".")[0] == "coord" for listener in listeners)
+
+
+def _begun(transaction: SessionTransaction) -> list[Connection]:
+    """The connections that the session's transaction has begun on: each is found by itself and by its engine."""
+    return list({id(entry[0]): entry[0] for entry in transaction._connections.values()}.values())
+
+
+def _driver(connection: Connection) -> Any:
+    """None if it does not pipeline."""
+    if connection.closed or connection.invalidated:
+        return None
+    driver = connection.connection.driver_connection
+    return driver if issubclass(type(driver), PipeliningConnection) else None  # asyncpg's isinstance() says so of any
+
+
+def _forget(state: InstanceState[Any], keys: Iterable[str]) -> None:
+    """What the flush has filled in, which of a row that was refused it would not have."""
+    for key in keys:
+        del state.dict[key]
+        state.committed_state.pop(key, None)

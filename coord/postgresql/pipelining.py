@@ -48,7 +48,7 @@ _ROW_ALONE = re.compile(rf'INSERT INTO (?:[\w"]+\.)?[\w"]+ \([^()]+\) VALUES \((
 class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
     """A `connection_class` of asyncpg's."""
 
-    __slots__ = ("_ahead", "_encoder", "_inserts", "last_flush")
+    __slots__ = ("_ahead", "_encoder", "_inserts", "has_committed", "last_flush")
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -56,13 +56,15 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
         self._encoder = Encoder()
         self._inserts: dict[str, PreparedStatement[Any]] = {}
         self.last_flush: LastFlush | None = None
-        """The flush that the transaction's commit has begun with, until the commit itself has ended."""
+        """The one that a commit has begun with, while it is under way."""
+        self.has_committed = False
+        """Whether such a flush has, and the commit is still to come."""
 
     async def execute(self, query: str, *args: Any, timeout: float | None = None) -> str:
         """As asyncpg's, whose transactions begin and end by it as well."""
+        is_over, self.has_committed, self.last_flush = self.has_committed, False, None
         if query == _COMMIT:
-            return await self._commit_last_flush(timeout)
-        self.last_flush = None
+            return "COMMIT" if is_over else await self._commit(timeout)
         if self._ahead.owed and not args:
             await self._heard(query)
         elif not args and self._pipelines and _BEGIN.fullmatch(query):
@@ -93,16 +95,30 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
     def row_ahead(self, statement: RowStatement, values: Sequence[Any]) -> bool:
         """Send it now, and have its answer taken by what comes next, if the last flush allows that."""
         flush = self.last_flush
-        if flush is None or not flush.has_next(statement.get_query()) or not self._pipelines:
+        if flush is None or not flush.goes_ahead(statement.get_query()):
             return False
-        if not self.is_in_transaction() or len(self._ahead.owed) > OWED:
+        if not self._pipelines or len(self._ahead.owed) > OWED:
             return False
         messages = self._encoder.run(statement, values)
         if len(messages) > ROW:
             return False
-        self._ahead.insert(messages, may_be_none=True)
-        flush.rows += 1
+        self._ahead.insert(messages, may_vary=True)
+        flush.went_ahead()
         return True
+
+    async def commit_early(self) -> None:
+        """Before whoever is to do it; errors leave the transaction to be rolled back, if it is not."""
+        await self.fetch("COMMIT")
+        self.has_committed = True
+
+    async def hear(self) -> None:
+        """Wait for what was sent ahead; its error."""
+        await self._heard()
+
+    @property
+    def is_owed(self) -> bool:
+        """Whether something ahead is unanswered."""
+        return bool(self._ahead.owed)
 
     @property
     def failures(self) -> int:
@@ -158,16 +174,6 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
     async def copy_records_to_table(self, *args: Any, **options: Any) -> Any:
         await self._heard()
         return await super().copy_records_to_table(*args, **options)
-
-    async def _commit_last_flush(self, timeout: float | None) -> str:
-        try:
-            return await self._commit(timeout)
-        except BaseException:
-            if self.last_flush is not None:
-                self.last_flush.undo()
-            raise
-        finally:
-            self.last_flush = None
 
     async def _commit(self, timeout: float | None) -> str:
         """With a Sync of its own if anything is ahead of it, which a simple query has not."""
