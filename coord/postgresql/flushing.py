@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from coord.postgresql.pipelining import PipeliningConnection
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sqlalchemy import Connection, ExecutionContext
-    from sqlalchemy.orm import InstanceState, SessionTransaction
+    from sqlalchemy.orm import InstanceState, Session
 
 _IN_COMMIT = "_prepare_impl"
 """The step of `SessionTransaction` that flushes for a commit; see tests/test_flushing.py for what is pinned here."""
@@ -33,32 +32,28 @@ class LastFlush:
     """One that is under way, on the one connection of its session."""
 
     def __init__(self, session: Session, connection: Connection) -> None:
+        self.session = session
         self._connection = connection
         states: list[InstanceState[Any]] = [inspect(row) for row in session.new]
         self._had = [(state, frozenset(state.dict)) for state in states]
-        self._at: tuple[str, Any, Any] | None = None
-        """The statement that is about to be executed, if it may go ahead."""
-        self._ahead: list[tuple[str, Any, Any]] = []
+        self._statement: tuple[Any, ...] = (None, None, None)
+        self._rows = 0
 
-    def note(self, statement: str, parameters: Any, context: Any) -> None:
-        """The unit of work alone brings a mapper's cache, and asks of an INSERT without RETURNING no more than that."""
-        in_unit_of_work = context.isinsert and context.execution_options.get("compiled_cache") is not None
-        self._at = (statement, parameters, context) if in_unit_of_work else None
+    def note(self, *statement: Any) -> None:
+        """What is about to be executed, with its parameters and SQLAlchemy's context."""
+        self._statement = statement
 
-    def goes_ahead(self, statement: str) -> bool:
-        return self._at is not None and self._at[0] == statement
+    def row_ahead(self) -> None:
+        """That was a row, and is not waited for."""
+        self._rows += 1
 
-    def went_ahead(self) -> None:
-        assert self._at is not None
-        self._ahead.append(self._at)
-
-    def end(self, *, is_alone: bool) -> None:
-        """With the COMMIT, unless another connection's would be to come."""
+    def end(self) -> None:
+        """With the COMMIT."""
         driver: Any = self._connection.connection.driver_connection
         if not driver.is_owed:
             return
         try:
-            await_only(driver.commit_early() if is_alone else driver.hear())
+            await_only(driver.commit_early())
         except BaseException as error:  # noqa: BLE001 - it is raised
             for state, had in self._had:
                 _forget(state, state.dict.keys() - had)
@@ -66,9 +61,9 @@ class LastFlush:
 
     def _raise(self, error: BaseException) -> None:
         """As SQLAlchemy raises what a statement has raised; of several, nobody knows which it was."""
-        statement, parameters, context = self._ahead[-1]
-        if len(self._ahead) > 1:
-            statement = parameters = None  # type: ignore[assignment]
+        statement, parameters, context = self._statement
+        if self._rows > 1:
+            statement = parameters = None
         if isinstance(error, Exception):
             try:
                 self._connection.connection.dbapi_connection._handle_exception(error)  # type: ignore[union-attr]
@@ -82,24 +77,20 @@ def begin_last_flush(session: Session, *_: Any) -> None:
     transaction: Any = session.get_transaction()
     if transaction is None or not session.new or not _is_for_commit(session, transaction):
         return
-    if not _has_one_engine(session) or not _is_unobserved(session):
-        return
-    begun = _begun(transaction)
-    if len(begun) == 1 and not (begun[0]._has_events or begun[0].engine._has_events):
-        driver: Any = _driver(begun[0])
+    if (connection := _own_connection(transaction)) is not None and _is_unobserved(session, connection):
+        driver = _driver(connection)
         if driver is not None and driver.is_in_transaction():
-            driver.last_flush = LastFlush(session, begun[0])
+            driver.last_flush = LastFlush(session, connection)
 
 
-def end_last_flush(session: Session, *_: Any) -> None:
+def end_last_flush(session: Session, _context: Any) -> None:
     """For the `after_flush` event of all sessions."""
-    transaction = session.get_transaction()
-    begun = _begun(transaction) if transaction is not None else []
-    for connection in begun:
-        flush = getattr(_driver(connection), "last_flush", None)
-        if flush is not None:
-            _driver(connection).last_flush = None
-            flush.end(is_alone=len(begun) == 1)
+    transaction: Any = session.get_transaction()
+    for connection, *_ in _begun(transaction) if transaction is not None else ():
+        driver = _driver(connection)
+        if driver is not None and driver.last_flush is not None and driver.last_flush.session is session:
+            flush, driver.last_flush = driver.last_flush, None
+            flush.end()
 
 
 def note_statement(cursor: Any, statement: str, parameters: Any, context: ExecutionContext | None) -> None:
@@ -114,16 +105,29 @@ def note_statement(cursor: Any, statement: str, parameters: Any, context: Execut
 def _is_for_commit(session: Session, transaction: Any) -> bool:
     """Not for a savepoint's release; nor in a `before_commit` listener, which may go on with the transaction."""
     step = getattr(transaction._current_fn, "__name__", "")
-    return step == _IN_COMMIT and not session.in_nested_transaction() and not session.dispatch.before_commit
+    is_last = step == _IN_COMMIT and not session.in_nested_transaction() and not session.dispatch.before_commit
+    return is_last and not session.twophase
 
 
-def _has_one_engine(session: Session) -> bool:
-    return type(session).get_bind is Session.get_bind and not session.binds and not session.twophase
+def _own_connection(transaction: Any) -> Connection | None:
+    """The one that the session has made itself, and will commit and close, if it has only that one."""
+    begun = _begun(transaction)
+    if len(begun) != 1:
+        return None
+    ((connection, _, _, is_own),) = begun
+    return connection if is_own else None
 
 
-def _is_unobserved(session: Session) -> bool:
+def _begun(transaction: Any) -> set[tuple[Connection, Any, bool, bool]]:
+    """On which connections; each is found by itself and by its engine."""
+    return set(transaction._connections.values())
+
+
+def _is_unobserved(session: Session, connection: Connection) -> bool:
     events: Any = session.dispatch
     if events.after_flush_postexec or events.pending_to_persistent:
+        return False
+    if connection._has_events or connection.engine._has_events:
         return False
     mappers = {inspect(row).mapper for row in session.new}
     if any(mapper.dispatch.before_insert or mapper.dispatch.after_insert for mapper in mappers):
@@ -133,11 +137,6 @@ def _is_unobserved(session: Session) -> bool:
 
 def _are_ours(listeners: Iterable[Any]) -> bool:
     return all(listener.__module__.partition(".")[0] == "coord" for listener in listeners)
-
-
-def _begun(transaction: SessionTransaction) -> list[Connection]:
-    """The connections that the session's transaction has begun on: each is found by itself and by its engine."""
-    return list({id(entry[0]): entry[0] for entry in transaction._connections.values()}.values())
 
 
 def _driver(connection: Connection) -> Any:
@@ -152,4 +151,3 @@ def _forget(state: InstanceState[Any], keys: Iterable[str]) -> None:
     """What the flush has filled in, which of a row that was refused it would not have."""
     for key in keys:
         del state.dict[key]
-        state.committed_state.pop(key, None)

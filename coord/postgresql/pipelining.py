@@ -93,27 +93,20 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
         return RowStatement(self, query, statement._state) if _ROW_ALONE.fullmatch(query) else statement
 
     def row_ahead(self, statement: RowStatement, values: Sequence[Any]) -> bool:
-        """Send it now, and have its answer taken by what comes next, if the last flush allows that."""
-        flush = self.last_flush
-        if flush is None or not flush.goes_ahead(statement.get_query()):
-            return False
-        if not self._pipelines or len(self._ahead.owed) > OWED:
+        """Send it now, and have its answer taken by what comes next, if that is a last flush."""
+        if self.last_flush is None or not self._pipelines or len(self._ahead.owed) > OWED:
             return False
         messages = self._encoder.run(statement, values)
         if len(messages) > ROW:
             return False
         self._ahead.insert(messages, may_vary=True)
-        flush.went_ahead()
+        self.last_flush.row_ahead()
         return True
 
     async def commit_early(self) -> None:
         """Before whoever is to do it; errors leave the transaction to be rolled back, if it is not."""
         await self.fetch("COMMIT")
         self.has_committed = True
-
-    async def hear(self) -> None:
-        """Wait for what was sent ahead; its error."""
-        await self._heard()
 
     @property
     def is_owed(self) -> bool:
