@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _IN_COMMIT = "_prepare_impl"
 """The step of `SessionTransaction` that flushes for a commit; see tests/test_flushing.py for what is pinned here."""
 
+_EVENTS = ("commit", "before_execute", "after_execute", "before_cursor_execute", "after_cursor_execute")
+"""Of a connection, in which somebody may execute more, or count rows."""
+
 
 class LastFlush:
     """One that is under way, on the one connection of its session."""
@@ -127,7 +130,7 @@ def _is_unobserved(session: Session, connection: Connection) -> bool:
     events: Any = session.dispatch
     if events.after_flush_postexec or events.pending_to_persistent:
         return False
-    if connection._has_events or connection.engine._has_events:
+    if any(getattr(each.dispatch, name) for each in (connection, connection.engine) for name in _EVENTS):
         return False
     mappers = {inspect(row).mapper for row in session.new}
     if any(mapper.dispatch.before_insert or mapper.dispatch.after_insert for mapper in mappers):

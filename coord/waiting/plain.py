@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from coord.hints.changes import Changes
+from coord.postgresql.flushing import note_statement
 from coord.target import column_names
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def is_plain(mapper: Mapper[Any], engine: Engine) -> bool:
         _has_plain_columns(mapper)
         and not mapper.class_manager.dispatch.load
         and not any(getattr(engine.dispatch, name) for name in _EVENTS)
-        and not engine.dialect.dispatch.do_execute
+        and all(each is note_statement for each in engine.dialect.dispatch.do_execute)
         and not dispatch.after_begin
         and all(isinstance(getattr(each, "__self__", None), Changes) for each in dispatch.do_orm_execute)
     )
