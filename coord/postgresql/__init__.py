@@ -8,5 +8,5 @@ driver.py       asyncpg's connection beneath SQLAlchemy's
 pipelining.py   connections on which some statements travel with the next one
 ahead.py        what they are still owed for those
 encoding.py     what asyncpg would send for a statement
-flushing.py     which rows travel with their commit
+flushing.py     a row that travels with its commit
 """

@@ -1,11 +1,11 @@
-"""The flush that a commit begins with ends with the COMMIT itself: a round trip less, in which its tables are locked.
+"""A commit with one new row to flush sends its COMMIT along: a round trip less, in which the table would be locked.
 
-The rows that the ORM inserts there, asking nothing back, are sent and not waited for. At the end of the flush the
-COMMIT is, and with it their answers: what is refused fails the flush, with which SQLAlchemy has not finished, and so
-leaves the session as it always does. The commit that SQLAlchemy then goes on to is over already.
+The row is sent and not waited for. At the end of the flush the COMMIT is, and with it the row's answer: what is refused
+fails the flush, with which SQLAlchemy has not finished, and so leaves the session as it always does. The commit that
+SQLAlchemy then goes on to is over already.
 
-Only where nobody looks on: who listens to a session's flushes, or to an engine's statements, may execute something
-after what is the end here, or count the rows.
+One row, and only where nobody looks on: with several, an error comes after others are taken for stored; and who listens
+to a session's flush or to an engine's statements may execute something after what is the end here, or count rows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.orm import Session
 from sqlalchemy.util import await_only
 
 from coord.postgresql.pipelining import PipeliningConnection
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sqlalchemy import Connection, ExecutionContext
-    from sqlalchemy.orm import InstanceState, Session
+    from sqlalchemy.orm import InstanceState
 
 _IN_COMMIT = "_prepare_impl"
 """The step of `SessionTransaction` that flushes for a commit; see tests/test_flushing.py for what is pinned here."""
@@ -32,58 +33,64 @@ _EVENTS = ("commit", "before_execute", "after_execute", "before_cursor_execute",
 
 
 class LastFlush:
-    """One that is under way, on the one connection of its session."""
+    """One that is under way, of one row, on the one connection of its session."""
 
-    def __init__(self, session: Session, connection: Connection) -> None:
+    def __init__(self, session: Session, connection: Connection, row: InstanceState[Any]) -> None:
         self.session = session
         self._connection = connection
-        states: list[InstanceState[Any]] = [inspect(row) for row in session.new]
-        self._had = [(state, frozenset(state.dict)) for state in states]
+        self._row = row
+        self._had = dict(row.dict)
         self._statement: tuple[Any, ...] = (None, None, None)
-        self._rows = 0
 
     def note(self, *statement: Any) -> None:
         """What is about to be executed, with its parameters and SQLAlchemy's context."""
         self._statement = statement
 
-    def row_ahead(self) -> None:
-        """That was a row, and is not waited for."""
-        self._rows += 1
-
     def end(self) -> None:
-        """With the COMMIT."""
+        """With the COMMIT, unless there is more to flush."""
         driver: Any = self._connection.connection.driver_connection
         if not driver.is_owed:
             return
         try:
-            await_only(driver.commit_early())
+            await_only(driver.commit_early() if self._is_all() else driver.hear())
         except BaseException as error:  # noqa: BLE001 - it is raised
-            for state, had in self._had:
-                _forget(state, state.dict.keys() - had)
+            self._restore()
             self._raise(error)
 
+    def _is_all(self) -> bool:
+        is_alone = [*self.session.new] == [self._row.obj()] and _is_otherwise_clean(self.session)
+        has_key = None not in self._row.mapper.primary_key_from_instance(self._row.obj())
+        return is_alone and has_key and len(_begun(self.session.get_transaction())) == 1
+
+    def _restore(self) -> None:
+        """What the flush has filled in, which of a row that was refused it would not have."""
+        for key in self._row.dict.keys() - self._had:
+            del self._row.dict[key]
+        self._row.dict.update(self._had)
+
     def _raise(self, error: BaseException) -> None:
-        """As SQLAlchemy raises what a statement has raised; of several, nobody knows which it was."""
-        statement, parameters, context = self._statement
-        if self._rows > 1:
-            statement = parameters = None
+        """As SQLAlchemy raises what a statement has raised."""
         if isinstance(error, Exception):
             try:
                 self._connection.connection.dbapi_connection._handle_exception(error)  # type: ignore[union-attr]
             except Exception as translated:  # noqa: BLE001 - it is what SQLAlchemy raises
                 error = translated
+        statement, parameters, context = self._statement
         self._connection._handle_dbapi_exception(error, statement, parameters, None, context)
 
 
 def begin_last_flush(session: Session, *_: Any) -> None:
     """For the `before_flush` event of all sessions."""
     transaction: Any = session.get_transaction()
-    if transaction is None or not session.new or not _is_for_commit(session, transaction):
+    if transaction is None or len(session.new) != 1 or not _is_for_commit(session, transaction):
         return
-    if (connection := _own_connection(transaction)) is not None and _is_unobserved(session, connection):
-        driver = _driver(connection)
-        if driver is not None and driver.is_in_transaction():
-            driver.last_flush = LastFlush(session, connection)
+    (row,) = map(inspect, session.new)
+    connection = _own_connection(transaction)
+    if connection is None or not _is_otherwise_clean(session) or not _is_one_statement(row):
+        return
+    driver = _driver(connection)
+    if driver is not None and driver.is_in_transaction() and _is_unobserved(session, connection, row.mapper):
+        driver.last_flush = LastFlush(session, connection, row)
 
 
 def end_last_flush(session: Session, _context: Any) -> None:
@@ -126,20 +133,32 @@ def _begun(transaction: Any) -> set[tuple[Connection, Any, bool, bool]]:
     return set(transaction._connections.values())
 
 
-def _is_unobserved(session: Session, connection: Connection) -> bool:
-    events: Any = session.dispatch
-    if events.after_flush_postexec or events.pending_to_persistent:
-        return False
-    if any(getattr(each.dispatch, name) for each in (connection, connection.engine) for name in _EVENTS):
-        return False
-    mappers = {inspect(row).mapper for row in session.new}
-    if any(mapper.dispatch.before_insert or mapper.dispatch.after_insert for mapper in mappers):
-        return False
-    return _are_ours(events.before_flush) and _are_ours(events.after_flush)
+def _is_otherwise_clean(session: Session) -> bool:
+    """Whether nothing is to be flushed but what is new."""
+    return not session.deleted and not session.identity_map.check_modified()
+
+
+def _is_one_statement(row: InstanceState[Any]) -> bool:
+    """No second table's, none of rows between rows, and none for a key that is set later."""
+    return len(row.mapper.tables) == 1 and row.dict.keys().isdisjoint(row.mapper.relationships.keys())
+
+
+def _is_unobserved(session: Session, connection: Connection, mapper: Any) -> bool:
+    of_session: Any = session.dispatch
+    return (
+        type(session).flush is Session.flush
+        and not (of_session.after_flush_postexec or of_session.pending_to_persistent)
+        and not (mapper.dispatch.before_insert or mapper.dispatch.after_insert)
+        and not any(getattr(each.dispatch, name) for each in (connection, connection.engine) for name in _EVENTS)
+        and all(each is note_statement for each in connection.dialect.dispatch.do_execute)
+        and all(
+            _are_ours(getattr(of_session, name)) for name in ("before_flush", "after_flush", "after_transaction_end")
+        )
+    )
 
 
 def _are_ours(listeners: Iterable[Any]) -> bool:
-    return all(listener.__module__.partition(".")[0] == "coord" for listener in listeners)
+    return all((listener.__module__ or "").partition(".")[0] == "coord" for listener in listeners)
 
 
 def _driver(connection: Connection) -> Any:
@@ -148,9 +167,3 @@ def _driver(connection: Connection) -> Any:
         return None
     driver = connection.connection.driver_connection
     return driver if issubclass(type(driver), PipeliningConnection) else None  # asyncpg's isinstance() says so of any
-
-
-def _forget(state: InstanceState[Any], keys: Iterable[str]) -> None:
-    """What the flush has filled in, which of a row that was refused it would not have."""
-    for key in keys:
-        del state.dict[key]

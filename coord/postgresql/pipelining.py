@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
 INSERTS = 16
 """Statements that a connection keeps for `insert_ahead`: one for each schema that the ledger is used under."""
-OWED = 1_000
-"""Bytes of answers, twenty to a row, from which on no more rows go ahead."""
-ROW = 8_000
-"""Bytes of a row that does not go ahead any more."""
 
 _BEGIN = re.compile(r"BEGIN[ A-Z]*;")
 """As asyncpg's transactions begin."""
@@ -94,19 +90,19 @@ class PipeliningConnection(asyncpg.Connection):  # type: ignore[misc]
 
     def row_ahead(self, statement: RowStatement, values: Sequence[Any]) -> bool:
         """Send it now, and have its answer taken by what comes next, if that is a last flush."""
-        if self.last_flush is None or not self._pipelines or len(self._ahead.owed) > OWED:
+        if self.last_flush is None or not self._pipelines:
             return False
-        messages = self._encoder.run(statement, values)
-        if len(messages) > ROW:
-            return False
-        self._ahead.insert(messages, may_vary=True)
-        self.last_flush.row_ahead()
+        self._ahead.insert(self._encoder.run(statement, values), may_vary=True)
         return True
 
     async def commit_early(self) -> None:
         """Before whoever is to do it; errors leave the transaction to be rolled back, if it is not."""
         await self.fetch("COMMIT")
         self.has_committed = True
+
+    async def hear(self) -> None:
+        """Wait for what was sent ahead; its error."""
+        await self._heard()
 
     @property
     def is_owed(self) -> bool:
