@@ -34,7 +34,9 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, Pend
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, relationship
 
+from coord import Coordinator, enqueue
 from coord.postgresql.engine import prepare
+from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
 from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
@@ -222,6 +224,26 @@ async def test_a_row_and_its_commit_take_one_round_trip(
         await session.commit()
         assert proxy.round_trips == before + 1
     assert len((await labels(observer))[0]) == 100_000
+
+
+async def test_an_order_and_its_job_take_one_round_trip(
+    sessions: SessionMaker,
+    proxy: Proxy,
+    observer: Connection,
+    ledger: None,  # noqa: F811
+) -> None:
+    """With everybody listening who does in a service."""
+    took = []
+    async with Coordinator(sessions):
+        for number in range(1, 5):
+            async with sessions() as session:
+                before = proxy.round_trips
+                session.add(Parcel(id=number))
+                await enqueue(session, a_task, number)
+                await session.commit()
+                took.append(proxy.round_trips - before)
+    assert took[-1] == 1, took
+    assert await observer.fetchval("SELECT count(*) FROM coord_jobs") == 4
 
 
 async def test_what_the_server_has_to_tell_is_waited_for(sessions: SessionMaker, proxy: Proxy) -> None:
