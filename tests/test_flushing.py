@@ -106,6 +106,12 @@ class Letter(Base):
     kind: Mapped[str | None] = mapped_column(Enum("a", "b", name="flushed_kind"))
 
 
+class Numbered(Base):
+    __tablename__ = "flushed_numbered"
+    numbers: ClassVar[Iterator[int]]
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, default=lambda: next(Numbered.numbers))
+
+
 class Ticket(Base):
     """Its key comes from the database."""
 
@@ -154,12 +160,12 @@ async def warm(url: str, **options: Any) -> AsyncIterator[SessionMaker]:
     engine = create_async_engine(url, pool_size=1, max_overflow=0, **options)
     prepare(engine)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    Coupon.codes = iter([-1, -2, -3])
+    Coupon.codes, Numbered.numbers = iter([-1, -2, -3]), iter([-1, -2, -3])
     for number in (0, -1, -2):
         async with begun(sessions) as session:
             parcel, inks = Parcel(id=number), [Ink(id=number)]
             session.add_all([parcel, Stamp(id=number), Values(), Paper(id=number, around=parcel, inks=inks)])
-            session.add(Coupon(id=number))
+            session.add_all([Coupon(id=number), Numbered()])
             await session.commit()
             await session.execute(text("SELECT 7"))
             session.add(Values())
@@ -427,6 +433,51 @@ async def test_a_connection_lost_at_the_commit_is_an_error(proxy: Proxy, observe
                 session.add(row)
                 await session.commit()
     assert await labels(observer) == ["lost"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "lost"])
+async def test_a_row_keeps_its_key_where_nobody_knows_whether_it_is_stored(
+    proxy: Proxy, observer: Connection, how: str
+) -> None:
+    """With another key it might be stored twice."""
+    async with warm(proxy.url) as sessions:
+        async with begun(sessions) as session:
+            session.add(row := Values(text="once"))
+            proxy.stops_at = proxy.round_trips + 1
+            committing = asyncio.create_task(session.commit())
+
+            async def stored() -> bool:
+                return bool(await observer.fetchval("SELECT count(*) FROM flushed_values WHERE text = 'once'"))
+
+            await eventually(stored)
+            if how == "cancelled":
+                committing.cancel()
+            else:
+                proxy.cut()
+            proxy.flows.set()
+            with pytest.raises((asyncio.CancelledError, DBAPIError)):
+                await committing
+        assert row.id is not None
+        async with begun(sessions) as session:
+            await refused(session, row)
+    assert await observer.fetchval("SELECT count(*) FROM flushed_values WHERE text = 'once'") == 1
+
+
+async def test_a_key_that_the_session_cannot_take_is_refused_before_the_commit(
+    either: SessionMaker, observer: Connection
+) -> None:
+    """Another object has it, whose row somebody else has deleted; SQLAlchemy warns of that after the flush."""
+    Numbered.numbers = iter([1, 1])
+    async with begun(either) as session:
+        session.add(first := Numbered())
+        await session.commit()
+        await observer.execute("DELETE FROM flushed_numbered")
+        await session.execute(text("SELECT 7"))
+        session.add(Numbered())
+        with pytest.raises(SAWarning, match="already had an identity"):
+            await session.commit()
+    assert first.id == 1
+    assert await observer.fetchval("SELECT count(*) FROM flushed_numbered") == 0
 
 
 async def test_a_commit_cancelled_while_its_row_waits_leaves_nothing(
@@ -790,6 +841,21 @@ async def test_a_session_may_flush_in_its_own_way(either: SessionMaker, observer
         await session.commit()
     assert await labels(observer) == ["kept"]
     assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 82") == 1
+
+
+async def test_a_flush_that_somebody_has_wrapped_may_go_on(either: SessionMaker, observer: Connection) -> None:
+    async with begun(either) as session:
+        flush = session.sync_session.flush
+
+        def following(objects: Any = None) -> None:
+            flush(objects)
+            session.sync_session.connection().execute(insert(Stamp).values(id=83))
+
+        session.sync_session.flush = following  # type: ignore[method-assign]
+        session.add(Parcel(id=1, label="kept"))
+        await session.commit()
+    assert await labels(observer) == ["kept"]
+    assert await observer.fetchval("SELECT count(*) FROM flushed_stamps WHERE id = 83") == 1
 
 
 async def test_anything_callable_may_listen(either: SessionMaker, observer: Connection) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 from sqlalchemy import inspect
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.orm import Session
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 _IN_COMMIT = "_prepare_impl"
 """The step of `SessionTransaction` that flushes for a commit; see tests/test_flushing.py for what is pinned here."""
 
+_FLUSH = Session.flush
+_MAY_HAVE_COMMITTED = (asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError)
 _EVENTS = ("commit", "before_execute", "after_execute", "before_cursor_execute", "after_cursor_execute")
 """Of a connection, in which somebody may execute more, or count rows."""
 
@@ -51,19 +54,27 @@ class LastFlush:
         driver: Any = self._connection.connection.driver_connection
         if not driver.is_owed:
             return
+        is_all = self._is_all()
         try:
-            await_only(driver.commit_early() if self._is_all() else driver.hear())
+            await_only(driver.commit_early() if is_all else driver.hear())
         except BaseException as error:  # noqa: BLE001 - it is raised
-            self._restore()
+            if isinstance(error, asyncpg.PostgresError) and not isinstance(error, _MAY_HAVE_COMMITTED):
+                self._restore()
             self._raise(error)
 
     def _is_all(self) -> bool:
-        is_alone = [*self.session.new] == [self._row.obj()] and _is_otherwise_clean(self.session)
-        has_key = None not in self._row.mapper.primary_key_from_instance(self._row.obj())
-        return is_alone and has_key and len(_begun(self.session.get_transaction())) == 1
+        """Whether nothing is left, and the row becomes the session's own without a word."""
+        row = self._row.obj()
+        key = self._row.mapper.identity_key_from_instance(row)
+        is_new_key = None not in key[1] and key not in self.session.identity_map
+        is_alone = [*self.session.new] == [row] and _is_otherwise_clean(self.session)
+        return is_new_key and is_alone and len(_begun(self.session.get_transaction())) == 1
 
     def _restore(self) -> None:
-        """What the flush has filled in, which of a row that was refused it would not have."""
+        """A row that was refused has not what the flush fills in after an INSERT: a default is made anew then.
+
+        Where nobody knows whether it was, it keeps its key: with another one it might be stored twice.
+        """
         for key in self._row.dict.keys() - self._had:
             del self._row.dict[key]
         self._row.dict.update(self._had)
@@ -146,7 +157,8 @@ def _is_one_statement(row: InstanceState[Any]) -> bool:
 def _is_unobserved(session: Session, connection: Connection, mapper: Any) -> bool:
     of_session: Any = session.dispatch
     return (
-        type(session).flush is Session.flush
+        type(session).flush is _FLUSH
+        and "flush" not in vars(session)
         and not (of_session.after_flush_postexec or of_session.pending_to_persistent)
         and not (mapper.dispatch.before_insert or mapper.dispatch.after_insert)
         and not any(getattr(each.dispatch, name) for each in (connection, connection.engine) for name in _EVENTS)
@@ -158,7 +170,7 @@ def _is_unobserved(session: Session, connection: Connection, mapper: Any) -> boo
 
 
 def _are_ours(listeners: Iterable[Any]) -> bool:
-    return all((listener.__module__ or "").partition(".")[0] == "coord" for listener in listeners)
+    return all((getattr(listener, "__module__", None) or "").partition(".")[0] == "coord" for listener in listeners)
 
 
 def _driver(connection: Connection) -> Any:
