@@ -13,14 +13,16 @@ from coord.hints.bell import Bell
 from coord.hints.changes import Changes
 from coord.hints.channels import Channels
 from coord.hints.outage import Outage
-from coord.jobs.feed import hand_over
+from coord.hints.publisher import Packet
+from coord.hints.wire import packed
 from coord.postgresql.engine import engine_of, prepare
+from coord.queue.handover import hand_over
 from coord.target import key_of, mapper_of
 from coord.waiting.hearing import Hearing
 from coord.waiting.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
     from types import TracebackType
 
     from arq import ArqRedis
@@ -126,6 +128,11 @@ class Coordinator:
         if self._bell is not None:
             self._bell.listen(channel, listener)
 
+    def publish(self, mapper: Mapper[Any], ids: Iterable[object]) -> None:
+        """Notify of rows that this process has changed otherwise than by a session, and committed."""
+        if self._bell is not None:
+            self._bell.ring([self.channels.row(mapper, (), (id_,)) for id_ in ids])
+
     async def _rest(self) -> None:
         if self._watcher is not None:
             await self._watcher.rest()
@@ -140,10 +147,14 @@ class Coordinator:
         if self._bell is None or self._loop is None:
             return
         try:
-            heard = [change for change, job in changes.items() if job is None or job.attempt > 1]
+            heard = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
             rings = self.channels.of_changes(session, heard)  # nobody waits for a job that is new
             jobs = [job for job in changes.values() if job is not None]
-            packets = hand_over(jobs, self._namespace) if jobs else {}
+            commands = hand_over(jobs, self._namespace) if jobs else {}
+            packets = {
+                key: Packet(b"".join(packed(*command) for command in given), len(given))
+                for key, given in commands.items()
+            }
         except Exception:
             logger.exception("Changes could not be announced; they are seen by polling")
             return

@@ -11,18 +11,29 @@ from sqlalchemy.dialects.postgresql import insert as insert_into
 from coord.errors import UniqueKeyConflictError
 from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives, to_json
-from coord.jobs.feed import DEFAULT_QUEUE
 from coord.jobs.ledger import Job, JobState, execute, insert, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
 from coord.postgresql.engine import engine_of
+from coord.queue.keys import DEFAULT_QUEUE
 
 if TYPE_CHECKING:
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
-_given = ("id", "task", "queue", "due_at", "attempts", "timeout", "unique_key", "created_at", "trace")
+_given = (
+    "id",
+    "task",
+    "queue",
+    "scheduled_at",
+    "max_attempts",
+    "timeout",
+    "unique_key",
+    "priority",
+    "created_at",
+    "trace",
+)
 # The text itself, which was made to see that it can be: the claim compares it.
 _text = cast(bindparam("text", type_=Text), JSON)
 _values: dict[str, Any] = {name: bindparam(name) for name in _given} | {"arguments": _text}
@@ -67,7 +78,8 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     else:
         trace = values["trace"] and to_json(values["trace"])
         await insert(session, _insert, values | {"text": text, "trace": trace})
-    job = Job.snapshot(values | {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1})
+    job = Job.snapshot(values | {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1, "deaths": 0})
+    job.due_in = (values["scheduled_at"] - values["created_at"]).total_seconds()
     collect(session.sync_session, (job_mapper, (values["id"],)), job)
     return job
 
@@ -85,8 +97,9 @@ def _new(options: TaskOptions[Any]) -> dict[str, Any]:
         "id": new_id(),
         "task": options.name,
         "queue": options.queue or DEFAULT_QUEUE,
-        "due_at": due,
-        "attempts": options.attempts,
+        "scheduled_at": due,
+        "max_attempts": options.max_attempts,
+        "priority": options.priority,
         "timeout": options.timeout,
         "unique_key": options.unique_key,
         "created_at": now,

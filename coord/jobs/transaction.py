@@ -26,7 +26,7 @@ CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
 CONNECTION_CHECK = 1.0
 """Seconds until the backend of a killed worker notices, also while it waits for a lock."""
-IDLE_LIMIT = 8.0
+IDLE_LIMIT = 60.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
 
@@ -41,7 +41,7 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     The first statement claims, fences and completes: it marks the job done if this attempt is the one that may run it,
     with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
     what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
-    `idle_in_transaction_session_timeout` 8 s (`worker_settings(idle_limit=…)`): between two statements the task may not
+    `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may not
     do anything else for longer. While it is open nobody else writes the job's row.
 
         async def fulfil_order(ctx, order_id):
@@ -67,6 +67,10 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
             raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
     except InvalidRequestError as error:
         error.__cause__ = error.__cause__ or _failure(transaction)
+        attempt.failure = error
+        raise
+    except BaseException as error:
+        attempt.failure = error
         raise
     finally:
         del session.info[ATTEMPT]
@@ -160,6 +164,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         claimed = await fetch(session, _done, ours(attempt) | settings)
     except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
+    attempt.claimed = bool(claimed)
     if not claimed:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
     collect(session.sync_session, (job_mapper, (attempt.job_id,)))

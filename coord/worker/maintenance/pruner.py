@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import delete, func, select, tuple_
 
-from coord.jobs.ledger import is_queued, jobs, keys
+from coord.jobs.ledger import attempts, cancellations, is_queued, jobs, keys
+from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sqlalchemy import Delete, Select
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-EVERY = 60.0
-"""Seconds between two prunings."""
-SOON = 5.0
-"""The same, when there was more than one may delete."""
+SOON_SECONDS = 5.0
+"""Until the next pruning, when there was more than one may delete."""
 BATCH = 1_000
 BATCHES = 20
 """At once, of each table; what is left waits for the next time."""
 
 
-class Pruning:
-    """Deletes jobs that ended `keep` seconds ago, and idempotency keys that have expired.
+class Pruner(Loop):
+    """Deletes jobs that ended `keep` seconds ago, keys that have expired, and wishes to cancel what has ended.
 
-    `engine` commits each statement.
+    Only while this worker leads. `engine` commits each statement.
     """
 
-    def __init__(self, engine: AsyncEngine, *, keep: float) -> None:
+    interval = 60.0
+    limit = 60.0
+
+    def __init__(self, engine: AsyncEngine, *, keep: float, is_leader: Callable[[], bool] = lambda: True) -> None:
+        super().__init__()
         self._engine = engine
         self._keep = timedelta(seconds=keep)
-        self._next = 0.0
+        self._is_leader = is_leader
 
-    async def when_due(self) -> None:
-        if time.monotonic() < self._next:
-            return
-        self._next = time.monotonic() + EVERY
-        if await self.prune() >= BATCHES * BATCH:
-            self._next = time.monotonic() + SOON
+    async def round(self) -> float | None:
+        if not self._is_leader():
+            return SOON_SECONDS
+        return SOON_SECONDS if await self.prune() >= BATCHES * BATCH else None
 
     async def prune(self) -> int:
         """How many rows it has deleted."""
-        return sum([await self._delete(batch) for batch in (_ended(datetime.now(UTC) - self._keep), _expired())])
+        ended = _ended(datetime.now(UTC) - self._keep)
+        return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled())])
 
     async def _delete(self, batch: Delete) -> int:
         deleted = 0
@@ -58,10 +61,11 @@ class Pruning:
 
 
 def _ended(limit: datetime) -> Delete:
-    """Ids are ordered by time, so the primary key finds the eldest."""
+    """Ids are ordered by time, so the primary key finds the eldest. What is known of their attempts goes with them."""
     old = select(jobs.c.id).where(jobs.c.id < _first_id_of(limit), ~is_queued, jobs.c.finished_at < limit)
-    found = _some(old.order_by(jobs.c.id)).cte()  # or the plan may have the limit begin anew with each row
-    return delete(jobs).where(jobs.c.id.in_(select(found.c.id)))
+    found = _some(old.order_by(jobs.c.id)).cte("old")  # or the plan may have the limit begin anew with each row
+    history = delete(attempts).where(attempts.c.job_id.in_(select(found.c.id))).cte("history")
+    return delete(jobs).where(jobs.c.id.in_(select(found.c.id))).add_cte(history)
 
 
 def _expired() -> Delete:
@@ -69,6 +73,12 @@ def _expired() -> Delete:
     old = select(keys.c.scope, keys.c.key).where(keys.c.expires_at < func.now())
     found = _some(old.order_by(keys.c.expires_at)).cte()
     return delete(keys).where(tuple_(keys.c.scope, keys.c.key).in_(select(found.c.scope, found.c.key)))
+
+
+def _fulfilled() -> Delete:
+    joined = cancellations.outerjoin(jobs, jobs.c.id == cancellations.c.job_id)
+    over = select(cancellations.c.job_id).select_from(joined).where(jobs.c.id.is_(None) | ~is_queued).limit(BATCH)
+    return delete(cancellations).where(cancellations.c.job_id.in_(over))
 
 
 def _some(rows: Select[Any]) -> Select[Any]:
