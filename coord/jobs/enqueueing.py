@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any, overload
 from sqlalchemy import JSON, Text, bindparam, cast, select
 from sqlalchemy.dialects.postgresql import insert as insert_into
 
+from coord.cancellation import interruptible
 from coord.errors import UniqueKeyConflictError
 from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
-from coord.jobs.ledger import Job, JobState, execute, insert, is_queued, job_mapper, jobs, new_id
+from coord.jobs.ledger import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
 from coord.postgresql.engine import engine_of
@@ -51,9 +52,8 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
         job = await enqueue(session, fulfil_order, order_id)
         await session.commit()
 
-    Returns a snapshot of the row, whose `id` is readable after the commit too; PostgreSQL's answer is waited for by the
-    next statement or the commit, which raises its error (`docs/operation.md`, "Round trips"). A task may be given by
-    its name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
+    Returns a copy of the row in no session, whose `id` is readable after the commit too. A task may be given by its
+    name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
     `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
     """
     engine_of(session)
@@ -61,13 +61,12 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = _new(options)
     if options.unique_key is not None:
-        joined = await session.run_sync(_join, values | {"text": text}, text)
+        joined = await interruptible(session.run_sync(_join, values | {"text": text}, text))
         if joined is not None:
             return joined
     else:
-        trace = values["trace"] and to_json(values["trace"])
-        await insert(session, _insert, values | {"text": text, "trace": trace})
-    job = Job.snapshot(values | {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1})
+        await interruptible(session.run_sync(execute, _insert, values | {"text": text}))
+    job = Job(**values, arguments=arguments, state=JobState.QUEUED, attempt=1)
     collect(session.sync_session, (job_mapper, (values["id"],)), job)
     return job
 
@@ -100,7 +99,7 @@ def _join(session: Session, values: dict[str, Any], text: str) -> Job | None:
     while (found := execute(session, _find_unique, values).mappings().one_or_none()) is None:
         if execute(session, _insert_unique, values).one_or_none() is not None:
             return None
-    job = Job.snapshot(dict(found))
+    job = Job(**found)
     if to_json(job.arguments) != text:
         raise UniqueKeyConflictError(
             f"{job} is unfinished under the unique key {job.unique_key!r} with the arguments {job.arguments}"

@@ -23,6 +23,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from coord.jobs.ledger import Ledger
+from coord.postgresql.function import create_lock_function
 
 if TYPE_CHECKING:
     import argparse
@@ -39,7 +40,11 @@ def _first(connection: Connection) -> None:
     Ledger.metadata.create_all(connection)
 
 
-STEPS: Sequence[Callable[[Connection], None]] = (_first,)
+def _second(connection: Connection) -> None:
+    connection.execute(create_lock_function)
+
+
+STEPS: Sequence[Callable[[Connection], None]] = (_first, _second)
 """What each version adds to the one before; never changed once it was released."""
 
 
@@ -64,6 +69,7 @@ def ddl() -> str:
 
     engine = create_mock_engine("postgresql+asyncpg://", note)
     Ledger.metadata.create_all(engine, checkfirst=False)
+    note(create_lock_function)
     note(insert(_versions).values(version=len(STEPS)))
     return "\n\n".join(statements)
 
