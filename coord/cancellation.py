@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import types
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Generator
+    from collections.abc import AsyncIterator, Coroutine
     from contextlib import AbstractAsyncContextManager
 
 T = TypeVar("T")
@@ -35,8 +34,6 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
 
     `TimeoutError` after `limit` seconds; the work is then told to stop and hardly waited for: its server may be gone.
     """
-    if limit is None:
-        return await _driven(work)
     task = asyncio.create_task(work)
     task.add_done_callback(_retrieve)
     try:
@@ -50,32 +47,6 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
         await _seen_to_end(task, STOP_LIMIT)
         raise TimeoutError
     return task.result()
-
-
-@types.coroutine
-def _driven(work: Coroutine[Any, Any, T], struck_by: BaseException | None = None) -> Generator[Any, Any, T]:
-    """Run work in the caller's own task, and only from the moment that this is cancelled in a task apart.
-
-    Who holds a lock lets everybody wait for each turn of the event loop: a task takes one to begin and one to be heard.
-    Work that is apart already goes on from where an error has struck it.
-    """
-    try:
-        awaited = work.send(None) if struck_by is None else work.throw(struck_by)
-        while True:
-            try:
-                value = yield awaited
-            except BaseException as error:
-                if struck_by is None and isinstance(error, asyncio.CancelledError):
-                    task = asyncio.ensure_future(_driven(work, error))
-                    task.add_done_callback(_retrieve)
-                    yield from _seen_to_end(task).__await__()
-                    raise
-                awaited = work.throw(error)
-            else:
-                awaited = work.send(value)
-    except StopIteration as end:
-        result: T = end.value
-        return result
 
 
 async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_LIMIT) -> None:
@@ -120,8 +91,15 @@ async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
 async def settled(block: AbstractAsyncContextManager[T]) -> AsyncIterator[T]:
     """`async with block`, except that its exit comes to an end under any cancellation."""
     value = await block.__aenter__()
-    try:
+    async with leaving(block):
         yield value
+
+
+@asynccontextmanager
+async def leaving(block: AbstractAsyncContextManager[Any]) -> AsyncIterator[None]:
+    """The same of a block that was entered before."""
+    try:
+        yield
     except BaseException as error:
         if not await cleaned_up(block.__aexit__(type(error), error, error.__traceback__)):
             raise

@@ -19,14 +19,15 @@ from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
 from coord.postgresql.acquisition import Acquisition, acquire, literal
 from coord.postgresql.engine import engine_of
-from coord.postgresql.transaction import connection_in_use, connection_of, end_transaction, holding_lock, is_explicit
+from coord.postgresql.transaction import connection_in_use, end_transaction, holding_lock, is_joined
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
 
     from coord.durations import Seconds
 
@@ -100,7 +101,7 @@ def lock_tables(
     def plan(connection: Connection) -> Acquisition:
         return _table_acquisition(connection, targets, lock_mode, nowait=limit == 0)
 
-    return _held(session, plan, limit)
+    return _held(session, {"clause": targets[0]}, plan, limit)
 
 
 def advisory_lock(
@@ -123,18 +124,19 @@ def advisory_lock(
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     engine_of(session)
-    return _held(session, lambda _: _advisory_acquisition(key, words, shared), limit, least=0.001)
+    acquisition = _advisory_acquisition(key, words, shared)
+    return _held(session, {}, lambda _: acquisition, limit, least=0.001)
 
 
 @asynccontextmanager
 async def _held(
-    session: AsyncSession, plan: Plan, limit: float | None, *, least: float = 0
+    session: AsyncSession, binding: Mapping[str, Any], plan: Plan, limit: float | None, *, least: float = 0
 ) -> AsyncIterator[AsyncSession]:
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
-    joins = is_explicit(session) or connection_in_use(session.sync_session)
+    joins = is_joined(session)
     try:
-        connection, left = await _connection(session, limit)
-        await interruptible(acquire(connection, plan(connection), None if left is None else max(least, left)))
+        left = await _connected(session, binding, limit)
+        await interruptible(session.run_sync(_acquire, binding, plan, None if left is None else max(least, left)))
     except BaseException:
         if not joins:
             await cleaned_up(end_transaction(session))
@@ -153,20 +155,29 @@ async def _held(
         raise
 
 
-async def _connection(session: AsyncSession, limit: float | None) -> tuple[Connection, float | None]:
-    """The session's connection, and what of the limit is left when the pool has given it."""
-    if limit is None or connection_in_use(session.sync_session):
-        return await connection_of(session), limit
+def _acquire(session: Session, binding: Mapping[str, Any], plan: Plan, limit: float | None) -> None:
+    connection = session.connection(bind_arguments=dict(binding))
+    acquire(connection, plan(connection), limit)
+
+
+async def _connected(session: AsyncSession, binding: Mapping[str, Any], limit: float | None) -> float | None:
+    """Have the session take its connection; what of the limit is left when the pool has given it."""
+    if limit is None or connection_in_use(session.sync_session, **binding) is not None:
+        return limit
     loop = asyncio.get_running_loop()
     began = loop.time()
     patience = limit or CONNECT_LIMIT
     try:
-        connection = await interruptible(connection_of(session), limit=patience)
+        await interruptible(session.run_sync(_connect, binding), limit=patience)
     except TimeoutError as error:
         if loop.time() - began < patience:  # the driver's own
             raise
-        raise LockTimeoutError(f"No connection was to be had within {patience:g} s, and so no lock") from error
-    return connection, limit and max(0.001, limit - (loop.time() - began))
+        raise LockTimeoutError(f"timed out after {patience:g} s waiting for a connection, and so for a lock") from error
+    return limit and max(0.001, limit - (loop.time() - began))
+
+
+def _connect(session: Session, binding: Mapping[str, Any]) -> None:
+    session.connection(bind_arguments=dict(binding))
 
 
 def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:
@@ -214,10 +225,15 @@ def _spelled(
     ordered = [spelled[key] for key in sorted(spelled)]
     names = [plain for _, plain in ordered]
     return Acquisition(
-        statement=f"LOCK TABLE {', '.join(sql for sql, _ in ordered)} IN {mode} MODE{' NOWAIT' if nowait else ''}",
+        mode=mode,
+        names=[sql for sql, _ in ordered],
+        statements=[f"LOCK TABLE {sql} IN {mode} MODE{' NOWAIT' if nowait else ''}" for sql, _ in ordered],
         subject=f"{', '.join(names)} in {mode} mode",
-        blockers="lock.relation = ANY ($1::text[]::regclass[]) AND lock.mode = ANY ($2)",
-        blocked_by=([sql for sql, _ in ordered], [_as_pg_locks_spells(other) for other in _CONFLICTS[mode]]),
+        blockers="lock.relation = ANY (CAST(CAST(:names AS text[]) AS regclass[])) AND lock.mode = ANY (:modes)",
+        blocked_by={
+            "names": [sql for sql, _ in ordered],
+            "modes": [_as_pg_locks_spells(other) for other in _CONFLICTS[mode]],
+        },
         tables=names,
     )
 
@@ -242,8 +258,11 @@ def _advisory_acquisition(key: int | tuple[int, int] | str, words: tuple[int, ..
     take = func.pg_advisory_xact_lock_shared if shared else func.pg_advisory_xact_lock
     high, low = words if len(words) == 2 else (words[0] >> 32, words[0])
     return Acquisition(
-        statement=literal(select(take(*words))),
-        subject=f"Advisory lock {key!r}",
-        blockers="lock.locktype = 'advisory' AND (lock.classid, lock.objid, lock.objsubid) = ($1, $2, $3)",
-        blocked_by=(high % 2**32, low % 2**32, len(words)),
+        mode="ADVISORY SHARED" if shared else "ADVISORY",
+        names=[",".join(map(str, words))],
+        statements=[literal(select(take(*words)))],
+        subject=f"advisory lock {key!r}",
+        blockers="lock.locktype = 'advisory' AND lock.classid = CAST(CAST(:high AS bigint) AS oid)"
+        " AND lock.objid = CAST(CAST(:low AS bigint) AS oid) AND lock.objsubid = :words",
+        blocked_by={"high": high % 2**32, "low": low % 2**32, "words": len(words)},
     )

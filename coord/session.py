@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the
 
 from coord.cancellation import cleaned_up, interruptible, settled
 from coord.postgresql.engine import engine_of, prepare
+from coord.postgresql.transaction import is_owned, own
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
@@ -38,13 +39,13 @@ def create_db_dependency(session_maker: SessionMaker) -> Callable[..., AsyncGene
     Raises `ValueError` here, at once, when the maker is not bound to `postgresql+asyncpg`. Outside a request,
     `asynccontextmanager(get_db)()` and `async for session in get_db()` commit when they end.
     """
-    prepare(engine_of(session_maker))
+    _prepare(session_maker)
 
     async def get_db(connection: HTTPConnection = _BARE) -> AsyncGenerator[AsyncSession, None]:
         if connection is not _BARE:
             yield await _request_session(connection.scope, session_maker)
             return
-        async with _closing(session_maker()) as session, _committing(session):
+        async with _closing(_made(session_maker)) as session, _committing(session):
             yield session
 
     return get_db
@@ -58,11 +59,11 @@ def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsync
     async with db_context() as session:
         session.add(User())
     """
-    prepare(engine_of(session_maker))
+    _prepare(session_maker)
 
     @asynccontextmanager
     async def context() -> AsyncIterator[AsyncSession]:
-        async with _closing(session_maker()) as session, _committing(session):
+        async with _closing(_made(session_maker)) as session, _committing(session):
             yield session
 
     return context
@@ -81,7 +82,7 @@ async def get_transaction(session: AsyncSession) -> AsyncIterator[AsyncSession]:
             async with get_transaction(session=session):  # a savepoint
                 session.add(Role())
     """
-    block = session.begin_nested() if session.in_transaction() else session.begin()
+    block = session.begin_nested() if session.in_transaction() or is_owned(session) else session.begin()
     async with settled(block):
         yield session
 
@@ -101,9 +102,22 @@ async def _request_session(scope: MutableMapping[str, Any], session_maker: Sessi
     sessions: dict[Any, AsyncSession] = scope.setdefault(_SESSIONS, {})
     attempt = (session_maker, after)  # a middleware may run the application twice with one scope
     if attempt not in sessions:
-        session = await after.enter_async_context(_closing(session_maker()))
+        session = await after.enter_async_context(_closing(_made(session_maker)))
         sessions[attempt] = await before.enter_async_context(_committing(session))
     return sessions[attempt]
+
+
+def _prepare(session_maker: SessionMaker) -> None:
+    """Its engine, if it has one already: `configure(bind=…)` may come later, in a lifespan."""
+    if session_maker().bind is not None:
+        prepare(engine_of(session_maker))
+
+
+def _made(session_maker: SessionMaker) -> AsyncSession:
+    session = session_maker()
+    prepare(engine_of(session))
+    own(session)
+    return session
 
 
 @asynccontextmanager

@@ -46,10 +46,18 @@ def _passes(error: BaseException) -> bool:
             return True
         case DBAPIError() if error.connection_invalidated:
             return True
+        case asyncpg.InternalClientError():  # an answer that it did not expect: the connection is of no use any more
+            return True
         case asyncpg.InterfaceError():
             return "connection" in str(error) and not isinstance(error, ValueError)
-    state = str(getattr(error, "sqlstate", None) or "")
+    state = sqlstate_of(error)
     return state in STATES or state in SHUTDOWNS or state[:2] in CLASSES
+
+
+def sqlstate_of(error: BaseException) -> str:
+    """PostgreSQL's code of the error, beneath SQLAlchemy's; empty if it has none."""
+    original = error.orig if isinstance(error, DBAPIError) else error
+    return str(getattr(original, "sqlstate", None) or "")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -23,6 +23,7 @@ from sqlalchemy.schema import CreateSchema
 import coord.waiting.watcher
 from coord.embedded import PostgreSQL, Valkey
 from coord.postgresql.engine import prepare
+from coord.postgresql.function import create_lock_function
 from tests.models import Base
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ async def schema(engine: AsyncEngine) -> None:
     async with engine.begin() as connection:
         await connection.execute(CreateSchema("Other Shop", if_not_exists=True))
         await connection.run_sync(Base.metadata.create_all)
+        await connection.execute(create_lock_function)
 
 
 @pytest.fixture

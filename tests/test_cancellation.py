@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import select, text
-from sqlalchemy.exc import DBAPIError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import coord.cancellation
 from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wait_for_row_change
 from coord.cancellation import cleaned_up, interruptible
+from coord.transient import is_transient
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -46,50 +47,35 @@ async def waits(observer: Connection) -> None:
     await eventually(lambda: observer.fetchval(question))
 
 
+async def enqueue_one(session: AsyncSession) -> None:
+    await enqueue(session, "a_task")
+
+
+async def lock_items(session: AsyncSession) -> None:
+    async with lock_tables(session, [Item]):
+        pass
+
+
 @pytest.mark.usefixtures("locked")
-async def test_who_goes_on_after_a_cancelled_enqueue_does_not_commit_what_has_failed(
-    sessions: async_sessionmaker[AsyncSession], observer: Connection
+@pytest.mark.parametrize("what", [enqueue_one, lock_items])
+async def test_who_goes_on_after_a_cancelled_statement_does_not_commit_what_has_failed(
+    sessions: async_sessionmaker[AsyncSession],
+    observer: Connection,
+    what: Callable[[AsyncSession], Coroutine[Any, Any, None]],
 ) -> None:
     """PostgreSQL would answer the COMMIT with a ROLLBACK and no error: a 201, and no order."""
     with pytest.raises(PendingRollbackError):
         async with create_db_context(sessions)() as session:
             session.add(User(name="Ada"))
             await session.flush()
-            enqueueing = asyncio.create_task(enqueue(session, "a_task"))
+            waiting = asyncio.create_task(what(session))
             await waits(observer)
-            enqueueing.cancel()
-            await asyncio.wait([enqueueing])
+            waiting.cancel()
+            await asyncio.wait([waiting])
     assert await observer.fetchval("SELECT count(*) FROM users") == 0
     async with create_db_context(sessions)() as session:
         session.add(User(name="Grace"))
     assert await observer.fetchval("SELECT name FROM users") == "Grace"
-
-
-@pytest.mark.usefixtures("locked")
-async def test_who_goes_on_after_a_lock_that_was_cancelled_when_its_time_was_up_does_not_commit_what_has_failed(
-    sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between the refusal and the savepoint that it is undone by."""
-    asked = asyncio.Event()
-
-    async def never(*_: Any) -> None:
-        asked.set()
-        await asyncio.Event().wait()
-
-    monkeypatch.setattr("coord.postgresql.acquisition._undo", never)
-    with pytest.raises(SQLAlchemyError):
-        async with create_db_context(sessions)() as session:
-            await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
-
-            async def lock() -> None:
-                async with lock_tables(session, [Item], timeout=0.05):
-                    pass
-
-            locking = asyncio.create_task(lock())
-            await asked.wait()
-            locking.cancel()
-            await asyncio.wait([locking])
-    assert await observer.fetchval("SELECT count(*) FROM users") == 0
 
 
 @pytest.mark.usefixtures("locked")
@@ -107,19 +93,23 @@ async def test_a_lock_is_refused_in_its_own_words_though_its_holders_cannot_be_a
 
 
 @pytest.mark.usefixtures("locked")
-async def test_a_connection_that_is_lost_when_a_lock_was_refused_is_known_as_lost(
-    sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", [enqueue_one, lock_items])
+async def test_a_backend_terminated_while_it_waits_is_a_lost_connection(
+    sessions: async_sessionmaker[AsyncSession],
+    observer: Connection,
+    what: Callable[[AsyncSession], Coroutine[Any, Any, None]],
 ) -> None:
-    async def lose(_connection: Any, driver: Connection) -> None:
-        await observer.fetchval("SELECT pg_terminate_backend($1)", driver.get_server_pid())
-        await driver.execute("SELECT 1")
-
-    monkeypatch.setattr("coord.postgresql.acquisition._undo", lose)
     async with sessions() as session:
+        waiting = asyncio.create_task(what(session))
+        await waits(observer)
+        await observer.fetch(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        )
         with pytest.raises(DBAPIError) as caught:
-            async with lock_tables(session, [Item], timeout=0.5):
-                pass
+            await waiting
     assert caught.value.connection_invalidated
+    assert is_transient(caught.value)
 
 
 @pytest.mark.usefixtures("locked")
@@ -145,7 +135,7 @@ async def test_who_is_cancelled_twice_leaves_a_connection_as_good_as_new(
         await task
     async with sessions() as session:
         assert await session.scalar(select(User.name)) is None
-        assert await session.scalar(text("SELECT count(*) FROM pg_locks WHERE mode = 'RowExclusiveLock'")) == 0
+    await eventually(lambda: observer.fetchval("SELECT count(*) = 0 FROM pg_locks WHERE mode = 'RowExclusiveLock'"))
 
 
 async def test_an_error_is_not_told_otherwise_because_the_rollback_fails_too(

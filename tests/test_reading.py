@@ -12,7 +12,6 @@ from sqlalchemy import inspect, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from coord.waiting import reading
-from coord.waiting.plain import is_plain
 from coord.waiting.reading import Reader
 from tests.models import Document, User
 from tests.proxy import Proxy

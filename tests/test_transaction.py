@@ -1,24 +1,16 @@
-"""What coord reads of SQLAlchemy that is not its public interface: a change there shall fail here."""
+"""What a session's transaction is and holds."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import select, text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy import insert, select, text
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import WaitTimeoutError, wait_for_row_change
-from coord.postgresql.schemas import schemas_in_use
-from coord.postgresql.transaction import (
-    _orm_has_flushed,
-    _own_savepoints,
-    _savepoints,
-    connection_in_use,
-    connection_of,
-    end_transaction,
-)
-from tests.models import Item, User
+from coord.postgresql.transaction import connection_in_use, end_transaction, has_written
+from tests.models import User
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -36,36 +28,6 @@ async def test_an_autobegun_transaction_has_no_connection_before_its_first_state
         assert not connection_in_use(session.sync_session)
         await session.flush()
         assert connection_in_use(session.sync_session)
-
-
-async def test_a_savepoint_begins_with_its_first_statement(session_maker: async_sessionmaker[AsyncSession]) -> None:
-    async with session_maker.begin() as session:
-        await session.execute(select(User))
-        outer = connection_in_use(session.sync_session)
-        assert outer is not None
-        async with session.begin_nested():
-            assert connection_in_use(session.sync_session) is outer
-            assert not outer.in_nested_transaction()
-            assert await connection_of(session) is outer
-            assert outer.in_nested_transaction()
-        assert await connection_of(session) is outer
-
-
-async def test_the_connection_is_that_of_the_sessions_own_bind(engine: AsyncEngine, database_url: str) -> None:
-    """Which may have to be made, although the session has one of another."""
-    other = create_async_engine(database_url)
-    translated = engine.execution_options(schema_translate_map={None: "nowhere"})
-    for own, another in ((other, engine), (engine, translated)):
-        async with async_sessionmaker(own, binds={Item: another})() as session:
-            await session.execute(
-                select(Item) if another is engine else text("SELECT 1"), bind_arguments={"mapper": Item}
-            )
-            assert connection_in_use(session.sync_session) is None
-            assert schemas_in_use(session.sync_session) == ()
-            connection = await connection_of(session)
-            assert connection.engine is own.sync_engine
-            assert await connection_of(session) is connection is connection_in_use(session.sync_session)
-    await other.dispose()
 
 
 async def test_a_wait_in_a_savepoint_without_a_statement(session_maker: async_sessionmaker[AsyncSession]) -> None:
@@ -98,18 +60,53 @@ async def test_ending_a_transaction_frees_its_connection_and_keeps_the_sessions_
         assert (await session.scalars(select(User.name).order_by(User.id))).all() == ["changed", ""]
 
 
-async def test_savepoints_are_counted_and_flushes_remembered(engine: AsyncEngine) -> None:
+MODES: list[Any] = ["create_savepoint", "rollback_only", "control_fully"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_what_a_session_on_a_shared_connection_has_written_counts_from_its_last_commit(
+    engine: AsyncEngine, mode: Any
+) -> None:
+    """As a test's session does, whose transaction is rolled back at the end and has others' rows in it already."""
+    async with engine.connect() as connection, connection.begin() as outer:
+        await connection.execute(insert(User).values(name="of the test's own"))
+        async with AsyncSession(connection, join_transaction_mode=mode, expire_on_commit=False) as session:
+            await session.execute(select(User))
+            assert not await has_written(session)
+            session.add(User(name="flushed"))
+            await session.flush()
+            assert await has_written(session)
+            if mode == "control_fully":
+                return
+            await session.commit()
+            await session.execute(select(User))
+            assert not await has_written(session)
+        await outer.rollback()
+
+
+@pytest.mark.parametrize("how", ["of its own", "inside a savepoint", "undone in a savepoint"])
+async def test_raw_sql_of_a_session_on_a_shared_connection_is_seen_in_its_savepoint(
+    engine: AsyncEngine, how: str
+) -> None:
     async with engine.connect() as connection, connection.begin() as outer:
         async with AsyncSession(connection, join_transaction_mode="create_savepoint") as session:
-            assert (_savepoints(connection), _own_savepoints(session)) == (0, 0)
-            user = User(id=1)
-            session.add(user)
-            await session.flush()
-            assert _orm_has_flushed(session)
-            assert (_savepoints(connection), _own_savepoints(session)) == (1, 0)
-            async with session.begin_nested(), session.begin_nested():
-                await session.connection()  # which sends the savepoints; has_written begins with it
-                assert (_savepoints(connection), _own_savepoints(session)) == (3, 2)
-            await session.commit()
-            assert not _orm_has_flushed(session)
+            statement = text("INSERT INTO users (name) VALUES ('raw')")
+            if how == "of its own":
+                await session.execute(statement)
+            else:
+                savepoint = await session.begin_nested()
+                await session.execute(statement)
+                if how == "undone in a savepoint":
+                    await savepoint.rollback()
+            assert await has_written(session) is (how != "undone in a savepoint")
         await outer.rollback()
+
+
+async def test_closing_a_transaction_is_still_a_method_of_it(session_maker: async_sessionmaker[AsyncSession]) -> None:
+    """`SessionTransaction.close`, which SQLAlchemy has no documentation of."""
+    async with session_maker() as session:
+        await session.execute(select(User))
+        transaction = session.sync_session.get_transaction()
+        assert transaction is not None
+        await session.run_sync(lambda _: transaction.close())
+        assert not session.in_transaction()

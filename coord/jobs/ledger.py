@@ -7,7 +7,7 @@ import os
 import time
 from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import (
@@ -31,19 +31,12 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
 from coord.jobs.arguments import to_json
-from coord.postgresql import driver
-from coord.postgresql.schemas import schemas_in_use
-from coord.postgresql.transaction import connection_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Callable
 
     from sqlalchemy import ColumnElement, CursorResult, Executable
-    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
-
-
-T = TypeVar("T")
 
 
 class JobState(StrEnum):
@@ -138,13 +131,6 @@ class Job(Ledger):
     result: Mapped[Any] = mapped_column(_Json, nullable=True)
     trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
     """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
-
-    @classmethod
-    def snapshot(cls, values: Mapping[str, Any]) -> Job:
-        """A row as it is, in no session; made without what an instance costs that is to be written."""
-        job: Job = job_mapper.class_manager.new_instance()
-        vars(job).update(values)
-        return job
 
     due_in = 0.0
     """Seconds until it is due, as whoever made the snapshot has learned it: not by comparing clocks."""
@@ -279,42 +265,23 @@ attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 
+_UNTRANSLATED = {"schema_translate_map": None}
+"""The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
-    """On the session's own connection, and so under its `schema_translate_map`; nothing pending is flushed."""
+    """In the session's transaction, on the bind that it has for jobs, and wherever it takes the application's tables.
+
+    Nothing pending is flushed. Always to be called by `session.run_sync`, as SQLAlchemy's own statements are.
+    """
+    connection = session.connection(bind_arguments={"mapper": job_mapper, "clause": statement})
     try:
-        return session.connection().execute(statement, values)
+        return connection.execute(statement, values, execution_options=_UNTRANSLATED)
     except ProgrammingError as error:
-        _explain(error)
+        if getattr(error.orig, "sqlstate", None) == "42P01":
+            error.add_note(MISSING)
         raise
-
-
-async def fetch(session: AsyncSession, statement: Executable, values: Mapping[str, Any]) -> Sequence[Any]:
-    """The same, for the claim, which every job costs: see `coord.postgresql.driver.fetch`."""
-    return await _driven(driver.fetch, session, statement, values)
-
-
-async def insert(session: AsyncSession, statement: Executable, values: Mapping[str, Any]) -> None:
-    """The same, for the one row that every job costs: see `coord.postgresql.driver.insert`."""
-    await _driven(driver.insert, session, statement, values)
-
-
-async def _driven(
-    run: Callable[..., Awaitable[T]], session: AsyncSession, statement: Executable, values: Mapping[str, Any]
-) -> T:
-    connection = await connection_of(session)
-    try:
-        return await run(connection, statement, schemas_in_use(session.sync_session), values)
-    except ProgrammingError as error:
-        _explain(error)
-        raise
-
-
-def _explain(error: ProgrammingError) -> None:
-    if getattr(error.orig, "sqlstate", None) == "42P01":
-        error.add_note(MISSING)
 
 
 def new_id() -> UUID:

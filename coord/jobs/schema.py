@@ -24,6 +24,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
 from coord.jobs.ledger import Ledger
+from coord.postgresql.function import create_lock_function
 
 if TYPE_CHECKING:
     import argparse
@@ -76,8 +77,8 @@ CREATE TRIGGER coord_from_version_1 BEFORE INSERT OR UPDATE OF due_at, attempts 
     FOR EACH ROW WHEN (NEW.due_at IS NOT NULL) EXECUTE FUNCTION coord_from_version_1()
 """,
 )
-"""Renames take no time, and new columns with a constant default neither (PostgreSQL's manual, ALTER TABLE). What is left
-under the old names, and the trigger, are for processes of version 1, which may still run; version 3 takes them away."""
+"""Renames take no time, and new columns with a constant default neither (PostgreSQL's manual, ALTER TABLE). What is
+left under the old names, and the trigger, are for processes of version 1, which may still run; version 3 ends them."""
 _NEW_IN_2 = ("coord_queues", "coord_attempts", "coord_schedules")
 _INDEXES_IN_2 = ("coord_jobs_due", "coord_jobs_one_at_a_time")
 
@@ -87,6 +88,7 @@ def _to_2(connection: Connection) -> None:
 
     Locks the jobs for as long as it takes to index what is queued: see `docs/operation.md`, "Upgrading".
     """
+    connection.execute(create_lock_function)
     for statement in _TO_2:
         connection.execute(text(statement))
     tables = Ledger.metadata.tables
@@ -123,6 +125,7 @@ def ddl() -> str:
 
     engine = create_mock_engine("postgresql+asyncpg://", note)
     Ledger.metadata.create_all(engine, checkfirst=False)
+    note(create_lock_function)
     note(insert(_versions).values(version=VERSION))
     return "\n\n".join(statements)
 
@@ -133,6 +136,7 @@ def _upgrade(connection: Connection) -> None:
     version = connection.scalar(select(_versions.c.version))
     if version is None:
         Ledger.metadata.create_all(connection)
+        connection.execute(create_lock_function)
         connection.execute(insert(_versions).values(version=VERSION))
         return
     if version > VERSION:

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.orm import Session
 
-from coord.cancellation import settled
+from coord.cancellation import cleaned_up, interruptible, leaving
 from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import JobState, execute, fetch, is_queued, job_mapper, jobs
+from coord.jobs.ledger import JobState, execute, is_queued, job_mapper, jobs
+from coord.postgresql.engine import last_failure
+from coord.postgresql.transaction import connections_in_use
 from coord.session import closed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-    from sqlalchemy.orm import Session
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
 CONNECTION_CHECK = 1.0
 """Seconds until the backend of a killed worker notices, also while it waits for a lock."""
+CONNECTION_TRIES = 3
+"""Connections that one attempt may find dead before its first statement."""
 IDLE_LIMIT = 60.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
@@ -41,8 +44,8 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     The first statement claims, fences and completes: it marks the job done if this attempt is the one that may run it,
     with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
     what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
-    `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may not
-    do anything else for longer. While it is open nobody else writes the job's row.
+    `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may
+    not do anything else for longer. While it is open nobody else writes the job's row.
 
         async def fulfil_order(ctx, order_id):
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
@@ -57,18 +60,21 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session = _session(attempt)
-    transaction = session.begin()
+    session, transaction = await _claimed(attempt)
+    failure: BaseException | None = None
     try:
-        async with settled(transaction):
-            await _claim(session, attempt)
+        async with leaving(transaction):
             yield session
+            failure = _swallowed(session)
         if not attempt.applied:  # SQLAlchemy leaves the block without a word
-            raise InvalidRequestError("job_transaction has applied nothing: its transaction had failed or was ended.")
-    except InvalidRequestError as error:
-        error.__cause__ = error.__cause__ or _failure(transaction)
+            raise InvalidRequestError("its transaction was ended in the block")
+    except SQLAlchemyError as error:
         attempt.failure = error
-        raise
+        if failure is None and not isinstance(error, InvalidRequestError):
+            raise
+        reason = "job_transaction has applied nothing: its transaction had failed or was ended."
+        attempt.failure = InvalidRequestError(reason)
+        raise attempt.failure from failure or error
     except BaseException as error:
         attempt.failure = error
         raise
@@ -77,27 +83,43 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         await closed(session)
 
 
-def _session(attempt: Attempt) -> AsyncSession:
-    """Which knows its attempt, and tells it of the commit; used after the block, it would begin nothing."""
-    maker = attempt.session_maker
-    kind: Any = maker.kw.get("sync_session_class") or maker.class_.sync_session_class
-    session: AsyncSession = maker(sync_session_class=_telling(kind), close_resets_only=False)
-    session.info[ATTEMPT] = attempt
-    return session
+async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransaction]:
+    """A session whose transaction has begun and claimed the job.
+
+    A pooled connection may have died since it was last used. Nothing was executed on it, so another one is taken; the
+    first that is found dead has SQLAlchemy give up all that are as old.
+    """
+    left = CONNECTION_TRIES
+    while True:
+        left -= 1
+        # Used after the block, a closed session would begin another transaction.
+        session: AsyncSession = attempt.session_maker(close_resets_only=False)
+        session.info[ATTEMPT] = attempt
+        transaction = session.begin()
+        try:
+            await transaction.__aenter__()
+            await interruptible(_claim(session, attempt))
+        except BaseException as error:
+            await cleaned_up(transaction.__aexit__(type(error), error, error.__traceback__))
+            await closed(session)
+            if not left or not isinstance(error, DBAPIError) or not error.connection_invalidated:
+                raise
+        else:
+            return session, transaction
 
 
-@lru_cache(maxsize=16)
-def _telling(kind: type[Session]) -> type[Session]:
-    """A class of coord's own to listen to, since to listen to each session takes longer than to make it."""
-    telling = type(kind.__name__, (kind,), {})
-    event.listen(telling, "after_commit", _note_commit)
-    return telling
+def _swallowed(session: AsyncSession) -> BaseException | None:
+    """What has failed in the transaction and the task has not let through: it may be a deadlock."""
+    failures = map(last_failure, connections_in_use(session.sync_session))
+    return next((failure for failure in failures if failure is not None), None)
 
 
+@event.listens_for(Session, "after_commit")
 def _note_commit(session: Session) -> None:
     """SQLAlchemy says so at a savepoint's release as well."""
-    if not session.in_nested_transaction():
-        session.info[ATTEMPT].applied = True
+    attempt = session.info.get(ATTEMPT)
+    if attempt is not None and not session.in_nested_transaction():
+        attempt.applied = True
 
 
 async def set_result(session: AsyncSession, value: Any) -> None:
@@ -109,7 +131,7 @@ async def set_result(session: AsyncSession, value: Any) -> None:
     if not isinstance(attempt, Attempt):
         raise RuntimeError("set_result needs the session of a job_transaction.")  # noqa: TRY004 - of its context
     text, _ = as_it_arrives("the result", value)
-    await session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text})
+    await interruptible(session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text}))
 
 
 def ours(attempt: Attempt) -> dict[str, Any]:
@@ -146,11 +168,6 @@ _done = (
 _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=cast(bindparam("text", type_=Text), JSON))
 
 
-def _failure(transaction: AsyncSessionTransaction) -> BaseException | None:
-    """Of a flush, which has ended the transaction and which the task has not let through: it may be a deadlock."""
-    return getattr(transaction.sync_transaction, "_rollback_exception", None)
-
-
 async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
@@ -161,7 +178,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         "class": CLASS,
     }
     try:
-        claimed = await fetch(session, _done, ours(attempt) | settings)
+        claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
     except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
     attempt.claimed = bool(claimed)

@@ -1,32 +1,33 @@
-"""How a lock is taken: one message to PostgreSQL, one deadline, and a transaction that outlives a refusal."""
+"""How a lock is taken: within one deadline, in a transaction that outlives a refusal.
+
+Where the ledger is, `coord_lock` does it in one round trip (see `function.py`). Above READ COMMITTED, where its SELECT
+would take the snapshot before the lock, and where it is not installed, the plain statements are sent.
+"""
 
 from __future__ import annotations
 
-import asyncio
+import math
 from dataclasses import dataclass
 from functools import lru_cache
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
-from sqlalchemy import bindparam
+from sqlalchemy import bindparam, text
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
-from coord.postgresql.driver import in_transaction, keeps_its_snapshot, translated, turn
-from coord.postgresql.engine import note_failure
+from coord.postgresql.function import call_lock, lock_function
+from coord.transient import sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import ClauseElement, Connection
 
-    Settings = Mapping[str, str | int]
-
-_SAVE = """SELECT set_config('coord.lock_timeout', current_setting('lock_timeout'), true),
-    set_config('coord.statement_timeout', current_setting('statement_timeout'), true)"""
-_RESTORE = """SELECT set_config('lock_timeout', current_setting('coord.lock_timeout'), true),
-    set_config('statement_timeout', current_setting('coord.statement_timeout'), true)"""
-_UNDO = "ROLLBACK TO SAVEPOINT coord_lock; RELEASE SAVEPOINT coord_lock"
+LOCK_NOT_AVAILABLE, DEADLOCK, NO_ACTIVE_TRANSACTION = "55P03", "40P01", "25P01"
+NO_TRANSACTION = "A lock needs a transaction, and the connection is in AUTOCOMMIT mode."
+ABOVE_READ_COMMITTED = ("REPEATABLE READ", "SERIALIZABLE")
 
 _HOLDERS = """
     SELECT DISTINCT ON (lock.pid, lock.relation) lock.relation::regclass::text AS "table", lock.mode, lock.pid,
@@ -40,130 +41,109 @@ _HOLDERS = """
 
 @dataclass(frozen=True, slots=True)
 class Acquisition:
-    """A lock to be taken, or several by one statement, which PostgreSQL takes in the order they are named."""
+    """A lock to be taken, or several one after another."""
 
-    statement: str
+    mode: str
+    """Of tables, or `ADVISORY` and `ADVISORY SHARED`."""
+    names: Sequence[str]
+    """Tables as SQL spells them, or an advisory lock's key."""
+    statements: Sequence[str]
+    """What takes them one by one."""
     subject: str
     """What is locked, for messages: `order, stock in EXCLUSIVE mode`."""
     blockers: str
     """A condition on `pg_locks AS lock` that finds who is in the way."""
-    blocked_by: Sequence[Any]
-    """Its arguments."""
+    blocked_by: Mapping[str, Any]
+    """Its parameters."""
     tables: Sequence[str] = ()
 
-    def sql(self, limit: float | None, known: Settings | None) -> str:
-        """One message of the simple protocol: PostgreSQL runs its statements without another round trip.
 
-        `lock_timeout` counts anew for every lock, `statement_timeout` for the statement (section 19.11 of the manual).
-        Afterwards both are as they were: `known`, or if None as they are found. Finding them takes a snapshot, which in
-        a transaction at REPEATABLE READ must not be older than the lock; LOCK and SET take none.
-        """
-        parts = [self.statement]
-        if limit:
-            time = max(1, round(limit * 1000))
-            limited = [*_set({"lock_timeout": time, "statement_timeout": time + 1}), self.statement]
-            parts = [_SAVE, *limited, _RESTORE] if known is None else [*limited, *_set(known)]
-        return "; ".join(("SAVEPOINT coord_lock", *parts, "RELEASE SAVEPOINT coord_lock"))
-
-
-async def acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
+def acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
     """Take the lock in the connection's transaction, which stays usable if it is not granted.
 
-    `limit` is seconds for all of it together; 0 is in the statement, None leaves it to the server's `lock_timeout`.
+    `limit` is seconds for all of it together; 0 is in the statements, None leaves it to the server's `lock_timeout`,
+    which is afterwards as it was before. To be called where SQLAlchemy's own connections are (`run_sync`).
     """
-    async with turn(connection):
-        await _acquire(connection, acquisition, limit)
+    function = None if _keeps_its_snapshot(connection) else lock_function(connection)
+    if function is None:
+        refusal = _send_plain_statements(connection, acquisition, limit)
+    else:
+        refusal = call_lock(connection, function, acquisition.mode, acquisition.names, limit)
+    driver: Any = connection.connection.driver_connection
+    if not driver.is_in_transaction():
+        raise InvalidRequestError(NO_TRANSACTION)
+    if refusal is None:
+        return
+    state, detail = refusal
+    if state == LOCK_NOT_AVAILABLE:
+        raise _timed_out(connection, acquisition)
+    raise DeadlockError(f"Deadlock while locking {acquisition.subject}: {detail}")
 
 
-async def _acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
-    driver = await in_transaction(connection)
-    known = await _settings(driver) if limit and keeps_its_snapshot(connection) else None
-    sql = acquisition.sql(limit, known)
+def _keeps_its_snapshot(connection: Connection) -> bool:
+    """Whether all statements of a transaction see what its first one has seen.
+
+    As SQLAlchemy was told, on the connection, its engine or `create_engine`, or else as the server has it.
+    """
+    level = connection.get_execution_options().get("isolation_level") or connection.default_isolation_level or ""
+    return str(level).replace("_", " ").upper() in ABOVE_READ_COMMITTED
+
+
+def _send_plain_statements(
+    connection: Connection, acquisition: Acquisition, limit: float | None
+) -> tuple[str, str] | None:
+    """SQLSTATE and detail of a refusal. SHOW, SET and LOCK take no snapshot (section 13.2.2 of the manual)."""
+    deadline = monotonic() + (limit or 0)
     try:
-        await driver.execute(sql)
-    except asyncio.CancelledError:
-        await _undo(connection, driver)
-        raise
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
-        refusal = None if driver.is_closed() else await _refused(connection, driver, acquisition, error, bool(limit))
-        raise refusal or await translated(connection, sql, error) from error
-
-
-async def _refused(
-    connection: Connection, driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, limited: bool
-) -> LockTimeoutError | DeadlockError | None:
-    """What to raise instead of the error, if anything; whoever is cancelled here must not commit what has failed."""
-    try:
-        await _undo(connection, driver)
-        return await _refusal(driver, acquisition, error, limited=limited)
-    except BaseException as later:
-        note_failure(connection)
-        if isinstance(later, asyncpg.InternalClientError):  # of a farewell that came while nothing was asked
-            driver.terminate()
-        elif not isinstance(later, asyncpg.PostgresError | asyncpg.InterfaceError | OSError):
+        savepoint = connection.begin_nested()
+    except DBAPIError as error:
+        if sqlstate_of(error) != NO_ACTIVE_TRANSACTION:
             raise
-        return None  # the connection was lost meanwhile
-
-
-async def _undo(connection: Connection, driver: asyncpg.Connection) -> None:
-    """Make the transaction usable again. A cancelled lock may have been granted after all, and then it is so already.
-
-    asyncpg sends the question once the server has confirmed that the statement has ended.
-    """
+        raise InvalidRequestError(NO_TRANSACTION) from error
     try:
-        await driver.execute("SELECT 1")
-    except asyncpg.InFailedSQLTransactionError:
-        try:
-            await driver.execute(_UNDO)
-        except asyncpg.PostgresError:  # it was stopped before the savepoint
-            note_failure(connection)
-
-
-async def _refusal(
-    driver: asyncpg.Connection, acquisition: Acquisition, error: Exception, *, limited: bool
-) -> LockTimeoutError | DeadlockError | None:
-    match error:
-        case asyncpg.LockNotAvailableError():
-            return await _timed_out(driver, acquisition)
-        case asyncpg.QueryCanceledError() if limited and "statement timeout" in str(error):
-            return await _timed_out(driver, acquisition)
-        case asyncpg.DeadlockDetectedError():
-            return DeadlockError(f"Deadlock while locking {acquisition.subject}: {error.detail or error}")
+        usual = connection.exec_driver_sql("SHOW lock_timeout").scalar_one() if limit else None
+        for statement in acquisition.statements:
+            if limit:
+                connection.exec_driver_sql(_set_local(max(1, math.ceil((deadline - monotonic()) * 1000))))
+            connection.exec_driver_sql(statement)
+        if usual is not None:
+            connection.exec_driver_sql(_set_local(usual))
+    except DBAPIError as error:
+        state = sqlstate_of(error)
+        if error.connection_invalidated or state not in (LOCK_NOT_AVAILABLE, DEADLOCK):
+            raise
+        savepoint.rollback()
+        return state, str(error.orig)
+    savepoint.commit()
     return None
 
 
-async def _settings(driver: asyncpg.Connection) -> Settings:
-    """As they are; SHOW takes no snapshot."""
-    return {name: await driver.fetchval(f"SHOW {name}") for name in ("lock_timeout", "statement_timeout")}
-
-
-async def _timed_out(driver: asyncpg.Connection, acquisition: Acquisition) -> LockTimeoutError:
-    holders = await _holders(driver, acquisition)
+def _timed_out(connection: Connection, acquisition: Acquisition) -> LockTimeoutError:
+    holders = _holders(connection, acquisition)
     seen = "; ".join(map(str, holders)) or "whoever held it is gone"
-    message = f"{acquisition.subject} was not to be had in time: {seen}"
+    message = f"timed out waiting for {acquisition.subject}: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
 
 
-async def _holders(driver: asyncpg.Connection, acquisition: Acquisition) -> list[LockHolder]:
+def _holders(connection: Connection, acquisition: Acquisition) -> list[LockHolder]:
     """None if they cannot be asked about, which ends no transaction either."""
+    question = text(f"{_HOLDERS} AND {acquisition.blockers}")
     try:
-        async with driver.transaction():  # a savepoint
-            rows = await driver.fetch(f"{_HOLDERS} AND {acquisition.blockers}", *acquisition.blocked_by)
-    except asyncpg.PostgresError:
+        with connection.begin_nested():
+            rows = connection.execute(question, dict(acquisition.blocked_by)).mappings().all()
+    except DBAPIError as error:
+        if error.connection_invalidated:
+            raise
         return []
     return [LockHolder(**row) for row in rows]
 
 
 def literal(statement: ClauseElement) -> str:
-    """The statement with its bound numbers written out by SQLAlchemy: the simple protocol has no parameters."""
+    """The statement with its bound values written out by SQLAlchemy: SET and LOCK have no parameters."""
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-def _set(settings: Settings) -> list[str]:
-    return [_set_local(name, value) for name, value in settings.items()]
-
-
 @lru_cache(maxsize=256)  # a deadline's rest is another number each time; the usual ones are few
-def _set_local(name: str, value: str | int) -> str:
-    return f"SET LOCAL {name} = {literal(bindparam(None, value))}"
+def _set_local(value: str | int) -> str:
+    return f"SET LOCAL lock_timeout = {literal(bindparam(None, value))}"

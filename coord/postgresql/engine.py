@@ -7,11 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from sqlalchemy import event
+from sqlalchemy.exc import InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
 
-from coord.postgresql.flushing import begin_last_flush, end_last_flush, note_statement
-from coord.postgresql.pipelining import PipeliningConnection
+from coord.transient import SHUTDOWNS, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -21,14 +20,15 @@ logger = logging.getLogger("coord.engine")
 
 CONNECTION_CHECK = "250ms"
 """How soon a backend notices, in the middle of a statement, that its client has gone."""
+READ_ONLY = "25006"
+"""PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
-_CHECKED = "coord.checked"
-_FAILED = "coord.failed"
+_FAILURE = "coord.failure"
 
 
 def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
-    bind = source.kw.get("bind") if isinstance(source, async_sessionmaker) else source.bind
+    bind = (source() if isinstance(source, async_sessionmaker) else source).bind
     engine = bind.engine if isinstance(bind, AsyncConnection) else bind
     if not isinstance(engine, AsyncEngine):
         message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
@@ -49,53 +49,80 @@ def require_asyncpg(dialect: Dialect) -> None:
 
 
 def prepare(engine: AsyncEngine) -> None:
-    """Have the engine's connections end what their client abandoned, refuse to commit what has failed, and pipeline.
+    """Have the engine's connections end what their client abandoned, be given up when lost, and commit honestly.
 
-    Sets `client_connection_check_interval` once a connection (PostgreSQL 14 and later, where the platform can tell; see
-    section 19.3 of its manual). Repeating the call changes nothing.
+    Sets `client_connection_check_interval` on each new connection (PostgreSQL 14 and later, where the platform can
+    tell; section 19.3 of its manual). Repeating the call changes nothing.
     """
     sync_engine = engine.sync_engine
-    if not event.contains(sync_engine, "checkout", _check_client):
-        event.listen(sync_engine, "checkout", _check_client)
-        event.listen(sync_engine, "handle_error", _note_error)
-        event.listen(sync_engine, "do_connect", _pipeline)
-        event.listen(sync_engine, "do_execute", note_statement)
-    if not event.contains(Session, "before_flush", begin_last_flush):
-        event.listen(Session, "before_flush", begin_last_flush)
-        event.listen(Session, "after_flush", end_last_flush)
+    if not event.contains(sync_engine, "connect", _set_connection_check):
+        event.listen(sync_engine, "connect", _set_connection_check)
+        event.listen(sync_engine, "handle_error", _on_error)
+        event.listen(sync_engine, "checkin", _forget_failure)
 
 
-def _pipeline(_dialect: Dialect, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
-    """Not where the application makes its connections itself, or of a class of its own."""
-    if "async_creator_fn" not in parameters:
-        parameters.setdefault("connection_class", PipeliningConnection)
+def _set_connection_check(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.run_async(_execute_set)
 
 
-def _check_client(dbapi_connection: Any, record: Any, _proxy: Any) -> None:
-    if record.info.get(_CHECKED) is not dbapi_connection:
-        record.info[_CHECKED] = dbapi_connection
-        dbapi_connection.run_async(_set_connection_check)
-
-
-async def _set_connection_check(driver: asyncpg.Connection) -> None:
+async def _execute_set(driver: asyncpg.Connection) -> None:
     try:
         await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
     except asyncpg.PostgresError as error:
-        logger.debug("client_connection_check_interval is not to be had here: %s", error)
+        logger.debug("client_connection_check_interval cannot be set here: %s", error)
 
 
-def _note_error(context: ExceptionContext) -> None:
-    if context.connection is not None and not context.is_disconnect and not context.connection.invalidated:
-        note_failure(context.connection)
+def _on_error(context: ExceptionContext) -> None:
+    """Give a connection up that nothing can be expected of, and remember the failure of one that goes on."""
+    connection, error = context.connection, context.original_exception
+    if connection is None or connection.invalidated or connection.closed or not isinstance(error, Exception):
+        return
+    if context.is_disconnect or _is_lost(connection, error):
+        context.is_disconnect = True
+        if isinstance(error, asyncpg.InternalClientError):  # which SQLAlchemy passes on as it is
+            lost = InterfaceError(context.statement, None, error, connection_invalidated=True)
+            raise lost from error
+    else:
+        note_failure(connection, error)
 
 
-def note_failure(connection: Connection) -> None:
+def _is_lost(connection: Connection, error: Exception) -> bool:
+    """Whether the server has gone or is another one now, also where the driver says something else.
+
+    Between the server's farewell and the end of its TCP connection asyncpg answers with errors of its own state.
+    """
+    driver: Any = connection.connection.driver_connection
+    if driver.is_closed() or isinstance(error, asyncpg.InternalClientError):
+        return True
+    state = sqlstate_of(error)
+    return state in SHUTDOWNS or (state == READ_ONLY and _is_read_only(driver))
+
+
+def _is_read_only(driver: asyncpg.Connection) -> bool:
+    """A replica, or a primary that was demoted; PostgreSQL 14 and later report both settings as they change."""
+    settings = driver.get_settings()
+    return "on" in (getattr(settings, name, None) for name in ("in_hot_standby", "default_transaction_read_only"))
+
+
+def note_failure(connection: Connection, error: BaseException) -> None:
     """Have the next commit make sure that PostgreSQL has not given the transaction up.
 
     Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
     """
-    connection.info[_FAILED] = True
+    connection.info[_FAILURE] = error
     event.listen(connection, "commit", _refuse_failed)
+
+
+def _forget_failure(_dbapi_connection: Any, record: Any) -> None:
+    """Or whatever its traceback refers to would live as long as the pooled connection."""
+    record.info.pop(_FAILURE, None)
+
+
+def last_failure(connection: Connection) -> BaseException | None:
+    """What the last statement that failed in the connection's transaction has raised."""
+    is_gone = connection.closed or connection.invalidated
+    error: BaseException | None = None if is_gone else connection.info.get(_FAILURE)
+    return error
 
 
 def _refuse_failed(connection: Connection) -> None:
@@ -103,7 +130,7 @@ def _refuse_failed(connection: Connection) -> None:
 
     Only after a statement has failed does this cost a round trip. Inside a savepoint that was rolled back it passes.
     """
-    if connection.invalidated or not connection.info.pop(_FAILED, False):
+    if connection.invalidated or connection.info.pop(_FAILURE, None) is None:
         return
     try:
         connection.exec_driver_sql("SELECT 1")

@@ -4,28 +4,49 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from coord.postgresql.transaction import connection_in_use
+from sqlalchemy import event
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Session
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqlalchemy.orm import Session
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import SessionTransaction
 
 Schemas = tuple[tuple[str | None, str | None], ...]
 
+_SCHEMAS = "coord.schemas"
+"""In a session's `info`: those of its last transaction, by engine."""
 
-def schemas_of(session: Session) -> Schemas:
+
+@event.listens_for(Session, "after_begin")
+def _note_schemas(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    session.info.setdefault(_SCHEMAS, {})[connection.engine] = _schemas(connection.get_execution_options())
+
+
+def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:
     """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
     options: Mapping[str, Any] = getattr(session, "execution_options", {})
-    if "schema_translate_map" not in options and session.bind is not None:
-        options = session.bind.get_execution_options()
+    if "schema_translate_map" not in options:
+        bind = _bind_of(session, **bind_arguments)
+        options = {} if bind is None else bind.get_execution_options()
     return _schemas(options)
 
 
-def schemas_in_use(session: Session) -> Schemas:
-    """That of the connection which the session's transaction has taken, else `schemas_of` it."""
-    connection = connection_in_use(session)
-    return (connection and _schemas(connection.get_execution_options())) or schemas_of(session)
+def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
+    """Those of the session's transaction, or of its last one; before its first statement `schemas_of` it."""
+    bind = _bind_of(session, **bind_arguments)
+    known: dict[Engine, Schemas] = session.info.get(_SCHEMAS, {})
+    found = None if bind is None else known.get(bind.engine)
+    return schemas_of(session, **bind_arguments) if found is None else found
+
+
+def _bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:
+    try:
+        return session.get_bind(**bind_arguments)
+    except UnboundExecutionError:
+        return None
 
 
 def _schemas(options: Mapping[str, Any]) -> Schemas:

@@ -1,21 +1,28 @@
-"""What the caller's transaction is and holds, as far as locks and waits must know."""
+"""What the caller's transaction is and holds, as far as locks and waits must know.
+
+SQLAlchemy tells of each connection that a session's transaction takes (`after_begin`), and of its end; both are
+listened to for every session from the import of this module on, so that nothing depends on what was called first.
+"""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from sqlalchemy.orm import SessionTransactionOrigin
+from sqlalchemy import Connection, event, text
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from sqlalchemy import Connection
-    from sqlalchemy.orm import Session, SessionTransaction
+    from sqlalchemy.ext.asyncio import AsyncSession
 
+_BEGUN = "coord.begun"
+"""In a session's `info`: the connections of its transaction, each with what `_transaction_ids` said at its begin."""
+_FLUSHED = "coord.flushed"
 _LOCKS = "coord.locks"
+_OWNED = "coord.owned"
 
 _WRITTEN = text("""
     SELECT pg_current_xact_id_if_assigned() IS NOT NULL OR EXISTS (
@@ -27,27 +34,43 @@ _TRANSACTION_IDS = text("""
 """)
 
 
-def connection_in_use(session: Session) -> Connection | None:
-    """The one of the session's own bind that its transaction has; an autobegun one has none before its first statement.
-
-    Who routes statements to several binds (`binds=`, `get_bind`) may have one of another.
-    """
-    return _connection_in(session.get_transaction(), session)
-
-
-def _connection_in(transaction: SessionTransaction | None, session: Session) -> Connection | None:
-    held = None if transaction is None else transaction._connections.get(session.get_bind())
-    return held and held[0]  # pinned by tests/test_transaction.py
+@event.listens_for(Session, "after_begin")
+def _note_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    """SQLAlchemy says so for each savepoint as well."""
+    begun = session.info.setdefault(_BEGUN, {})
+    if connection not in begun:
+        begun[connection] = _transaction_ids(connection) if session.bind is connection else None
 
 
-async def connection_of(session: AsyncSession) -> Connection:
-    """The connection of the session's transaction, or of its savepoint: taken from the pool, and begun, if need be."""
-    own = session.sync_session
-    if _connection_in(own.get_nested_transaction() or own.get_transaction(), own) is not None:
-        return own.connection()
-    connection = await session.connection()
-    assert connection.sync_connection is not None
-    return connection.sync_connection
+@event.listens_for(Session, "after_flush")
+def _note_flush(session: Session, _context: Any) -> None:
+    if isinstance(session.bind, Connection):
+        session.info[_FLUSHED] = True
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _note_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None:
+        session.info.pop(_BEGUN, None)
+        session.info.pop(_FLUSHED, None)
+
+
+def connections_in_use(session: Session) -> Mapping[Connection, int | None]:
+    """Those that the session's transaction has; an autobegun one has none before its first statement."""
+    begun: dict[Connection, int | None] = session.info.get(_BEGUN, {})
+    return begun
+
+
+def connection_in_use(session: Session, **bind_arguments: Any) -> Connection | None:
+    """The one of the bind that SQLAlchemy gives for these arguments (`mapper=`, `clause=`)."""
+    begun = connections_in_use(session)
+    if not begun:
+        return None
+    try:
+        bind = session.get_bind(**bind_arguments)
+    except UnboundExecutionError:
+        return None
+    return next((each for each in begun if bind is each or bind is each.engine), None)
 
 
 def is_explicit(session: AsyncSession) -> bool:
@@ -56,6 +79,21 @@ def is_explicit(session: AsyncSession) -> bool:
     return transaction is not None and (
         session.in_nested_transaction() or transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
     )
+
+
+def own(session: AsyncSession) -> None:
+    """From now on each transaction of the session is that of whoever called this, to commit or to roll back."""
+    session.sync_session.info[_OWNED] = True
+
+
+def is_owned(session: AsyncSession) -> bool:
+    """Whether a request or a context has the session, whose blocks therefore join its transaction."""
+    return bool(session.sync_session.info.get(_OWNED))
+
+
+def is_joined(session: AsyncSession) -> bool:
+    """Whether a block of the session's is part of a transaction that is somebody else's to end."""
+    return is_owned(session) or is_explicit(session) or bool(connections_in_use(session.sync_session))
 
 
 @contextmanager
@@ -78,17 +116,21 @@ async def has_written(session: AsyncSession) -> bool:
 
     PostgreSQL assigns a transaction id at the first write or row lock (section 67.1 of its manual), so one question
     also covers raw SQL and functions; a table lock stronger than a writer's counts as well. A session bound to one
-    connection shares that connection's transaction: there its own part is asked about, which is its savepoint, or
-    without one the rows it has flushed and still refers to.
+    connection shares that connection's transaction: there its own part is asked about, from its begin on.
     """
-    connection = await session.connection()
-    if not isinstance(session.bind, AsyncConnection) or _owns_transaction(session):
-        return bool(await connection.scalar(_WRITTEN))
-    outside = _savepoints(session.bind) - _own_savepoints(session)
-    if outside == 0:
-        return _orm_has_flushed(session)
-    # Every level of savepoints that has written, and so each around it, holds a lock on a transaction id of its own.
-    return bool((await connection.scalar(_TRANSACTION_IDS) or 0) > outside)
+    return await session.run_sync(_has_written)
+
+
+def _has_written(session: Session) -> bool:
+    return bool(session.info.get(_FLUSHED)) or any(
+        bool(connection.scalar(_WRITTEN)) if before is None else _transaction_ids(connection) > before
+        for connection, before in [*connections_in_use(session).items()]
+    )
+
+
+def _transaction_ids(connection: Connection) -> int:
+    """How many levels of savepoints, the transaction itself included, have written: each holds a lock on an id."""
+    return connection.scalar(_TRANSACTION_IDS) or 0
 
 
 async def end_transaction(session: AsyncSession) -> None:
@@ -98,33 +140,4 @@ async def end_transaction(session: AsyncSession) -> None:
     """
     transaction = session.sync_session.get_transaction()
     if transaction is not None:
-        await session.run_sync(lambda _: transaction.close())
-
-
-def _owns_transaction(session: AsyncSession) -> bool:
-    """Whether the session itself began the transaction of the connection it is bound to."""
-    assert isinstance(session.bind, AsyncConnection)
-    assert session.bind.sync_connection is not None
-    root, own = session.bind.sync_connection.get_transaction(), session.sync_session.get_transaction()
-    return own is not None and any(begun is root and ours for _, begun, ours, _ in set(own._connections.values()))
-
-
-def _own_savepoints(session: AsyncSession) -> int:
-    depth, savepoint = 0, session.sync_session.get_nested_transaction()
-    while savepoint is not None:
-        depth += savepoint.nested
-        savepoint = savepoint.parent
-    return depth
-
-
-def _savepoints(connection: AsyncConnection) -> int:
-    assert connection.sync_connection is not None
-    depth, savepoint = 0, connection.sync_connection.get_nested_transaction()
-    while savepoint is not None:
-        depth, savepoint = depth + 1, savepoint._previous_nested
-    return depth
-
-
-def _orm_has_flushed(session: AsyncSession) -> bool:
-    transaction = session.sync_session.get_transaction()
-    return transaction is not None and bool(transaction._new or transaction._dirty or transaction._deleted)
+        await session.run_sync(lambda _: transaction.close())  # pinned by tests/test_transaction.py

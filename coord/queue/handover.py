@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coord.queue.keys import QueueKeys, rank, soon_member
 from coord.queue.message import Message
@@ -21,7 +21,7 @@ BATCH = 100
 """Jobs in one command."""
 
 
-def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row, float]]) -> Command | None:
+def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Command | None:
     """One command that hands jobs over, each with the seconds that remain until it is due; None for none.
 
     What is due later than in a minute is left to the scheduler, which reads the ledger.
@@ -53,7 +53,7 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, list[Comman
     return commands
 
 
-def withdrawn(keys: QueueKeys, job: Job | Row) -> list[Command]:
+def withdrawn(keys: QueueKeys, job: Job | Row[Any]) -> list[Command]:
     """No worker need begin it."""
     text = Message.of(job).text()
     return [("ZREM", keys.feed, text), ("ZREM", keys.soon, soon_member(text, job.priority))]

@@ -7,23 +7,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from sqlalchemy import ARRAY, Integer, and_, bindparam, cast, column, func, literal_column, select
+from sqlalchemy import ARRAY, Integer, and_, bindparam, column, func, select
 from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 from sqlalchemy.pool import QueuePool
-from sqlalchemy.util import greenlet_spawn
-
-from coord.target import column_names
-from coord.waiting.plain import Query, detached, is_plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy import ColumnElement, Select
-    from sqlalchemy.engine import Dialect
     from sqlalchemy.orm import Mapper, Session
 
     from coord.postgresql.schemas import Schemas
@@ -53,14 +48,10 @@ class Reader:
 
     async def columns(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, Sequence[Any]]:
         """The named attributes of the rows that are there, after each row's position among the keys."""
-        quick = await self._quickly(keys, names)
-        return await self._rows(keys, _columns_statement(self.mapper, self._schemas, names)) if quick is None else quick
+        return await self._rows(keys, _columns_statement(self.mapper, self._schemas, names))
 
     async def entities(self, keys: Sequence[Key]) -> dict[Key, Any]:
         """The rows that are there, as detached instances with every column loaded and no relationship."""
-        names = column_names(self.mapper)
-        if (quick := await self._quickly(keys, names)) is not None:
-            return {key: detached(self.mapper, names, row[1:]) for key, row in quick.items()}
         rows = await self._rows(keys, _entity_statement(self.mapper, self._schemas))
         return {key: row[1] for key, row in rows.items()}
 
@@ -71,22 +62,6 @@ class Reader:
         if isinstance(pool, QueuePool) and 0 <= pool._max_overflow <= pool.overflow() and not pool.checkedin():
             return READ_LIMIT + (pool.timeout() or QUEUE_LIMIT)
         return READ_LIMIT
-
-    async def _quickly(self, keys: Sequence[Key], names: ColumnNames) -> dict[Key, Sequence[Any]] | None:
-        """None if the ORM has to be asked."""
-        if not isinstance(self.source, AsyncEngine) or not is_plain(self.mapper, self.source.sync_engine):
-            return None
-        engine = self.source.sync_engine
-        one = len(keys) == 1 and not any(key.type._has_bind_expression for key in self.mapper.primary_key)
-        query = _query(self.mapper, self._schemas, names, engine.dialect, one=one)
-        found: dict[Key, Sequence[Any]] = {}
-        for chunk, parameters in [(keys, _parameters(keys[0]))] if one else _chunks(keys):
-            async with asyncio.timeout(self._limit):
-                rows = await greenlet_spawn(query.rows, engine, parameters)
-            if rows is None:
-                return None
-            found.update((chunk[row[0] - 1], row) for row in rows)
-        return found
 
     async def _rows(self, keys: Sequence[Key], statement: Select[Any]) -> dict[Key, Sequence[Any]]:
         found: dict[Key, Sequence[Any]] = {}
@@ -122,19 +97,6 @@ def _chunks(keys: Sequence[Key]) -> Iterator[tuple[Sequence[Key], dict[str, Any]
 
 def _parameters(values: Iterable[Any]) -> dict[str, Any]:
     return {f"keys_{n}": value for n, value in enumerate(values)}
-
-
-@lru_cache(maxsize=256)
-def _query(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, dialect: Dialect, *, one: bool) -> Query:
-    """For one row by itself, since for an array PostgreSQL makes a plan each time, which takes longer than the rest."""
-    columns = [mapper.columns[name] for name in names]
-    if one:
-        keys = enumerate(mapper.primary_key)
-        is_it = [key == cast(bindparam(f"keys_{n}", type_=key.type), key.type) for n, key in keys]
-        return Query(select(literal_column("1"), *columns).where(*is_it), schemas, dialect)
-    wanted, match = _wanted(mapper, [*mapper.primary_key])
-    statement = select(wanted.c.position.cast(Integer), *columns).select_from(wanted).join(mapper.local_table, match)
-    return Query(statement, schemas, dialect)
 
 
 @lru_cache(maxsize=256)  # making a statement takes as long as running it

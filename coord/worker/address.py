@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 2.0
 """Until a connection, or an answer, counts as lost."""
-_OWN = ("host", "port", "unix_socket_path", "ssl", "ssl_keyfile", "ssl_certfile", "ssl_cert_reqs", "ssl_ca_certs")
+_OWN: tuple[str, ...] = (
+    "host",
+    "port",
+    "unix_socket_path",
+    "ssl",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_cert_reqs",
+    "ssl_ca_certs",
+)
 _OWN += ("ssl_ca_data", "ssl_check_hostname")
 
 

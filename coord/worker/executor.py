@@ -146,13 +146,11 @@ class Executor:
             raise
         except BaseException as caught:  # noqa: BLE001 - it is the task's, and is recorded
             error = caught
-        running.task, task = None, running.task  # from here on nobody cancels it
-        if task is not None and running.unwanted:
-            task.uncancel()
+        running.task = None  # from here on nobody cancels it
         await call(hooks.on_job_end, ctx)
         if error is None and attempt.entered and not attempt.applied:
             error = attempt.failure or RuntimeError("its job_transaction was not committed")
-        outcome = await (self._returned(attempt, result) if error is None else self._raised(running, error, task))
+        outcome = await (self._returned(attempt, result) if error is None else self._raised(running, error))
         await call(hooks.after_job_end, ctx)
         return outcome
 
@@ -176,7 +174,7 @@ class Executor:
             await self._finalizer.keep_result(attempt, kept)
         return JobState.DONE
 
-    async def _raised(self, running: RunningJob, error: BaseException, task: asyncio.Task[Any] | None) -> str:
+    async def _raised(self, running: RunningJob, error: BaseException) -> str:
         attempt = running.attempt
         if attempt.applied:
             if not isinstance(error, asyncio.CancelledError):
@@ -187,8 +185,7 @@ class Executor:
         if running.unwanted:
             return await self._finalizer.cancelled(attempt) or "superseded"
         if isinstance(error, asyncio.CancelledError):
-            if task is not None and task.cancelling():  # the worker stops
-                task.uncancel()
+            if running.stopping:
                 return "handed back" if await self._finalizer.handed_back(attempt) else "superseded"
             error = RuntimeError("the task has cancelled itself")
         return await self._ended_by(attempt, error) or "superseded"

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from redis.exceptions import RedisError, ResponseError
 
@@ -78,7 +78,7 @@ class Fetcher:
         """Whether the feed may have more than was popped: then nothing is waited for."""
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Fetcher:
+    async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="coord fetcher")
         return self
 
@@ -118,15 +118,16 @@ class Fetcher:
         self._running.changed.clear()
         free = 0 if self._draining or not self._gate.is_open() else self._running.free
         if free <= 0 and not self._commands:
-            return await self._idle()
+            await self._idle()
+            return
         asked = asyncio.get_running_loop().time()
         popped = await self._exchange(free)
         if free <= 0:
-            return None
+            return
         if self._freshness.is_late(asked, waited=BLOCK_SECONDS if not self._more else 0.0):
             if popped:
                 logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
-            return None
+            return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
         for message, raw, score in await self._sound(popped):
             self._start(message, raw, score)

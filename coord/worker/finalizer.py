@@ -15,7 +15,7 @@ from sqlalchemy.exc import DBAPIError
 
 from coord.errors import LockTimeoutError
 from coord.hints.changes import collect
-from coord.jobs.ledger import Job, JobState, attempts, cancellations, job_mapper, jobs
+from coord.jobs.ledger import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.session import create_db_context
 from coord.transient import is_transient
@@ -94,7 +94,7 @@ class Finalizer:
         return state
 
     async def _executed(self, session: AsyncSession, _attempt: Attempt, statement: Any) -> None:
-        await session.execute(statement)
+        await session.run_sync(execute, statement)
 
     async def _failed(
         self, session: AsyncSession, attempt: Attempt, error: BaseException, reason: str
@@ -151,9 +151,11 @@ class Finalizer:
         who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
         which = {"job_id": attempt.job_id, "number": attempt.message.attempt, "began": attempt.began}
         values = {**which, **who, **found, "outcome": outcome}
-        await session.execute(insert(attempts).values(values).on_conflict_do_nothing())
+        await session.run_sync(execute, insert(attempts).values(values).on_conflict_do_nothing())
 
-    async def _persistent(self, write: Callable[..., Awaitable[Any]], attempt: Attempt, *arguments: Any) -> Any:
+    async def _persistent(
+        self, write: Callable[..., Awaitable[JobState | None]], attempt: Attempt, *arguments: Any
+    ) -> JobState | None:
         pause = LEDGER_PAUSE_SECONDS[0]
         while True:
             try:
@@ -184,7 +186,7 @@ _lock = (
 async def _locked(session: AsyncSession, attempt: Attempt) -> RowMapping | None:
     """The job's row, if it is still this attempt's to end; what a dead worker leaves is bounded as for its effect."""
     bounds = {"idle": f"{attempt.idle_limit * 1000:.0f}ms", "lock": attempt.worker_lock}
-    return (await session.execute(_lock, ours(attempt) | bounds)).mappings().one_or_none()
+    return (await session.run_sync(execute, _lock, ours(attempt) | bounds)).mappings().one_or_none()
 
 
 async def _is_waited_out(session: AsyncSession, attempt: Attempt, error: BaseException) -> bool:
@@ -192,23 +194,23 @@ async def _is_waited_out(session: AsyncSession, attempt: Attempt, error: BaseExc
     if not isinstance(error, LockTimeoutError):
         return False
     first = select(func.min(attempts.c.began)).where(attempts.c.job_id == attempt.job_id)
-    began: datetime = await session.scalar(first) or attempt.began
+    began: datetime = (await session.run_sync(execute, first)).scalar() or attempt.began
     waited = (datetime.now(UTC) - began).total_seconds()
     logger.warning("Job %s has waited %.0f s for a lock, and goes on: %s", attempt.job_id, waited, error)
     return waited < LOCK_PATIENCE_SECONDS
 
 
 def _write(session: Session, job_id: UUID, values: dict[str, Any]) -> None:
-    session.execute(update(jobs).where(jobs.c.id == job_id).values(values))
-    session.execute(delete(cancellations).where(cancellations.c.job_id == job_id))
+    execute(session, update(jobs).where(jobs.c.id == job_id).values(values))
+    execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
     collect(session, (job_mapper, (job_id,)))
 
 
 def _put_off(session: Session, row: RowMapping, wait: float, values: dict[str, Any]) -> None:
     """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
     due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
-    session.execute(update(jobs).where(jobs.c.id == row["id"]).values(values | due))
-    job = Job.snapshot({column.name: row[column.name] for column in jobs.c} | values)
+    execute(session, update(jobs).where(jobs.c.id == row["id"]).values(values | due))
+    job = Job(**{column.name: row[column.name] for column in jobs.c} | values)
     job.due_in = wait
     collect(session, (job_mapper, (job.id,)), job)
 

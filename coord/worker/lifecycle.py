@@ -80,9 +80,7 @@ class Lifecycle:
             if len(self.running):
                 logger.info("Stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
             await self._ended(self._config.grace, hurry=True)
-            for job in self.running:
-                if job.task is not None:
-                    job.task.cancel()
+            self.running.stop()
             await self._ended(CANCELLED_SECONDS, hurry=False)
         await self._stack.aclose()
 

@@ -52,7 +52,7 @@ class Patience(Retry):
     """
 
     def __init__(self) -> None:
-        super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type, no-untyped-call]
+        super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type]
         self._main: asyncio.Task[Any] | None = None
         self._outage = Outage(
             logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"

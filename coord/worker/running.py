@@ -26,6 +26,8 @@ class RunningJob:
     """What runs it, as long as it may be cancelled."""
     unwanted: bool = False
     """Whether somebody has cancelled the job."""
+    stopping: bool = False
+    """Whether it is cancelled since its worker stops."""
 
 
 class RunningJobs:
@@ -69,6 +71,13 @@ class RunningJobs:
             del self._by_id[running.message.id]
             self._board.remove(running.slot)
             self.changed.set()
+
+    def stop(self) -> None:
+        """The worker has no more time for them."""
+        for running in self:
+            if running.task is not None:
+                running.stopping = True
+                running.task.cancel()
 
     def cancel(self, job_id: UUID) -> None:
         """Somebody wants the job cancelled."""

@@ -15,6 +15,7 @@ import struct
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -193,7 +194,7 @@ def statements(told: dict[str, Any]) -> tuple[Any, Any]:
         "stopping": sa.bindparam("stops", type_=sa.Boolean),
     }
     beat = {"beats": table.c.beats + 1, "beat_at": sa.func.clock_timestamp(), **own}
-    row = {name: sa.bindparam(f"own_{name}", type_=sa.Text) for name in ("queue", "host")}
+    row: dict[str, Any] = {name: sa.bindparam(f"own_{name}", type_=sa.Text) for name in ("queue", "host")}
     row |= {"pid": sa.bindparam("own_pid", type_=sa.Integer)}
     row |= {"tasks": sa.cast(sa.bindparam("own_tasks", type_=sa.Text), sa.JSON)}
     return sa.update(table).where(table.c.id == worker).values(beat), sa.insert(table).values(
@@ -204,8 +205,7 @@ def statements(told: dict[str, Any]) -> tuple[Any, Any]:
 def processor_time(pid: int) -> int:
     """Clock ticks that a process has used; 0 where the system does not tell."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return 0
     return int(fields[11]) + int(fields[12])

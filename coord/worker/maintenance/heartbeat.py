@@ -1,4 +1,4 @@
-"""The heartbeat: a process beside the worker says that it lives, also while a task keeps everything else from running."""
+"""The heartbeat: a process beside the worker says that it lives, also while a task lets nothing else run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import delete, event, insert
 from sqlalchemy.exc import ProgrammingError
@@ -65,9 +65,9 @@ class Heartbeat:
     @property
     def is_credible(self) -> bool:
         """Whether others know that this worker lives."""
-        return time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
+        return bool(time.monotonic() - self.board.beaten < CREDIBLE_SECONDS)
 
-    async def __aenter__(self) -> Heartbeat:
+    async def __aenter__(self) -> Self:
         event.listen(engine_of(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
         try:
             await self._enrol()

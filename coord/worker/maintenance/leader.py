@@ -65,7 +65,7 @@ class Leader(Loop):
 
     async def round(self) -> None:
         asked = time.monotonic()
-        seconds, microseconds = await self._redis.time()  # type: ignore[no-untyped-call]
+        seconds, microseconds = await self._redis.time()
         self._clock.set(seconds, microseconds, asked)
         if self._is_served():
             self._board.redis_answered = time.monotonic()

@@ -133,9 +133,7 @@ class Rescuer(Loop):
             elif to_blame:
                 changes[row.id] = self._counted(row)
             elif stopping and row.hand_backs >= MAX_HAND_BACKS:
-                changes[row.id] = _end(
-                    JobState.FAILED, HANDED_BACK
-                )
+                changes[row.id] = _end(JobState.FAILED, HANDED_BACK)
             else:
                 uncounted = {"uncounted": row.uncounted + 1, "hand_backs": row.hand_backs + stopping}
                 changes[row.id] = _next(row, 0.0) | uncounted
