@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 2.0
 """Until a connection, or an answer, counts as lost."""
-_OWN: tuple[str, ...] = (
+_OWN = (
     "host",
     "port",
     "unix_socket_path",
@@ -27,8 +27,9 @@ _OWN: tuple[str, ...] = (
     "ssl_certfile",
     "ssl_cert_reqs",
     "ssl_ca_certs",
+    "ssl_ca_data",
+    "ssl_check_hostname",
 )
-_OWN += ("ssl_ca_data", "ssl_check_hostname")
 
 
 @dataclass(frozen=True, slots=True)
