@@ -54,7 +54,7 @@ class Lifecycle:
         self.fetcher: Fetcher | None = None
         self._heartbeat: Heartbeat | None = None
         self._executor: Executor | None = None
-        self._registry: WorkerRegistry | None = None
+        self.registry: WorkerRegistry | None = None
         self._queued: QueuedJobs | None = None
 
     async def start(self) -> None:
@@ -62,6 +62,7 @@ class Lifecycle:
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
+        logger.info("Takes jobs of the queue %s, %d at a time", self._config.queue, self._config.max_jobs)
 
     def hurry(self) -> None:
         """Leave no more grace."""
@@ -77,8 +78,7 @@ class Lifecycle:
                 await self._run_what_is_due()
             self._heartbeat.board.stopping = True
             self.fetcher.drain()
-            if len(self.running):
-                logger.info("Stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
+            logger.info("This worker stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
             await self._ended(self._config.grace, hurry=True)
             self.running.stop()
             await self._ended(CANCELLED_SECONDS, hurry=False)
@@ -97,7 +97,7 @@ class Lifecycle:
         coordinator.outage = outage
         await stack.enter_async_context(coordinator)
         clock = RedisClock()
-        registry = self._registry = WorkerRegistry(engine, config.queue, worker)
+        registry = self.registry = WorkerRegistry(engine, config.queue, worker)
         freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
         heartbeat = self._heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
         numbers = {name: number for number, name in enumerate(config.tasks)}
@@ -143,11 +143,11 @@ class Lifecycle:
         """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over."""
         assert self._queued is not None
         assert self.running is not None
-        assert self._registry is not None
+        assert self.registry is not None
         due = jobs.c.scheduled_at <= func.now(), jobs.c.task.in_([*self._config.tasks])
         while not self._hurry.is_set():
             found = {row.id for row in await self._queued.ids(*due)}
-            found -= {job_id for job_id, _ in self._registry.held_elsewhere}
+            found -= {job_id for job_id, _ in self.registry.held_elsewhere}
             if not found and not len(self.running):
                 return
             await asyncio.sleep(BURST_SECONDS)

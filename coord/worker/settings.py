@@ -126,6 +126,7 @@ class _Host:
         await _refuse_cluster(ctx["redis"])
         lifecycle = Lifecycle(_config(self._made, self._own, self._given), ctx)
         await lifecycle.start()
+        ctx["coord.lifecycle"] = lifecycle
         main.add_done_callback(lambda ended: _begin_stopping(ctx, lifecycle, ended))
 
     async def on_shutdown(self, ctx: dict[Any, Any]) -> None:
