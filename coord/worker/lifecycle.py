@@ -86,7 +86,7 @@ class Lifecycle:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config, worker, keys = self._config, new_id(), self._config.keys
-        outage = Outage(logger, away="Redis does not serve this worker, jobs wait", back="Redis is back")
+        outage = Outage(logger, away="Redis does not serve this worker, jobs wait", back="Redis serves this worker again")
         maintenance = another(engine_of(config.session_maker))
         stack.push_async_callback(maintenance.dispose)
         engine = maintenance.execution_options(isolation_level="AUTOCOMMIT")

@@ -152,15 +152,17 @@ class Reconciler(Loop):
                 yield page
             return
         last, first = RECENT_SECONDS
+        if head is None:
+            yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last))
+            return
         yield await self._queued.ids(jobs.c.scheduled_at > _ago(first), jobs.c.scheduled_at <= _ago(last))
-        yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last), *([] if head is None else [_before(head)]))
+        yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last), _before(head))
         if self._missing:
             ids = [job_id for job_id, _ in list(self._missing)[:PAGE]]
             yield await self._queued.ids(due, jobs.c.id.in_(ids))
-        if head is not None:
-            rest = await self._queued.ids(due, limit=REST, after=self._rest)
-            self._rest = rest[-1] if len(rest) == REST else None
-            yield rest
+        rest = await self._queued.ids(due, limit=REST, after=self._rest)
+        self._rest = rest[-1] if len(rest) == REST else None
+        yield rest
 
     async def _compare(self, rows: Sequence[Row[Any]], now: int, missing: dict[Key, float]) -> None:
         absent = [row for row in rows if row.id is not None]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from coord.queue.keys import QueueKeys
 
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.5
 """Between two looks whether something has come due; less if it is known to come before."""
 READ_SECONDS = 10.0
 """Between two looks into the ledger."""
