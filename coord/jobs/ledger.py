@@ -182,6 +182,8 @@ class Worker(Ledger):
     """What it can run: the signature of each task by its name."""
     stopping: Mapped[bool] = mapped_column(server_default=false())
     """Whether it was told to stop: if it dies now, no job is to blame."""
+    dead: Mapped[bool] = mapped_column(server_default=false())
+    """Whether its heartbeat has seen it die."""
 
 
 class Queue(Ledger):

@@ -58,7 +58,8 @@ ALTER TABLE coord_jobs
     """
 ALTER TABLE coord_workers
     ADD COLUMN tasks json NOT NULL DEFAULT '{}',
-    ADD COLUMN stopping boolean NOT NULL DEFAULT false
+    ADD COLUMN stopping boolean NOT NULL DEFAULT false,
+    ADD COLUMN dead boolean NOT NULL DEFAULT false
 """,
     """
 CREATE FUNCTION coord_from_version_1() RETURNS trigger LANGUAGE plpgsql AS $$

@@ -67,11 +67,13 @@ class Executor:
             self._spawn(self._refuse(attempt, refusal))
             return
         running = self._running.add(message, attempt)
-        running.task = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
+        running.task = running.runner = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
         running.task.add_done_callback(lambda _task: self._running.remove(running))  # also if it never began
 
-    async def settled(self) -> None:
-        """Return when nothing is on its way back any more."""
+    async def abandon(self) -> None:
+        """What is still on its way back is found by others."""
+        for task in self._refusals:
+            task.cancel()
         if self._refusals:
             await asyncio.wait(self._refusals)
 

@@ -35,7 +35,7 @@ IDLE_SECONDS = 0.5
 """Between two looks whether the worker may take something."""
 BACKOFF_SECONDS = (0.1, 2.0)
 """Before the second attempt to reach Redis, and before any later one at most."""
-LATER_MILLISECONDS = 1000
+LATER_MILLISECONDS = 500
 """After which a job that cannot be run here now is offered again."""
 
 

@@ -38,6 +38,8 @@ logger = logging.getLogger("arq.coord")
 
 CANCELLED_SECONDS = 5.0
 """For cancelled tasks to roll back, and for their jobs to be handed back."""
+ABANDONED_SECONDS = 1.0
+"""For tasks that do not end when they are cancelled."""
 BURST_SECONDS = 0.2
 """Between two looks whether there is still something due."""
 
@@ -82,11 +84,14 @@ class Lifecycle:
             await self._ended(self._config.grace, hurry=True)
             self.running.stop()
             await self._ended(CANCELLED_SECONDS, hurry=False)
+            await self.running.abandon(ABANDONED_SECONDS)
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config, worker, keys = self._config, new_id(), self._config.keys
-        outage = Outage(logger, away="Redis does not serve this worker, jobs wait", back="Redis serves this worker again")
+        outage = Outage(
+            logger, away="Redis does not serve this worker, jobs wait", back="Redis serves this worker again"
+        )
         maintenance = another(engine_of(config.session_maker))
         stack.push_async_callback(maintenance.dispose)
         engine = maintenance.execution_options(isolation_level="AUTOCOMMIT")
@@ -105,7 +110,7 @@ class Lifecycle:
         executor = self._executor = Executor(
             config, running, Finalizer(config.session_maker, worker), self._context, worker_lock=lock_of(worker)
         )
-        stack.push_async_callback(executor.settled)
+        stack.push_async_callback(executor.abandon)
         gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
         fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, gate, outage)
         leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)

@@ -24,6 +24,8 @@ class RunningJob:
     slot: int
     task: asyncio.Task[Any] | None = None
     """What runs it, as long as it may be cancelled."""
+    runner: asyncio.Task[Any] | None = None
+    """The same, also while the end is written."""
     unwanted: bool = False
     """Whether somebody has cancelled the job."""
     stopping: bool = False
@@ -78,6 +80,14 @@ class RunningJobs:
             if running.task is not None:
                 running.stopping = True
                 running.task.cancel()
+
+    async def abandon(self, limit: float) -> None:
+        """Their ends could not be written in time; others find out."""
+        tasks = [running.runner for running in self if running.runner is not None]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=limit)
 
     def cancel(self, job_id: UUID) -> None:
         """Somebody wants the job cancelled."""

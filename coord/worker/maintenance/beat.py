@@ -1,7 +1,8 @@
 """The heartbeat's own process: it says that its parent lives, as long as it can see that it does.
 
 Run as a script, by its path, so that it imports little: the parent is told apart from one that is stopped by its event
-loop's or its Python thread's ticks, or else by the processor time that it uses. It ends with its parent.
+loop's or its Python thread's ticks, or else by the processor time that it uses. It ends with its parent, whose death
+and last jobs are the last that it says.
 """
 
 from __future__ import annotations
@@ -133,6 +134,12 @@ class Beats:
                 self._say(f"debug heartbeat: {type(error).__name__}: {error}")
             await asyncio.sleep(LOOK_SECONDS)
 
+    async def last(self) -> None:
+        """The parent has died: say so, and what it ran."""
+        async with asyncio.timeout(ANSWER_SECONDS), self._engine.connect() as connection:
+            named = {"named": self._as_json([*self._board.jobs()]), "stops": self._board.stopping}
+            await connection.execute(self._update, {"worker": self._told["worker"], "died": True, **named})
+
     async def _look(self) -> None:
         now = time.monotonic()
         if not self._is_alive(now):
@@ -155,6 +162,7 @@ class Beats:
 
     async def _beat(self, now: float, jobs: list[Named]) -> None:
         values = {"worker": self._told["worker"], "named": self._as_json(jobs), "stops": self._board.stopping}
+        values["died"] = False
         async with self._engine.connect() as connection:
             if not (await connection.execute(self._update, values)).rowcount:
                 self._say("warning This worker was taken for dead and its jobs were given to others; it takes new ones")
@@ -186,12 +194,13 @@ def statements(told: dict[str, Any]) -> tuple[Any, Any]:
     """The heartbeat, and the row of a worker that is not on the list any more."""
     import sqlalchemy as sa
 
-    names = ("id", "queue", "host", "pid", "jobs", "tasks", "beats", "beat_at", "stopping")
+    names = ("id", "queue", "host", "pid", "jobs", "tasks", "beats", "beat_at", "stopping", "dead")
     table = sa.table("coord_workers", *map(sa.column, names), schema=told["schema"])
     worker = sa.cast(sa.bindparam("worker"), sa.Uuid)
     own = {
         "jobs": sa.cast(sa.bindparam("named", type_=sa.Text), sa.JSON),
         "stopping": sa.bindparam("stops", type_=sa.Boolean),
+        "dead": sa.bindparam("died", type_=sa.Boolean),
     }
     beat = {"beats": table.c.beats + 1, "beat_at": sa.func.clock_timestamp(), **own}
     row: dict[str, Any] = {name: sa.bindparam(f"own_{name}", type_=sa.Text) for name in ("queue", "host")}
@@ -225,13 +234,17 @@ def main(file: int) -> None:
 
 async def _beat(told: dict[str, Any], board: Board) -> None:
     beats = Beats(board, told, _engine(told), redis_of(told["redis"]), lambda line: print(line, flush=True))
-    await beats.run(lambda: os.getppid() != told["pid"])
+    await beats.run(lambda: os.getppid() != told["pid"] or "eof" in told)
+    if os.getppid() != told["pid"]:
+        await beats.last()
 
 
 def _listen(told: dict[str, Any]) -> None:
     for line in sys.stdin.buffer:
         told |= json.loads(line)
-    os._exit(0)  # the parent has ended, or wants no heartbeat any more
+        if "end" in told:
+            os._exit(0)
+    told["eof"] = True
 
 
 def _engine(told: dict[str, Any]) -> Any:

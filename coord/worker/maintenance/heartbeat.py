@@ -89,6 +89,7 @@ class Heartbeat:
         self._ended = True
         event.remove(engine_of(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
         if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.write(_line({"end": True}))
             self._process.stdin.close()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=END_SECONDS)

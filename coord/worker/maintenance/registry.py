@@ -19,7 +19,7 @@ from coord.jobs.ledger import queues, workers
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -40,6 +40,8 @@ class Seen:
     since: float
     """When this heartbeat was first seen."""
     jobs: Mapping[str, Any]
+    died: bool = False
+    """Whether its heartbeat has seen it die."""
 
 
 class WorkerRegistry(Loop):
@@ -68,26 +70,27 @@ class WorkerRegistry(Loop):
 
     async def round(self) -> None:
         now = time.monotonic()
-        statement = select(queues.c.paused_at, workers.c.id, workers.c.beats, workers.c.jobs)
+        statement = select(queues.c.paused_at, workers.c.id, workers.c.beats, workers.c.jobs, workers.c.dead)
         both = queues.outerjoin(workers, workers.c.queue == queues.c.name)
         async with self._engine.connect() as connection:
             rows = (await connection.execute(statement.select_from(both).where(queues.c.name == self._queue))).all()
         self._outage.report(None)
         self.is_paused = any(row.paused_at is not None for row in rows)
-        self._note(now, {row.id: (row.beats, row.jobs) for row in rows if row.id is not None})
+        self._note(now, [row for row in rows if row.id is not None])
 
     def failed(self, error: Exception) -> None:
         self._outage.report(error)
 
-    def _note(self, now: float, found: Mapping[UUID, tuple[int, Mapping[str, Any]]]) -> None:
+    def _note(self, now: float, rows: Sequence[Any]) -> None:
         watched = now - self._looked <= BLINK_SECONDS
         seen = {}
-        for id_, (beats, jobs) in found.items():
-            last = self.seen.get(id_)
-            still = last is not None and last.beats == beats and watched
-            seen[id_] = Seen(beats, last.since if still and last is not None else now, jobs)
+        for row in rows:
+            last = self.seen.get(row.id)
+            still = last is not None and last.beats == row.beats and watched
+            seen[row.id] = Seen(row.beats, last.since if still and last is not None else now, row.jobs, row.dead)
         self._looked, self.seen = now, seen
-        self.dead = {id_: it for id_, it in seen.items() if now - it.since > DEAD_SECONDS and id_ != self._own}
+        dead = {id_: worker for id_, worker in seen.items() if worker.died or now - worker.since > DEAD_SECONDS}
+        self.dead = {id_: worker for id_, worker in dead.items() if id_ != self._own}
 
 
 def named(jobs: Mapping[str, Any]) -> set[tuple[UUID, int]]:
