@@ -140,8 +140,8 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
             assert (await how(office, jobs.pop("unheard")))[0] == "done"  # it was nobody's, and no death counts
             assert {await how(office, job) for job in jobs.values()} == {("done", 2, (2,))}
             assert all(pid == other.pid for job in jobs.values() for attempt, pid, _ in notes.of(job) if attempt == 2)
-            assert (await office.row(failing)).error == "ValueError: fail now"
-            assert (await office.row(unwanted)).state == "cancelled"
+            assert (await office.final(failing)).error == "ValueError: fail now"
+            assert (await office.final(unwanted)).state == "cancelled"
             assert len(notes.of(unwanted, "starts")) == 1
             if fault is signal.SIGSTOP:
                 worker.signal(signal.SIGCONT)
@@ -198,7 +198,7 @@ async def test_the_one_that_kills_its_workers_fails_and_its_neighbours_finish(of
 
             async def is_over() -> bool:
                 rows = [await office.row(job) for job in (poison, *neighbours)]
-                return all(row.state.is_final for row in rows) or worker.process.returncode is not None  # noqa: B023
+                return all(row.state.is_final for row in rows) or worker.process.returncode is not None
 
             await eventually(is_over, within=40)
             if worker.process.returncode is None:

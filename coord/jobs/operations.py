@@ -155,8 +155,8 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
             raise _not_found(job_id)
         if state is not JobState.QUEUED:
             return JobState(state)
-    # Kept until a reconciler has taken the job out of Redis, or its worker has ended it.
-    execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
+        # Until its worker has ended it.
+        execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
     collect(session, (job_mapper, (job_id,)), None if ended is None else Job(**ended))
     collect(session, (inspect(Cancellation), None))
     return JobState.RUNNING if running else JobState.CANCELLED

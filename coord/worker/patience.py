@@ -7,7 +7,7 @@ import logging
 import random
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from arq.worker import async_check_health
+from arq.worker import Worker, async_check_health
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -54,6 +54,8 @@ class Patience(Retry):
 
     def __init__(self) -> None:
         super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type]
+        self.closing: Callable[[], Awaitable[None]] = _nothing
+        """What is still to be done if arq cannot close for want of Redis."""
         self._main: asyncio.Task[Any] | None = None
         self._outage = Outage(
             logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"
@@ -74,6 +76,7 @@ class Patience(Retry):
                 answer = await do()
             except WAITED_OUT as error:
                 if not passes(error) or self._is_over():
+                    await self._gave_up()
                     await fail(error)  # type: ignore[arg-type]
                     raise
                 self._outage.report(error)
@@ -83,13 +86,23 @@ class Patience(Retry):
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_SECONDS[1])
 
+    async def _gave_up(self) -> None:
+        """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
+        if _is(asyncio.current_task(), Worker.close):
+            await self.closing()
+            raise SystemExit(0)
+
     def _is_over(self) -> bool:
         task = asyncio.current_task()
         if self._main is None or self._main.get_loop() is not asyncio.get_running_loop():
             self._main = task
-        return (self._main is not None and self._main.done()) or _is_check(task)
+        return (self._main is not None and self._main.done()) or _is(task, async_check_health)
 
 
-def _is_check(task: asyncio.Task[Any] | None) -> bool:
-    """`arq --check`, which makes its client by the settings of the worker."""
-    return task is not None and getattr(task.get_coro(), "__qualname__", "") == async_check_health.__qualname__
+async def _nothing() -> None:
+    """Nothing has been started."""
+
+
+def _is(task: asyncio.Task[Any] | None, function: Callable[..., Any]) -> bool:
+    """Whether the task is a call of that function of arq's: `--check` makes its client by a worker's settings."""
+    return task is not None and getattr(task.get_coro(), "__qualname__", "") == function.__qualname__

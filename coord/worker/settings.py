@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.durations import Seconds
+
+logger = logging.getLogger("arq.coord")
 
 KEEP_SECONDS = 7 * 86_400
 """That the ledger keeps jobs that have ended."""
@@ -118,6 +121,7 @@ class _Host:
         main = asyncio.current_task()
         assert main is not None
         self._patience.belongs_to(main)
+        self._patience.closing = lambda: self.on_shutdown(ctx)
         guard_forks()
         if "coord.stopping" in ctx:  # of a worker that ran before, and was not closed
             await ctx.pop("coord.stopping")
@@ -153,7 +157,8 @@ async def _stop(lifecycle: Lifecycle, *, burst: bool) -> None:
 
 async def _refuse_cluster(redis: Any) -> None:
     if (await redis.info("cluster")).get("cluster_enabled"):
-        raise SystemExit("coord cannot use a Redis Cluster, for which arq has no settings: give it a server of its own")
+        logger.critical("coord cannot use a Redis Cluster, for which arq has no settings: give it a server of its own")
+        raise SystemExit(1)
 
 
 def _config(made: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> WorkerConfig:

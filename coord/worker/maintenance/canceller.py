@@ -1,4 +1,4 @@
-"""Which of the jobs that run here somebody has cancelled."""
+"""Which of the jobs that run here somebody has cancelled, or given to another worker."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ class Canceller(Loop):
     listening = rung
 
     async def round(self) -> None:
-        ids = [running.message.id for running in self._running]
-        if not ids:
+        running = {job.message.id: job.message.attempt for job in self._running}
+        if not running:
             return
-        ended = select(jobs.c.id).where(jobs.c.id.in_(ids), jobs.c.state == JobState.CANCELLED)
-        wished = select(cancellations.c.job_id).where(cancellations.c.job_id.in_(ids))
+        found = select(jobs.c.id, jobs.c.attempt, jobs.c.state).where(jobs.c.id.in_(running))
+        wished = select(cancellations.c.job_id).where(cancellations.c.job_id.in_(running))
         async with self._engine.connect() as connection:
-            unwanted = list(await connection.scalars(ended.union_all(wished)))
+            rows = (await connection.execute(found)).all()
+            unwanted = {*await connection.scalars(wished)}
+        unwanted |= {row.id for row in rows if row.state is JobState.CANCELLED or row.attempt > running[row.id]}
         for job_id in unwanted:
             self._running.cancel(job_id)

@@ -18,7 +18,7 @@ logger = logging.getLogger("arq.coord")
 
 ROUND_SECONDS = 10.0
 """After which a round is given up: a server may be gone without a word."""
-END_SECONDS = 1.0
+END_SECONDS = 3.0
 """For the last round to end by itself: to cancel a statement may cost a connection."""
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SOON_SECONDS = 5.0
 """Until the next pruning, when there was more than one may delete."""
+FOLLOWER_SECONDS = 1.0
+"""Between two looks whether this worker leads."""
 BATCH = 1_000
 BATCHES = 20
 """At once, of each table; what is left waits for the next time."""
@@ -41,7 +43,7 @@ class Pruner(Loop):
 
     async def round(self) -> float | None:
         if not self._is_leader():
-            return SOON_SECONDS
+            return FOLLOWER_SECONDS
         return SOON_SECONDS if await self.prune() >= BATCHES * BATCH else None
 
     async def prune(self) -> int:
