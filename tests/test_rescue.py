@@ -98,7 +98,7 @@ async def held_up(observer: asyncpg.Connection, notes: Notes, jobs: dict[str, Jo
         notes.let("fail now")
 
         async def all_wait() -> bool:
-            statements = ("SAVEPOINT coord_lock", "SELECT coord_jobs", "UPDATE coord_workers")
+            statements = ("SELECT public.coord_lock", "SELECT coord_jobs", "UPDATE coord_workers")
             return min([await waiting_for_locks(observer, statement) for statement in statements]) == 1
 
         await eventually(all_wait)

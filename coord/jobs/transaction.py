@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
@@ -29,6 +29,7 @@ CONNECTION_CHECK = 1.0
 """Seconds until the backend of a killed worker notices, also while it waits for a lock."""
 CONNECTION_TRIES = 3
 """Connections that one attempt may find dead before its first statement."""
+APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
 IDLE_LIMIT = 8.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
@@ -61,18 +62,23 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
     session, transaction = await _claimed(attempt)
-    failure: BaseException | None = None
+    failure, returned = None, False
     try:
         async with leaving(transaction):
-            yield session
-            failure = _swallowed(session)
+            try:
+                yield session
+                returned = True
+            finally:
+                failure = _swallowed(session)
         if not attempt.applied:  # SQLAlchemy leaves the block without a word
-            raise InvalidRequestError("its transaction was ended in the block")
-    except SQLAlchemyError as error:
-        if failure is None and not isinstance(error, InvalidRequestError):
-            raise
-        reason = "job_transaction has applied nothing: its transaction had failed or was ended."
-        raise InvalidRequestError(reason) from failure or error
+            raise InvalidRequestError(APPLIED_NOTHING)
+    except InvalidRequestError as error:
+        error.__cause__ = error.__cause__ or failure
+        raise
+    except DBAPIError:
+        if returned and failure is not None:  # the commit is refused in other words than what had failed before
+            raise InvalidRequestError(APPLIED_NOTHING) from failure
+        raise
     finally:
         del session.info[ATTEMPT]
         await closed(session)

@@ -83,7 +83,7 @@ def _on_error(context: ExceptionContext) -> None:
             lost = InterfaceError(context.statement, None, error, connection_invalidated=True)
             raise lost from error
     else:
-        note_failure(connection, error)
+        note_failure(connection, context.sqlalchemy_exception or error)
 
 
 def _is_lost(connection: Connection, error: Exception) -> bool:
