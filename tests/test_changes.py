@@ -32,6 +32,15 @@ class Author(Base):
     items: Mapped[list[Item]] = relationship(Item, primaryjoin=USERS.c.id == foreign(Item.user_id))
 
 
+class Favoured(Base):
+    """An item that may have another one for its favourite."""
+
+    __table__ = table_of(Item)
+    favourite: Mapped[Item | None] = relationship(
+        Item, primaryjoin=foreign(table_of(Item).c.user_id) == remote(ITEMS.c.id), post_update=True, uselist=False
+    )
+
+
 @contextmanager
 def observed(engine: AsyncEngine) -> Iterator[list[Any]]:
     """The keys of the rows that are told of, with their class."""
@@ -92,3 +101,91 @@ async def test_a_session_that_only_reads_tells_nothing(
             await session.get(User, 1)
             await session.commit()
         assert told == []
+
+
+async def test_a_row_that_was_set_to_what_it_was_is_not_told_of(
+    engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
+) -> None:
+    async with session_maker() as session:
+        user = User(id=1, name="as it was")
+        session.add(user)
+        await session.commit()
+        with observed(engine) as told:
+            await session.refresh(user)
+            user.name = "something else"
+            user.name = "as it was"
+            assert session.dirty
+            await session.commit()
+        assert told == []
+
+
+async def test_a_column_set_to_an_expression_is_a_change(
+    engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
+) -> None:
+    async with session_maker() as session:
+        user = User(id=1, name="a")
+        session.add(user)
+        await session.commit()
+        with observed(engine) as told:
+            user.name = func.upper(User.name)
+            await session.commit()
+        assert told == [(User, (1,))]
+
+
+async def test_a_row_changed_after_it_was_flushed_is_told_of(
+    engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
+) -> None:
+    """By a relationship with `post_update`, whose column is set when both rows are there."""
+    async with session_maker() as session:
+        favourite = Item(id=7)
+        owner = Favoured(id=5)
+        session.add_all([favourite, owner])
+        await session.commit()
+        with observed(engine) as told:
+            owner.favourite = favourite
+            await session.commit()
+        assert (Favoured, (5,)) in told
+
+
+async def test_rows_are_told_of_where_their_engine_is_observed(
+    engine: AsyncEngine, database_url: str, session_maker: async_sessionmaker[AsyncSession]
+) -> None:
+    """Whatever the session's own bind is, its `binds` say where a class goes, or a `get_bind` of the application's."""
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
+            is_write = self._flushing or isinstance(clause, Update | Delete)
+            return engine.sync_engine if is_write else other.sync_engine
+
+    other = create_async_engine(database_url)
+    by_class = async_sessionmaker(bind=other, binds={User: engine}, expire_on_commit=False)
+    by_rule = async_sessionmaker(sync_session_class=Routing, expire_on_commit=False)
+    with observed(engine) as told, observed(other) as elsewhere:
+        async with by_class() as session:
+            session.add_all([User(id=1), Item(id=1)])
+            await session.execute(update(User).values(name="after"))
+            await session.execute(update(Item).values(user_id=None))
+            collect(session.sync_session, (inspect(User), (9,)))
+            await session.commit()
+            assert told == [(User, (1,)), (User, None), (User, (9,))]
+            assert elsewhere == [(Item, (1,)), (Item, None)]
+        told.clear()
+        elsewhere.clear()
+        async with by_rule() as session:
+            session.add(Item(id=2))
+            await session.flush()
+            await session.execute(update(Item).values(user_id=None))
+            collect(session.sync_session, (inspect(Item), (9,)))
+            await session.commit()
+        assert (told, elsewhere) == ([(Item, (2,)), (Item, None), (Item, (9,))], [])
+    await other.dispose()
+
+
+async def test_sessions_without_one_engine_of_their_own_wake_waits_too(
+    engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
+) -> None:
+    async with engine.connect() as connection, AsyncSession(connection) as session:
+        with observed(engine) as told:
+            session.add(User(id=1))
+            await session.commit()
+        assert told == [(User, (1,))]

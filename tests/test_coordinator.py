@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from sqlalchemy import delete, event, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 
 import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
@@ -218,7 +218,9 @@ async def test_nothing_is_left_on_sqlalchemys_classes(session_maker: SessionMake
     def listening() -> set[bool]:
         changes = coordinator._changes
         return {
-            event.contains(Session, "after_flush", changes._after_flush),
+            event.contains(Mapper, "after_insert", changes._after_insert),
+            event.contains(Mapper, "after_update", changes._after_update),
+            event.contains(Mapper, "after_delete", changes._after_delete),
             event.contains(Session, "do_orm_execute", changes._do_orm_execute),
             event.contains(Session, "after_commit", changes._after_commit),
             event.contains(Session, "after_soft_rollback", changes._after_soft_rollback),
