@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.subscriber import Listener
     from coord.hints.changes import Changed
+    from coord.hints.subscriber import Listener
     from coord.postgresql.schemas import Schemas
 
 

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy.orm import Mapped, foreign, relationship
+from sqlalchemy import Delete, Update, func, inspect, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import Mapped, Session, foreign, relationship
 
-from coord.hints.changes import Changes
+from coord.hints.changes import Changes, collect
 from tests.models import Base, Document, Item, User, table_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
 
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord.hints.changes import Change
 
@@ -32,12 +33,12 @@ class Author(Base):
     items: Mapped[list[Item]] = relationship(Item, primaryjoin=USERS.c.id == foreign(Item.user_id))
 
 
-class Favoured(Base):
-    """An item that may have another one for its favourite."""
+class Owned(Base):
+    """An item whose owner is set once both rows are there."""
 
     __table__ = table_of(Item)
-    favourite: Mapped[Item | None] = relationship(
-        Item, primaryjoin=foreign(table_of(Item).c.user_id) == remote(ITEMS.c.id), post_update=True, uselist=False
+    owner: Mapped[User | None] = relationship(
+        User, primaryjoin=foreign(table_of(Item).c.user_id) == USERS.c.id, post_update=True, overlaps="items"
     )
 
 
@@ -135,22 +136,20 @@ async def test_a_column_set_to_an_expression_is_a_change(
 async def test_a_row_changed_after_it_was_flushed_is_told_of(
     engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
 ) -> None:
-    """By a relationship with `post_update`, whose column is set when both rows are there."""
+    """By a relationship with `post_update`."""
     async with session_maker() as session:
-        favourite = Item(id=7)
-        owner = Favoured(id=5)
-        session.add_all([favourite, owner])
+        owner, item = User(id=1), Owned(id=2)
+        session.add_all([owner, item])
         await session.commit()
         with observed(engine) as told:
-            owner.favourite = favourite
+            await session.refresh(item, ["owner"])
+            item.owner = owner
             await session.commit()
-        assert (Favoured, (5,)) in told
+        assert told == [(Owned, (2,))]
 
 
-async def test_rows_are_told_of_where_their_engine_is_observed(
-    engine: AsyncEngine, database_url: str, session_maker: async_sessionmaker[AsyncSession]
-) -> None:
-    """Whatever the session's own bind is, its `binds` say where a class goes, or a `get_bind` of the application's."""
+async def test_rows_are_told_of_where_their_engine_is_observed(engine: AsyncEngine, database_url: str) -> None:
+    """A session's `binds` say where a class goes, or a `get_bind` of the application's own."""
 
     class Routing(Session):
         def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
@@ -167,8 +166,8 @@ async def test_rows_are_told_of_where_their_engine_is_observed(
             await session.execute(update(Item).values(user_id=None))
             collect(session.sync_session, (inspect(User), (9,)))
             await session.commit()
-            assert told == [(User, (1,)), (User, None), (User, (9,))]
-            assert elsewhere == [(Item, (1,)), (Item, None)]
+            assert set(told) == {(User, (1,)), (User, None), (User, (9,))}
+            assert set(elsewhere) == {(Item, (1,)), (Item, None)}
         told.clear()
         elsewhere.clear()
         async with by_rule() as session:
@@ -177,13 +176,12 @@ async def test_rows_are_told_of_where_their_engine_is_observed(
             await session.execute(update(Item).values(user_id=None))
             collect(session.sync_session, (inspect(Item), (9,)))
             await session.commit()
-        assert (told, elsewhere) == ([(Item, (2,)), (Item, None), (Item, (9,))], [])
+        assert told == [(Item, (2,)), (Item, None), (Item, (9,))]
+        assert elsewhere == []
     await other.dispose()
 
 
-async def test_sessions_without_one_engine_of_their_own_wake_waits_too(
-    engine: AsyncEngine, session_maker: async_sessionmaker[AsyncSession]
-) -> None:
+async def test_rows_of_a_session_bound_to_one_connection_are_told_of(engine: AsyncEngine) -> None:
     async with engine.connect() as connection, AsyncSession(connection) as session:
         with observed(engine) as told:
             session.add(User(id=1))

@@ -60,7 +60,7 @@ class Counter:
 
     async def hears_nothing(self) -> bool:
         assert self.coordinator._bell is not None
-        return not self.coordinator._bell._listeners
+        return not self.coordinator._bell._subscriber._listeners
 
     async def holds_no_connection(self) -> bool:
         return "Current Checked out connections: 0" in self.engine.pool.status()

@@ -92,7 +92,9 @@ async def test_what_was_published_is_sent_before_the_end(redis_url: str) -> None
 
 async def test_commands_are_carried_out_in_order_and_the_last_word_on_a_key_counts(scene: Scene) -> None:
     scene.publisher.publish({"a": [("SET", "publisher:a", "first")], "bell": [notice(b"1")]})
-    scene.publisher.publish({"a": [("SET", "publisher:a", "x"), ("APPEND", "publisher:a", "y")], "bell": [notice(b"1")]})
+    scene.publisher.publish(
+        {"a": [("SET", "publisher:a", "x"), ("APPEND", "publisher:a", "y")], "bell": [notice(b"1")]}
+    )
     assert scene.publisher.holds("a")
     await scene.has_heard(1)
     assert scene.heard == [b"1"]
@@ -108,7 +110,7 @@ async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scen
 
 
 async def test_what_cannot_be_sent_harms_nothing_that_comes_later(scene: Scene) -> None:
-    scene.publisher.publish({"a": [("SET", "a", object())]})  # type: ignore[dict-item]
+    scene.publisher.publish({"a": [("SET", "a", object())]})  # type: ignore[list-item]
     await eventually(lambda: asyncio.sleep(0, scene.told))
     scene.publish(1)
     await scene.has_heard(1)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from coord.hints.outage import Outage
     from coord.hints.publisher import Batch
-    from coord.hints.subscriber import Listener
 
 
 class Bell:

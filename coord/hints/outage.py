@@ -53,8 +53,7 @@ class Outage:
             self._failures = {
                 source: failure
                 for source, failure in self._failures.items()
-                if source not in over
-                or (failure.is_refusal and (source != of or now - failure.at < REFUSAL_SECONDS))
+                if source not in over or (failure.is_refusal and (source != of or now - failure.at < REFUSAL_SECONDS))
             }
             if not self._failures:
                 self._logger.warning("%s", self._back)

@@ -172,7 +172,7 @@ class Subscriber:
 
     async def _ask(self, pubsub: PubSub) -> None:
         self._asked_at = asyncio.get_running_loop().time()
-        await _bounded(pubsub.ping())  # type: ignore[no-untyped-call]
+        await _bounded(pubsub.ping())
 
     async def _read(self, pubsub: PubSub) -> None:
         loop = asyncio.get_running_loop()

@@ -31,7 +31,7 @@ class Link:
         async with self._turn:
             try:
                 async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                    return await self._client.execute_command(*command)
+                    return await self._client.execute_command(*command)  # type: ignore[no-untyped-call]
             except NoScriptError:
                 raise
             except ResponseError:
