@@ -274,6 +274,28 @@ async def test_a_listener_that_fails_does_not_end_the_bell(
     assert "of the listener's" in caplog.text
 
 
+async def test_what_redis_refuses_is_said_once_while_all_else_goes_on(
+    session_maker: SessionMaker, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here a user without the right to any channel but one."""
+    await redis.acl_setuser(
+        "deaf", enabled=True, nopass=True, reset_channels=True, channels=["allowed"], commands=["+@all"]
+    )
+    try:
+        async with Coordinator(session_maker, redis=redis_url.replace("//", "//deaf:any@")) as coordinator:
+            bell = coordinator._bell
+            assert bell is not None
+            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            for n in range(30):
+                bell.ring([b"refused", b"allowed"] if n % 2 else [b"allowed"])
+                await eventually(lambda: asyncio.sleep(0, not bell.holds(b"allowed")))
+    finally:
+        await redis.acl_deluser("deaf")
+    said = [record.message for record in caplog.records if record.name == "coord.bell"]
+    assert len(said) == 1
+    assert "permission" in said[0].lower()
+
+
 async def test_it_closes_at_any_moment_of_its_beginning(session_maker: SessionMaker, redis_url: str) -> None:
     """Before Python 3.12, redis-py may swallow the cancellation when it is told to end a send that takes too long."""
     for steps in range(50):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from redis.exceptions import ResponseError
 
 from coord.hints.client import close_client, own_client
 from coord.hints.publisher import Publisher, notice
@@ -18,6 +21,9 @@ if TYPE_CHECKING:
     from coord.hints.outage import Outage
     from coord.hints.publisher import Batch
 
+REFUSAL_SECONDS = 10.0
+"""How long what Redis has refused counts as refused, whatever else it does."""
+
 
 class Bell:
     """Rings and hears channels of one Redis, by one connection to publish and one to subscribe, as `redis` makes them.
@@ -29,6 +35,8 @@ class Bell:
     def __init__(self, redis: Redis, outage: Outage) -> None:
         self._client = own_client(redis.connection_pool)
         self._outage = outage
+        self._refused_until = 0.0
+        """On the loop's clock."""
         self._publisher = Publisher(self._client, self._published)
         self._subscriber = Subscriber(self._client, self._heard)
         self.listen = self._subscriber.listen
@@ -53,7 +61,12 @@ class Bell:
         self._publisher.publish({**batch, **{channel: [notice(channel)] for channel in channels}})
 
     def _published(self, error: Exception | None) -> None:
-        self._outage.report(error, "publisher")
+        """Commands of one kind may be refused while others are carried out: that is no end of it."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, ResponseError):
+            self._refused_until = now + REFUSAL_SECONDS
+        if error is not None or now >= self._refused_until:
+            self._outage.report(error, "publisher")
 
     def _heard(self, error: Exception | None) -> None:
         self._outage.report(error, "subscriber", everybody=True)
