@@ -52,7 +52,7 @@ class Subscriber:
         self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
         self._changes: dict[bytes, bool] = {}
-        """Channels to subscribe to (true) or to leave, in order; the last word on a channel counts."""
+        """Channels to subscribe to (true) or to leave; the last word on a channel counts."""
         self._wanted = asyncio.Event()
         """Whether there is something to write, or the connection is lost."""
         self._received_at = self._asked_at = 0.0
@@ -91,7 +91,6 @@ class Subscriber:
     def _change(self, channel: bytes, wanted: bool) -> None:
         if not self.connected:
             return  # whatever is in _listeners by then is subscribed to on connecting
-        self._changes.pop(channel, None)
         self._changes[channel] = wanted
         self._wanted.set()
 
