@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 from redis.asyncio import Redis
 
 from coord.hints.bell import Bell
-from coord.hints.changes import Changes
+from coord.hints.changes import Changes, written_to
 from coord.hints.channels import Channels
 from coord.hints.outage import Outage
 from coord.jobs.feed import hand_over
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from types import TracebackType
 
-    from arq import ArqRedis
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.bell import Listener
     from coord.hints.changes import Changed
+    from coord.hints.subscriber import Listener
     from coord.postgresql.schemas import Schemas
 
 
@@ -47,7 +46,7 @@ class Coordinator:
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given `ArqRedis` tells it how, and is not closed. At the block's end
+    own, one to publish and one to subscribe; a given client tells it how, and is not closed. At the block's end
     reads that nobody waits for any more are stopped, so that the engine can be disposed of.
     """
 
@@ -55,7 +54,7 @@ class Coordinator:
         self,
         session_maker: async_sessionmaker[AsyncSession],
         *,
-        redis: str | ArqRedis | None = None,
+        redis: str | Redis | None = None,
         namespace: str = "coord",
         max_waiters: int = MAX_WAITERS,
     ) -> None:
@@ -64,10 +63,9 @@ class Coordinator:
         if not isinstance(namespace, str) or not namespace:
             raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
-            raise ValueError(f"redis is a URL or an ArqRedis, not {redis!r}")
+            raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
         self._engine = engine_of(session_maker)
-        self._redis = Redis.from_url(redis, socket_connect_timeout=2) if isinstance(redis, str) else redis
-        self._owns_redis = isinstance(redis, str)
+        self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._namespace = namespace
         self.channels = Channels(namespace, self._engine.url.database or "")
         self.outage = Outage(
@@ -89,8 +87,6 @@ class Coordinator:
             stack.callback(setattr, self, "_loop", None)
             stack.push_async_callback(self._rest)  # the last of all: who is cancelled with the server leaves meanwhile
             if self._redis is not None:
-                if self._owns_redis:
-                    stack.push_async_callback(self._redis.aclose)
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             self._watcher = Watcher.of(self._engine)
@@ -117,8 +113,8 @@ class Coordinator:
         """
         mapper = mapper_of(model)
         key = None if pk_value is None else key_of(mapper, pk_value)
-        if engine_of(session).dialect is not self._engine.dialect:
-            raise ValueError("the session is of another engine than the coordinator's")
+        if written_to(session.sync_session, mapper) is not self._engine.dialect:
+            raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
         self._changes.add(session.sync_session, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:

@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from sqlalchemy import delete, event, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 
 import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
@@ -218,7 +218,9 @@ async def test_nothing_is_left_on_sqlalchemys_classes(session_maker: SessionMake
     def listening() -> set[bool]:
         changes = coordinator._changes
         return {
-            event.contains(Session, "after_flush", changes._after_flush),
+            event.contains(Mapper, "after_insert", changes._after_insert),
+            event.contains(Mapper, "after_update", changes._after_update),
+            event.contains(Mapper, "after_delete", changes._after_delete),
             event.contains(Session, "do_orm_execute", changes._do_orm_execute),
             event.contains(Session, "after_commit", changes._after_commit),
             event.contains(Session, "after_soft_rollback", changes._after_soft_rollback),
@@ -270,6 +272,28 @@ async def test_a_listener_that_fails_does_not_end_the_bell(
         coordinator.listen(b"a channel", listener)
         await eventually(heard)
     assert "of the listener's" in caplog.text
+
+
+async def test_what_redis_refuses_is_said_once_while_all_else_goes_on(
+    session_maker: SessionMaker, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here a user without the right to any channel but one."""
+    await redis.acl_setuser(
+        "deaf", enabled=True, nopass=True, reset_channels=True, channels=["allowed"], commands=["+@all"]
+    )
+    try:
+        async with Coordinator(session_maker, redis=redis_url.replace("//", "//deaf:any@")) as coordinator:
+            bell = coordinator._bell
+            assert bell is not None
+            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            for n in range(30):
+                bell.ring([b"refused", b"allowed"] if n % 2 else [b"allowed"])
+                await eventually(lambda: asyncio.sleep(0, not bell.holds(b"allowed")))
+    finally:
+        await redis.acl_deluser("deaf")
+    said = [record.message for record in caplog.records if record.name == "coord.bell"]
+    assert len(said) == 1
+    assert "permission" in said[0].lower()
 
 
 async def test_it_closes_at_any_moment_of_its_beginning(session_maker: SessionMaker, redis_url: str) -> None:

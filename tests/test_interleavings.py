@@ -14,7 +14,7 @@ from sqlalchemy import select, text
 
 import coord.waiting.watcher
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
-from coord.hints.bell import Bell
+from coord.hints.subscriber import Subscriber
 from coord.waiting.reading import Reader
 from tests.models import Account
 from tests.serving import all_given_back
@@ -211,7 +211,7 @@ async def play(world: World, script: list[tuple[Any, ...]]) -> None:
 
 def interpose(patch: pytest.MonkeyPatch, world: World) -> None:
     """Stand between the reads and their waiters, and between Redis and the bell."""
-    rows_of, handle = Reader._rows, Bell._handle
+    rows_of, on_message = Reader._rows, Subscriber._on_message
 
     async def gated(self: Reader, *arguments: Any) -> Any:
         await world.gates["before"].wait()
@@ -219,11 +219,11 @@ def interpose(patch: pytest.MonkeyPatch, world: World) -> None:
         await world.gates["after"].wait()
         return found
 
-    def lossy(self: Bell, message: list[Any]) -> None:
-        if message[0] == b"message" and world.lost:
+    def lossy(self: Subscriber, message: dict[str, Any]) -> None:
+        if message["type"] == "message" and world.lost:
             world.lost -= 1
         else:
-            handle(self, message)
+            on_message(self, message)
 
     patch.setattr(Reader, "_rows", gated)
-    patch.setattr(Bell, "_handle", lossy)
+    patch.setattr(Subscriber, "_on_message", lossy)

@@ -69,7 +69,7 @@ async def stopped_before(answer: int, office: Office) -> bool:
         await asyncio.sleep(0)
         proxy.stops_at = 0
         proxy.flows.set()
-        while not worker.running.done():  # redis-py may swallow a cancellation; see coord.hints.wire
+        while not worker.running.done():  # redis-py may swallow a cancellation; see coord.hints.client
             worker.running.cancel()
             await asyncio.wait([worker.running], timeout=0.5)
         await worker.stop()

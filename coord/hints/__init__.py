@@ -2,8 +2,9 @@
 
 changes.py    what a session's transaction has changed, once it has committed
 channels.py   what rows, tables and jobs are called
-publisher.py  saying it, in order
-bell.py       listening
-wire.py       a connection to Redis without a task of its own
+client.py     the redis-py client that all of this goes through
+publisher.py  sending it, in order
+subscriber.py hearing it
+bell.py       both, as one process uses them
 outage.py     saying once that Redis is away, and once that it is back
 """

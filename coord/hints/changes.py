@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event
-from sqlalchemy.orm import ORMExecuteState, Session
-
-from coord.target import column_names
+from sqlalchemy import event, update
+from sqlalchemy.orm import Mapper, Session
+from sqlalchemy.orm.attributes import get_history
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from sqlalchemy import Connection, Update
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.orm import InstanceState, Mapper, SessionTransaction, UOWTransaction
+    from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
 
     from coord.jobs.ledger import Job
     from coord.target import Key
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
 
 _CHANGES = "coord.changes"
 _observed: Counter[Dialect] = Counter()
-"""How often sessions are listened to, by their engine's dialect: each engine has its own."""
+"""How often an engine's changes are collected, by its dialect: each engine has its own."""
 
 
 class Changes:
-    """Collects the changes of every session whose engine has this dialect, whichever maker made it.
+    """Collects what sessions change by way of the engine with this dialect, whichever maker made them.
 
-    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`.
+    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`. Which
+    engine it was is asked of the connection that a row went by, as a session may have several.
     """
 
     def __init__(self, dialect: Dialect, tell: Tell) -> None:
@@ -43,71 +45,68 @@ class Changes:
 
     @contextmanager
     def observed(self) -> Iterator[None]:
-        """Listen on SQLAlchemy's `Session` until the block ends."""
-        listeners: dict[str, Callable[..., None]] = {
-            "after_flush": self._after_flush,
-            "do_orm_execute": self._do_orm_execute,
-            "after_commit": self._after_commit,
-            "after_soft_rollback": self._after_soft_rollback,
-            "after_transaction_end": self._after_transaction_end,
-        }
-        for name, listener in listeners.items():
-            event.listen(Session, name, listener)
-        _observed[self._dialect] += 1
-        try:
-            yield
-        finally:
-            _observed[self._dialect] -= 1
-            if not _observed[self._dialect]:
-                del _observed[self._dialect]
-            for name, listener in listeners.items():
-                event.remove(Session, name, listener)
+        """Listen on SQLAlchemy's `Mapper` and `Session` until the block ends."""
+        with ExitStack() as stack:
+            _listen(stack, Mapper, "after_insert", self._after_insert, raw=True)
+            _listen(stack, Mapper, "after_update", self._after_update, raw=True)
+            _listen(stack, Mapper, "after_delete", self._after_delete, raw=True)
+            _listen(stack, Session, "do_orm_execute", self._do_orm_execute)
+            _listen(stack, Session, "after_commit", self._after_commit)
+            _listen(stack, Session, "after_soft_rollback", self._after_soft_rollback)
+            _listen(stack, Session, "after_transaction_end", self._after_transaction_end)
+            _observed[self._dialect] += 1
+            try:
+                yield
+            finally:
+                _observed[self._dialect] -= 1
+                if not _observed[self._dialect]:
+                    del _observed[self._dialect]
 
     def add(self, session: Session, change: Change) -> None:
         """Tell of the change after the commit; at once when no transaction is open."""
         if session.in_transaction():
-            _changes(session)[change] = None
+            _collected(session, self._dialect)[change] = None
         else:
             self._tell(session, {change: None})
 
-    def _is_ours(self, session: Session) -> bool:
-        return session.bind is not None and session.bind.dialect is self._dialect
+    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+        if connection.dialect is self._dialect and state.session is not None:
+            key = tuple(mapper.primary_key_from_instance(state.obj()))
+            _collected(state.session, self._dialect)[mapper, key] = None
 
-    def _after_flush(self, session: Session, context: UOWTransaction) -> None:
-        """Reads what was flushed where SQLAlchemy keeps it: the sets that a session makes of it cost thrice as much."""
-        if not self._is_ours(session):
-            return
-        changes = _changes(session)
-        for state, (is_deleted, only_listed) in context.states.items():  # pinned by tests/test_changes.py
-            mapper = state.manager.mapper
-            if state.key is not None:
-                if is_deleted or _has_changed(state):
-                    changes[mapper, state.key[1]] = None  # its key before the flush: nobody waits for one to come
-            elif not only_listed:
-                changes[mapper, tuple(mapper.primary_key_from_instance(state.obj()))] = None
+    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+        """SQLAlchemy says so of rows as well that it has found to be as they were."""
+        if connection.dialect is self._dialect and _has_changed(mapper, state):
+            self._after_delete(mapper, connection, state)
+
+    def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+        """The row by the key that it had before the flush: nobody waits for one to come."""
+        if connection.dialect is self._dialect and state.session is not None and state.identity is not None:
+            _collected(state.session, self._dialect)[mapper, state.identity] = None
 
     def _do_orm_execute(self, state: ORMExecuteState) -> None:
-        if state.is_select or not self._is_ours(state.session):
+        if not (state.is_update or state.is_delete or state.is_insert):
             return
-        if state.is_update or state.is_delete or state.is_insert:
-            for mapper in state.all_mappers:
-                _changes(state.session)[mapper, None] = None
+        mappers = state.all_mappers
+        if mappers and state.session.get_bind(**state.bind_arguments).dialect is self._dialect:
+            for mapper in mappers:
+                _collected(state.session, self._dialect)[mapper, None] = None
 
     def _after_commit(self, session: Session) -> None:
         """SQLAlchemy says so at a savepoint's release as well."""
-        if session.in_nested_transaction() or not self._is_ours(session):
+        if session.in_nested_transaction():
             return
         changes: dict[Change, Job | None] = {}
-        for kept in session.info.pop(_CHANGES, {}).values():
-            changes |= kept
+        for collected in session.info.pop((_CHANGES, self._dialect), {}).values():
+            changes |= collected
         if changes:
             self._tell(session, changes)
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
         if rolled_back.parent is None:
-            session.info.pop(_CHANGES, None)
+            session.info.pop((_CHANGES, self._dialect), None)
             return
-        changes: dict[SessionTransaction | None, Any] = session.info.get(_CHANGES, {})
+        changes: dict[SessionTransaction | None, Any] = session.info.get((_CHANGES, self._dialect), {})
         for savepoint in [*changes]:
             if rolled_back in _with_parents(savepoint):
                 del changes[savepoint]
@@ -115,28 +114,55 @@ class Changes:
     def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
         """Closing a session ends its transaction without a rollback of its own."""
         if ended.parent is None:
-            session.info.pop(_CHANGES, None)
+            session.info.pop((_CHANGES, self._dialect), None)
 
 
 def collect(session: Session, change: Change, job: Job | None = None) -> None:
     """Have it told after the outermost commit, if this process has a `Coordinator`; else there is nobody to tell."""
-    if session.bind is not None and session.bind.dialect in _observed:
-        _changes(session)[change] = job
+    if _observed and (dialect := written_to(session, change[0])) in _observed:
+        _collected(session, dialect)[change] = job
 
 
-def _changes(session: Session) -> dict[Change, Job | None]:
+def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:
+    """The dialect of the engine through which the session writes rows of this class."""
+    return session.get_bind(mapper, clause=_write(mapper)).dialect
+
+
+@lru_cache(maxsize=256)
+def _write(mapper: Mapper[Any]) -> Update:
+    """What a `get_bind` of the application's own may look at, to know that it is no read."""
+    return update(mapper)
+
+
+def _has_changed(mapper: Mapper[Any], state: InstanceState[Any]) -> bool:
+    """As `Session.is_modified`, at less cost, but what was set to an SQL expression has been expired by now."""
+    if state.expired_attributes:
+        return True
+    instance = state.obj()
+    set_names = _names(mapper) - state.unmodified
+    return any(get_history(instance, name).has_changes() for name in set_names)
+
+
+@lru_cache(maxsize=256)
+def _names(mapper: Mapper[Any]) -> frozenset[str]:
+    """The attributes whose change is a change of the row: columns, and what sets one after the row was flushed."""
+    late = (relationship.key for relationship in mapper.relationships if relationship.post_update)
+    return frozenset((*mapper.column_attrs.keys(), *late))
+
+
+def _collected(session: Session, dialect: Dialect) -> dict[Change, Job | None]:
     """Those of the innermost savepoint, or of the transaction outside any."""
     nested = session.get_nested_transaction()
-    kept: dict[Change, Job | None] = session.info.setdefault(_CHANGES, {}).setdefault(nested, {})
-    return kept
-
-
-def _has_changed(state: InstanceState[Any]) -> bool:
-    """Whether a column was set, be it to the value it had: to ask for that would cost more than a look at the row."""
-    return not state.committed_state.keys().isdisjoint(column_names(state.manager.mapper))
+    changes: dict[Change, Job | None] = session.info.setdefault((_CHANGES, dialect), {}).setdefault(nested, {})
+    return changes
 
 
 def _with_parents(transaction: SessionTransaction | None) -> Iterator[SessionTransaction]:
     while transaction is not None:
         yield transaction
         transaction = transaction.parent
+
+
+def _listen(stack: ExitStack, target: Any, name: str, listener: Callable[..., None], **options: Any) -> None:
+    event.listen(target, name, listener, **options)
+    stack.callback(event.remove, target, name, listener)

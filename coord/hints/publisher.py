@@ -1,185 +1,133 @@
-"""The connection by which bells are rung and jobs handed over: packets go out as they come, answers are counted."""
+"""The publisher: one task that sends Redis what has gathered, in one pipeline, whenever the last one is answered."""
 
 from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from redis.exceptions import ResponseError
-
-from coord.hints.wire import Line, connected
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 
     from redis.asyncio import Redis
-    from redis.asyncio.connection import Connection
 
-LIMIT = 2.0
-"""Seconds after which a ring is dropped that Redis has not answered."""
-GAP = 0.004
-"""Seconds between packets while several ring at once. Who rings alone is not kept waiting."""
-PAUSE = 0.1
-"""Seconds until Redis is tried again; what is rung meanwhile is sent then."""
+    from coord.hints.client import Command, Commands
 
+    Batch = Mapping[Hashable, Commands]
+    """Commands by what they are about, in order; of two about the same the later ones count."""
 
-class Packet(NamedTuple):
-    """Commands, and how many lines Redis answers."""
-
-    commands: bytes
-    answers: int
-
-
-if TYPE_CHECKING:
-    Packets = Mapping[Hashable, Packet]
-    """By what they are about, in order; of two about the same the later one counts."""
+ANSWER_TIMEOUT_SECONDS = 2.0
+"""After which commands are dropped that Redis has not answered."""
+GAP_SECONDS = 0.004
+"""Between pipelines while several publish at once: most of what one costs, it costs however much is in it."""
+PAUSE_SECONDS = 0.1
+"""Until Redis is tried again; what is published meanwhile is sent then."""
 
 
 class Publisher:
-    """Sends packets to one Redis by one connection, made for the first of them.
+    """Sends commands to one Redis. Who publishes never waits for it, and is told nothing.
 
     What comes while an answer is awaited goes out together, so that the more comes, the more of it is sent at once.
-    `told` is called with None when Redis has answered, else with what kept it from that; `before` before any is sent.
+    Who publishes alone is not kept waiting.
+    `on_result` is called with None when Redis has carried a pipeline out, else with what kept it from that.
     """
 
-    def __init__(
-        self, redis: Redis, told: Callable[[Exception | None], None], *, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
         self._redis = redis
-        self._told = told
-        self._before = before
-        self._packets: dict[Hashable, Packet] = {}
-        self._senders = 0
-        """How often `send` was called for them."""
-        self._line: _Line | None = None
-        self._next = 0.0
-        """When more may be sent, on the loop's clock."""
+        self._on_result = on_result
+        self._pending: dict[Hashable, Commands] = {}
+        self._sent: dict[Hashable, Commands] = {}
+        """What was sent together, until all of it is answered."""
+        self._calls = 0
+        """How often `publish` was called for what is pending."""
+        self._is_proven = False
+        """Whether Redis has answered since the last failure."""
         self._wanted = asyncio.Event()
-        """Whether there is something to connect for."""
-        self._quiet = asyncio.Event()
-        """Whether all that was rung is answered or dropped."""
-        self._quiet.set()
+        self._idle = asyncio.Event()
+        """Whether all that was published is answered or dropped."""
+        self._idle.set()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Publisher]:
-        """Publish until the block ends; what has been rung by then is still sent."""
-        task = asyncio.create_task(self._run(), name="coord rings")
+        """Publish until the block ends; what has been published by then is still sent."""
+        task = asyncio.create_task(self._run(), name="coord publisher")
         try:
             yield self
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._quiet.wait(), LIMIT)
+                async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                    await self._idle.wait()
         finally:
             task.cancel()
             await asyncio.wait([task])
 
-    def send(self, packets: Packets) -> None:
-        """Send them at once, or soon and together with whatever else there is by then."""
-        self._packets.update(packets)
-        self._senders += 1
-        if self._packets and self._quiet.is_set():
-            self._quiet.clear()
-            loop = asyncio.get_running_loop()
-            if self._line is not None and loop.time() >= self._next:
-                self._flush()
-            else:
-                loop.call_at(self._next, self._flush)
-
-    def _flush(self) -> None:
-        if self._line is None:
+    def publish(self, batch: Batch) -> None:
+        """Send the commands soon, together with whatever else there is by then."""
+        _add(self._pending, batch)
+        self._calls += 1
+        if self._pending:
+            self._idle.clear()
             self._wanted.set()
-        elif self._packets and not self._line.sent:
-            loop = asyncio.get_running_loop()
-            self._next = loop.time() + GAP if self._senders > 1 else 0.0
-            packets, self._packets, self._senders = self._packets, {}, 0
-            self._before()
-            self._line.send(packets)
 
     def holds(self, key: Hashable) -> bool:
-        """Whether a packet is still to be sent, or Redis has not answered it."""
-        return key in self._packets or (self._line is not None and key in self._line.sent)
-
-    def _answered(self) -> None:
-        self._told(None)
-        if self._packets:
-            asyncio.get_running_loop().call_at(self._next, self._flush)
-        else:
-            self._quiet.set()
+        """Whether commands about this are still to be sent, or Redis has not answered them."""
+        return key in self._pending or key in self._sent
 
     async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
             await self._wanted.wait()
-            try:
-                await self._publish()
-            except Exception as error:  # noqa: BLE001 - rings are hints, and whatever is wrong the next ones are tried
-                self._drop()
-                self._told(error)
-                await asyncio.sleep(PAUSE)
+            self._wanted.clear()
+            while self._pending:
+                gap, self._calls = GAP_SECONDS * (self._calls > 1), 0
+                next_at = loop.time() + gap
+                await self._send()
+                await asyncio.sleep(next_at - loop.time())
+            self._idle.set()
 
-    def _drop(self) -> None:
-        self._packets, self._senders = {}, 0
-        self._wanted.clear()
-        self._quiet.set()
-
-    async def _publish(self) -> None:
-        """By one connection until it is lost. Redis may close an idle one; what was under way then is sent again."""
-        async with connected(self._redis.connection_pool, limit=LIMIT) as connection:
-            self._line = line = _Line(connection, self._answered)
-            try:
-                self._wanted.clear()
-                self._flush()
-                await line.lost()
-            finally:
-                self._line = None
-        self._packets = line.sent | self._packets
-        if self._packets:
-            self._wanted.set()
-
-
-class _Line(Line):
-    """Counts lines, which is all there is to read in the answers."""
-
-    def __init__(self, connection: Connection, answered: Callable[[], None]) -> None:
-        self.sent: dict[Hashable, Packet] = {}
-        """What was sent together, until all of it is answered."""
-        self._sent_at = 0.0
-        self._unanswered = 0
-        self._answered = answered
-        self._useful = False
-        """Whether Redis has ever answered here."""
-        super().__init__(connection)
-
-    def send(self, packets: dict[Hashable, Packet]) -> None:
-        self.sent = packets
-        self._sent_at = asyncio.get_running_loop().time()
-        self._unanswered = sum(packet.answers for packet in packets.values())
-        self.write(b"".join(packet.commands for packet in packets.values()))
-
-    def data_received(self, data: bytes) -> None:
-        if data.strip(b":+OK0123456789\r\n"):
-            self.lose(ResponseError(data.strip().decode(errors="replace")))
+    async def _send(self) -> None:
+        self._sent, self._pending = self._pending, {}
+        try:
+            refusal = await self._execute([command for commands in self._sent.values() for command in commands])
+        except Exception as error:  # noqa: BLE001 - these are hints, and whatever is wrong the next ones are tried
+            await self._failed(error)
             return
-        self._unanswered -= data.count(b"\n")
-        if self.sent and self._unanswered <= 0:
-            self.sent = {}
-            self._useful = True
-            self._answered()
+        self._is_proven, self._sent = True, {}
+        self._on_result(refusal)
 
-    def connection_lost(self, error: Exception | None) -> None:
-        if self._useful:
-            self.lose(None)
-        super().connection_lost(error)
+    async def _execute(self, commands: Commands) -> Exception | None:
+        """The first error that Redis has answered; it carries out the other commands all the same."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                answers = await pipeline.execute(raise_on_error=False)
+        except TimeoutError:
+            raise TimeoutError(f"Redis has not answered for {ANSWER_TIMEOUT_SECONDS:g} s") from None
+        return next((answer for answer in answers if isinstance(answer, Exception)), None)
 
-    async def lost(self) -> None:
-        """Wait until it is; an error unless it had been of use before it was closed."""
-        loop = asyncio.get_running_loop()
-        while not self.end.done():
-            await asyncio.wait([self.end], timeout=self._sent_at + LIMIT - loop.time() if self.sent else LIMIT)
-            if self.sent and loop.time() >= self._sent_at + LIMIT:
-                self.lose(TimeoutError(f"Redis has not answered for {LIMIT:g} s"))
-        if error := self.end.result():
-            raise error
+    async def _failed(self, error: Exception) -> None:
+        """A connection that was of use may have been closed for any reason: what it was sent is sent once again."""
+        if self._is_proven and isinstance(error, RedisConnectionError):
+            again, self._sent = self._sent, {}
+            _add(again, self._pending)
+            self._pending = again
+            self._is_proven = False
+            return
+        self._is_proven, self._sent, self._pending = False, {}, {}
+        self._on_result(error)
+        await asyncio.sleep(PAUSE_SECONDS)
 
 
-def ring_of(channel: bytes) -> Packet:
-    return Packet(b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%b\r\n$0\r\n\r\n" % (len(channel), channel), 1)
+def notice(channel: bytes) -> Command:
+    """What tells a channel's subscribers that there is something to look at."""
+    return ("PUBLISH", channel, b"")
+
+
+def _add(batch: dict[Hashable, Commands], more: Batch) -> None:
+    """The later ones come last, or a notice would come before what it is about."""
+    for key, commands in more.items():
+        batch.pop(key, None)
+        batch[key] = commands

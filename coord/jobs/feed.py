@@ -11,8 +11,7 @@ from uuid import UUID
 
 from arq.constants import default_queue_name, job_key_prefix
 
-from coord.hints.publisher import Packet, ring_of
-from coord.hints.wire import packed
+from coord.hints.publisher import notice
 from coord.jobs.arguments import DEEPEST, depth_of, to_json
 from coord.jobs.options import LONGEST, name_of
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Row
 
+    from coord.hints.client import Commands
     from coord.jobs.ledger import Job
 
 DEFAULT_QUEUE = "default"
@@ -132,18 +132,17 @@ def _finite(text: str) -> float:
     return number
 
 
-def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Packet]:
+def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
     """What gives new jobs, or new attempts of old ones, to the workers of their queues."""
     now = milliseconds(datetime.now(UTC))
-    packets: dict[Hashable, Packet] = {}
-    bells = {}
+    batch: dict[Hashable, Commands] = {}
+    bells: dict[Hashable, Commands] = {}
     for job in jobs:
         due, key = milliseconds(job.due_at), queue_key(namespace, job.queue)
-        text = Message.of(job).text()
-        keep = packed("SET", f"{job_key_prefix}{job.id}", text, "PX", max(0, due - now) + KEPT)
-        packets[job.id] = Packet(keep + packed("ZADD", key, score(due, now), str(job.id)), 2)
-        bells[queue_bell(key)] = ring_of(queue_bell(key))
-    return packets | bells
+        keep = ("SET", f"{job_key_prefix}{job.id}", Message.of(job).text(), "PX", max(0, due - now) + KEPT)
+        batch[job.id] = [keep, ("ZADD", key, score(due, now), str(job.id))]
+        bells[queue_bell(key)] = [notice(queue_bell(key))]
+    return batch | bells
 
 
 def score(due: int, now: int) -> int:

@@ -178,7 +178,7 @@ class Keeper:
         """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
         if self._looks:
             await asyncio.wait([looking_after], timeout=ROUND)
-        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.hints.wire
+        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.hints.client
             looking_after.cancel()
             await asyncio.wait([looking_after], timeout=ROUND)
 
