@@ -15,7 +15,7 @@ from sqlalchemy import select, text
 import coord.waiting.watcher
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
 from coord.hints.bell import Bell
-from coord.waiting.reading import Reader
+from coord.waiting.reader import Reader
 from tests.models import Account
 from tests.serving import all_given_back
 
@@ -192,7 +192,7 @@ async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
             world.check(wait)
         watcher = coord.waiting.watcher.Watcher.of(engine)
         assert watcher.waiters == 0
-        assert watcher._groups == {}
+        assert watcher._pollers == {}
         await all_given_back(engine)
 
 
