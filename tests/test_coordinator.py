@@ -53,7 +53,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 async def coordinator(
     nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
 ) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
         await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
         yield coordinator
 

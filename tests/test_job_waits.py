@@ -486,8 +486,8 @@ async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the
 
 
 async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user: int, job: Job) -> None:
-    async with Coordinator(session_maker, max_waiters=2), session_maker() as session:
-        tasks = [waiting(session, User, user, job=job, timeout=0.3) for _ in range(2)]
+    async with Coordinator(session_maker, max_waiters=2), session_maker() as one, session_maker() as session:
+        tasks = [waiting(each, User, user, job=job, timeout=0.5) for each in (one, session)]
         await registered()
         with pytest.raises(TooManyWaitersError):
             await wait_for_row_change(session, User, user, job=job)
@@ -495,6 +495,7 @@ async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user:
             assert isinstance(outcome, WaitTimeoutError)
 
 
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
 @pytest.mark.usefixtures("read_settings")
 async def test_a_thousand_waits_for_their_jobs_share_their_reads(
     engine: AsyncEngine, session_maker: SessionMaker, observer: Connection

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
+from sqlalchemy.orm.attributes import set_committed_value
 
 from coord.target import EAGER, M, column_names
 from coord.waiting.baseline import own_copy
@@ -30,6 +31,10 @@ async def adopt(reader: OwnReader[M], row: M, *, alone: bool, limit: float) -> M
     if own is not None or not alone:
         for name in column_names(state.mapper):
             state.dict[name] = own_copy(state.dict[name])
+        if own is not None and state.mapper.version_id_col is not None:
+            # merge() takes another version for somebody's outdated row.
+            version = state.mapper.get_property_by_column(state.mapper.version_id_col).key
+            set_committed_value(own, version, state.dict[version])
         return session.merge(row, load=False)
     session.add(row)
     return row

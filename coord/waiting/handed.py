@@ -69,13 +69,21 @@ class HandedWaiter(Waiter[M]):
             return
         found = self.differs_in(values)
         if found is not None or self._is_wanted:
-            self.difference = True if self._is_wanted else found
+            self.difference = True if self._is_wanted else self._since_handed(found)
             self.fresh = 0 if self._is_wanted else self.fresh
             self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
             self.row, self.alone = row, alone
             self.wake()
         else:
             self.on_unchanged()
+
+    def _since_handed(self, found: Difference) -> Difference:
+        """Of a row that comes on top of one that was not handed out yet: what differs in either."""
+        if self.row is None:
+            return found
+        if isinstance(found, dict) and isinstance(self.difference, dict):
+            return found | self.difference
+        return True
 
     def on_unchanged(self) -> None:
         self.has_read = True
@@ -98,8 +106,13 @@ class HandedWaiter(Waiter[M]):
     def begin_step(self) -> None:
         """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
         self.last = self.over = False
-        if self.row is not None:
-            self.row = None
+        if self.row is None:
+            return
+        self.row = None
+        if isinstance(self.difference, dict):
+            self.baseline.update(self.difference)
+            self.request()
+        else:
             self.want_fresh()
 
     def conclude(self) -> None:

@@ -154,6 +154,7 @@ class OwnReader(Generic[M]):
             sync_session_class=type(self.session.sync_session),
             join_transaction_mode="rollback_only",
             autoflush=False,
+            info={name: value for name, value in self.session.info.items() if not str(name).startswith("coord.")},
         )
         return await session.run_sync(self._found, identified, job_id)
 

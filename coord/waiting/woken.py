@@ -166,6 +166,7 @@ class WokenWaiter(Waiter[M]):
     def on_news(self, values: Mapping[str, Any], identity: Identity) -> None:
         """The row that the session has read is handed to its caller."""
         self.on_tested(values)
+        self.has_read = True
         self._identity, self._shared = identity, _UNREAD
 
     def on_tested(self, values: Mapping[str, Any]) -> None:
