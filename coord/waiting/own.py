@@ -74,9 +74,9 @@ class OwnReader(Generic[M]):
         """Whether a table lock can no longer make a read on the bound connection wait."""
 
     @property
-    def is_joined(self) -> bool:
-        """Whether it reads in a transaction that others have begun and will end."""
-        return self._bound or self.session.in_transaction()
+    def shares_errors(self) -> bool:
+        """Whether an error of a read leaves a transaction of others' in which nothing more can be done."""
+        return self._unguarded if self._bound else self.session.in_transaction()
 
     async def read(self, *, identified: bool, job_id: UUID | None, limit: float) -> OwnRow[M]:
         """The job first, so that the row is as the job has left it. `TimeoutError` after `limit` seconds."""

@@ -206,7 +206,7 @@ class _Woken(Generic[M]):
         try:
             return await self._own.read(identified=not self.waiter.solo, job_id=job_id, limit=limit)
         except Exception as error:
-            if self._own.is_joined or not is_passing(error):
+            if self._own.shares_errors or not is_passing(error):
                 raise
             if _limit(deadline) <= RETRY_SECONDS:
                 raise self.waiter.timed_out(began) from error
