@@ -16,11 +16,13 @@ from coord.hints.outage import Outage
 from coord.jobs.feed import hand_over
 from coord.postgresql.engine import engine_of, prepare
 from coord.target import key_of, mapper_of
-from coord.waiting.hearing import Hearing
+from coord.waiting.settings import check_declared
+from coord.waiting.subscription import RowSubscription
 from coord.waiting.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from coord.hints.changes import Changed
     from coord.hints.subscriber import Listener
     from coord.postgresql.schemas import Schemas
+    from coord.waiting.settings import Declared
 
 
 logger = logging.getLogger("coord.bell")
@@ -42,7 +45,12 @@ class Coordinator:
     and the database's name keep services apart that share a Redis. Without `redis` waits go by polling alone, under the
     cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
 
-        coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0")
+    `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one read serves
+    all who wait for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
+    function of the session (`{"app.tenant": ..., "search_path": ...}`). The shared read has them for its transaction
+    alone. Undeclared, each session reads its row by itself, woken by the shared read.
+
+        coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0", read_settings={})
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
@@ -57,6 +65,7 @@ class Coordinator:
         redis: str | Redis | None = None,
         namespace: str = "coord",
         max_waiters: int = MAX_WAITERS,
+        read_settings: Declared = None,
     ) -> None:
         if not isinstance(max_waiters, int) or isinstance(max_waiters, bool) or max_waiters < 1:
             raise ValueError(f"max_waiters is a whole number, 1 or more, not {max_waiters!r}")
@@ -64,6 +73,8 @@ class Coordinator:
             raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
+        check_declared(read_settings)
+        self._read_settings = read_settings
         self._engine = engine_of(session_maker)
         self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._namespace = namespace
@@ -90,7 +101,7 @@ class Coordinator:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             self._watcher = Watcher.of(self._engine)
-            stack.enter_context(self._watcher.coordinate(self._max_waiters, self._hear, self._holds))
+            stack.enter_context(self._coordinated(self._watcher))
             stack.enter_context(self._changes.observed())
             self._stack = stack.pop_all()
         return self
@@ -126,8 +137,11 @@ class Coordinator:
         if self._watcher is not None:
             await self._watcher.rest()
 
-    def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
-        return None if self._bell is None else Hearing(self._bell, self.channels, mapper, schemas)
+    def _coordinated(self, watcher: Watcher) -> AbstractContextManager[None]:
+        return watcher.coordinate(self._max_waiters, self._read_settings, self._subscribe, self._holds)
+
+    def _subscribe(self, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
+        return None if self._bell is None else RowSubscription(self._bell, self.channels, mapper, schemas)
 
     def _holds(self, job_id: object) -> bool:
         return self._bell is not None and self._bell.holds(job_id)

@@ -11,16 +11,18 @@ from uuid import UUID
 from sqlalchemy import Column, Uuid, inspect
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper, QueryableAttribute
+from sqlalchemy.orm.exc import UnmappedColumnError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from sqlalchemy.orm.interfaces import MapperProperty
 
 M = TypeVar("M")
 
 ColumnNames = tuple[str, ...]
 Key = tuple[Any, ...]
+
+EAGER = {"joined", False, "selectin", "subquery", "immediate"}
+"""What `relationship(lazy=...)` is of those that are loaded with their row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +118,7 @@ def _column(mapper: Mapper[Any], column: object, known: ColumnNames) -> str:
         owned = column.class_ is mapper.class_ or mapper.common_parent(inspect(column.class_))
         name: str | None = column.key if owned else None
     elif isinstance(column, Column):
-        found: MapperProperty[Any] | None = mapper._columntoproperty.get(column)
-        name = found.key if found is not None else None
+        name = _attribute_of(mapper, column)
     elif isinstance(column, str) and column not in known and column in mapper.persist_selectable.c:
         name = mapper.get_property_by_column(mapper.persist_selectable.c[column]).key
     else:
@@ -125,6 +126,13 @@ def _column(mapper: Mapper[Any], column: object, known: ColumnNames) -> str:
     if name is None or name not in known:
         raise ValueError(f"{column!s} is not a column of {_name(mapper)}; its columns are {', '.join(known)}")
     return name
+
+
+def _attribute_of(mapper: Mapper[Any], column: Column[Any]) -> str | None:
+    try:
+        return mapper.get_property_by_column(column).key
+    except UnmappedColumnError:
+        return None
 
 
 def _name(mapper: Mapper[Any]) -> str:

@@ -53,7 +53,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 async def coordinator(
     nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
 ) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
         await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
         yield coordinator
 
@@ -463,7 +463,7 @@ async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
     assert not [task for task in tasks if not task.cancelled() and task.exception()]
     watcher = coord.waiting.watcher._watchers[asyncio.get_running_loop()][engine.dialect]
     assert watcher.waiters == 0
-    assert watcher._groups == {}
+    assert watcher._pollers == {}
     await eventually(lambda: _equal(redis.pubsub_channels, []))
     await all_given_back(engine)
 

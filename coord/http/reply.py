@@ -14,10 +14,10 @@ from coord.http.disconnect import while_connected
 from coord.http.limits import ARRIVAL, WAIT, Arrival
 from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER
-from coord.jobs.awaiting import job_id_of
 from coord.jobs.operations import get_job
 from coord.postgresql.transaction import end_transaction
-from coord.waiting.reading import is_passing
+from coord.waiting.job_wait import job_id_of
+from coord.waiting.reader import is_passing
 from coord.waiting.wait import wait_for_row_change
 
 if TYPE_CHECKING:

@@ -67,6 +67,6 @@ class Stages:
         self._stale = now + FRESH
         try:
             async with self._session_maker() as session:
-                self._running = {(beat.id, beat.attempt) for beat in await operations._beats(session)}
+                self._running = {(beat.id, beat.attempt) for beat in await operations.heartbeats(session)}
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
             logger.debug("The workers' heartbeats cannot be read: %s", error)

@@ -8,7 +8,6 @@ enqueueing.py   enqueue: a row in the caller's transaction
 feed.py         a job as Redis holds it, under arq's keys
 attempt.py      one attempt, as a task's ctx carries it
 transaction.py  job_transaction: claim, fence, effect and completion in one commit
-awaiting.py     the job that may end a wait
 operations.py   looking at jobs, cancelling and retrying them
 trace.py        the trace a job belongs to
 """

@@ -77,7 +77,7 @@ async def get_job(session: AsyncSession, job_id: UUID) -> JobReport:
     found = (await session.run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
     if found is None:
         raise _not_found(job_id)
-    return _report(found, [] if found.state.is_final else await _beats(session))
+    return _report(found, [] if found.state.is_final else await heartbeats(session))
 
 
 async def list_jobs(
@@ -96,7 +96,7 @@ async def list_jobs(
     if not isinstance(limit, int) or not 1 <= limit <= MOST:
         raise ValueError(f"limit is a whole number, 1 to {MOST}, not {limit!r}")
     wanted = None if state is None else JobState(state)
-    beats = [] if wanted is not None and wanted.is_final else await _beats(session)
+    beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
     statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
     held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
     match wanted:
@@ -191,7 +191,7 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
     return RowNotFoundError(f"Job({job_id}) not found")
 
 
-async def _beats(session: AsyncSession) -> list[Beat]:
+async def heartbeats(session: AsyncSession) -> list[Beat]:
     living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
     found = (await session.run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
     return [

@@ -3,65 +3,66 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
+from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sqlalchemy import inspect
-
-from coord.target import column_names
 from coord.waiting.deadlines import Deadlines
-from coord.waiting.reading import is_passing
+from coord.waiting.reader import is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
     from coord.target import ColumnNames, Key
-    from coord.waiting.hearing import Hearing
-    from coord.waiting.reading import Reader
+    from coord.waiting.reader import Reader
+    from coord.waiting.subscription import RowSubscription
     from coord.waiting.waiter import Waiter
 
-    Due = Mapping[Key, list[Waiter[Any]]]
+    Due = Mapping[Key, list[Any]]
 
 T = TypeVar("T")
 
 logger = logging.getLogger("coord.waiting")
 
-PATIENCE = 0.02
-"""Seconds that a wait takes before it looks at a row to which nothing can have happened unheard."""
-RETRY = 0.2
-"""Seconds between attempts to read while PostgreSQL is away."""
+PATIENT_SECONDS = 0.02
+"""How long a wait does not read a row to which nothing can have happened without a message."""
+RETRY_SECONDS = 0.2
+"""Between attempts to read while PostgreSQL is away."""
 
 
-class Group:
+class Poller(ABC):
     """The waiters by key, and a loop that runs while there are any.
 
-    It reads them all once an interval, the shortest that any asked for, from a random moment on; and at once the rows
-    that somebody has only begun to wait for, will wait for no longer, or has heard a bell for. A look counts only for
+    It reads for them all once an interval, the shortest that any asked for, from a random moment on; and at once the
+    rows that somebody has only begun to wait for, will wait for no longer, or had a message of. A read counts only for
     who was waiting before it began, so nobody is shown a row older than what he has seen.
+
+    The loop runs in an empty `contextvars.Context`: what a hook of the application reads there is nobody's.
     """
 
     def __init__(
-        self, reader: Reader, hearing: Hearing | None, *, on_leave: Callable[[Group, Waiter[Any]], None]
+        self, reader: Reader, subscription: RowSubscription | None, *, on_leave: Callable[[Poller, Waiter[Any]], None]
     ) -> None:
         self.reader = reader
-        self.waiters: dict[Key, list[Waiter[Any]]] = {}
+        self.waiters: dict[Key, list[Any]] = {}
         self.deadlines = Deadlines()
         self.generation = 0
-        """The number of the look that is under way, or was the last."""
+        """The number of the read that is under way, or was the last."""
         self.error: Exception | None = None
         """Why rows cannot be read at present."""
-        self._hearing = hearing
+        self._subscription = subscription
         self._on_leave = on_leave
         self._intervals: Counter[float] = Counter()
         self._watched: Counter[ColumnNames] = Counter()
         self._due: set[Key] = set()
-        self._rung: set[Key] = set()
-        """Those of the due rows whose bell was rung: they have probably changed."""
+        self._changed: set[Key] = set()
+        """Those of the due rows that there was a message of: they have probably changed."""
         self._patient: set[Key] = set()
-        """Those to be looked at in a little while."""
+        """Those to be read in a little while."""
         self._awake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -73,14 +74,15 @@ class Group:
             self._awake.set()  # or the loop would sleep on by the longer one
         self._intervals[waiter.interval] += 1
         self._watched[waiter.target.columns] += 1
-        heard = self._hearing is not None and (len(others) > 1 or self._hearing.listen(self, key))
-        waiter.patient = waiter.patient and heard
-        if not waiter.patient and (not heard or len(others) > 1):
-            self.look(key)
-        elif waiter.patient and waiter.curious:
-            self._look_later(key)
+        informed = self._subscription is not None and (len(others) > 1 or self._subscription.listen(self, key))
+        waiter.patient = waiter.patient and informed
+        if not waiter.patient and (not informed or len(others) > 1):
+            self.request(key)
+        elif waiter.patient and waiter.reads_at_first:
+            self._request_later(key)
         if self.task is None or self.task.done():
-            self.task = asyncio.create_task(self._run(), name=f"coord waits for {self.reader.mapper.class_.__name__}")
+            name = f"coord waits for {self.reader.mapper.class_.__name__}"
+            self.task = asyncio.create_task(self._run(), name=name, context=contextvars.Context())
             self.task.add_done_callback(self._ended)
 
     def remove(self, waiter: Waiter[Any]) -> None:
@@ -89,57 +91,56 @@ class Group:
         others.remove(waiter)
         if not others:
             del self.waiters[key]
-            if self._hearing is not None:
-                self._hearing.leave(self, key)
+            if self._subscription is not None:
+                self._subscription.leave(self, key)
         _discount(self._intervals, waiter.interval)
         _discount(self._watched, waiter.target.columns)
         if not self.waiters:
-            self.hear(None)
+            self.subscribe(None)
             self._awake.set()
         self._on_leave(self, waiter)
 
-    def hear(self, hearing: Hearing | None) -> None:
-        """Be woken by another bell from now on, or by none."""
-        if self._hearing is not None:
-            self._hearing.close()
-        self._hearing = hearing
+    def subscribe(self, subscription: RowSubscription | None) -> None:
+        """Have messages by another subscription from now on, or none."""
+        if self._subscription is not None:
+            self._subscription.close()
+        self._subscription = subscription
         for key in self.waiters:
-            if hearing is not None:
-                hearing.listen(self, key)
+            if subscription is not None:
+                subscription.listen(self, key)
 
-    def look(self, key: Key) -> None:
+    def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""
         self._due.add(key)
         self._awake.set()
 
-    def _look_later(self, key: Key) -> None:
+    def _request_later(self, key: Key) -> None:
         """Most waits that can be patient are over by then."""
         if not self._patient:
-            asyncio.get_running_loop().call_later(PATIENCE, self._look_now)
+            asyncio.get_running_loop().call_later(PATIENT_SECONDS, self._request_patient)
         self._patient.add(key)
 
-    def _look_now(self) -> None:
+    def _request_patient(self) -> None:
         patient, self._patient = self._patient, set()
         if due := patient & self.waiters.keys():
             self._due |= due
             self._awake.set()
 
-    def heard(self, key: Key) -> None:
-        """Have the row read, since what was rung until now was not heard; but for who knows that nothing was."""
+    def on_subscribed(self, key: Key) -> None:
+        """Have the row read, since messages until now were missed; but for who knows that there were none."""
         waiters = self.waiters.get(key, ())
         if not all(waiter.patient for waiter in waiters):
-            self.look(key)
+            self.request(key)
         for waiter in waiters:
-            waiter.heard()
+            waiter.on_subscribed()
 
-    def rung(self, key: Key | None) -> None:
-        """Have the row read, or all of them, since somebody says that it has changed."""
-        if key is None:
-            self._due.update(self.waiters)
-        elif stay := [waiter for waiter in self.waiters.get(key, ()) if not waiter.passes_on()]:
-            self._due.add(stay[0].target.key)
-            self._rung.add(key)
-        self._awake.set()
+    @abstractmethod
+    def on_message(self, key: Key | None) -> None:
+        """The row, or with no key any of them, is said to have changed."""
+
+    @abstractmethod
+    async def _read(self, due: Due, changed: AbstractSet[Key]) -> None:
+        """Read the due rows, and tell who waits for them."""
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """Somebody has cancelled every task there is: nobody may wait for reads that will not come."""
@@ -159,15 +160,15 @@ class Group:
                 tick, keys = _next(tick, now, self._interval), self.waiters
             self.generation += 1
             due = {key: [*self.waiters[key]] for key in keys if key in self.waiters}
-            rung, self._due, self._rung = self._rung, set(), set()
-            await self._look(due, rung)
+            changed, self._due, self._changed = self._changed, set(), set()
+            await self._poll(due, changed)
 
     @property
     def _interval(self) -> float:
         return min(self._intervals, default=0.0)
 
     async def _sleep_after(self, tick: float) -> None:
-        """Until a look is due; the shortest interval may become another meanwhile."""
+        """Until a read is due; the shortest interval may become another meanwhile."""
         loop = asyncio.get_running_loop()
         while self.waiters and not self._due and loop.time() < tick + self._interval:
             self._awake.clear()
@@ -177,10 +178,10 @@ class Group:
             finally:
                 timer.cancel()
 
-    async def _look(self, due: Due, rung: AbstractSet[Key]) -> None:
+    async def _poll(self, due: Due, changed: AbstractSet[Key]) -> None:
         last = [waiter for waiters in due.values() for waiter in waiters if waiter.last]
         try:
-            await self._read(due, rung)
+            await self._read(due, changed)
         except Exception as error:  # noqa: BLE001 - it reaches the waiters, or is tried again
             await self._failed(error, due)
             return
@@ -188,31 +189,7 @@ class Group:
             logger.warning("PostgreSQL answers again; waits go on")
             self.error = None
         for waiter in last:
-            waiter.has_looked_last()
-
-    async def _read(self, due: Due, rung: AbstractSet[Key]) -> None:
-        """The watched columns of every row; the whole row of those that have changed, or are said to have."""
-        whole = {key for key, waiters in due.items() if key in rung or any(waiter.fresh for waiter in waiters)}
-        rest = [key for key in due if key not in whole]
-        names = self._columns
-        found = await self.reader.columns(rest, names) if rest else {}
-        for key in rest:
-            values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
-            if values is None or _any_differs(due[key], values):
-                whole.add(key)
-            for waiter in () if key in whole else due[key]:
-                waiter.seen()
-        rows = await self.reader.entities([*whole]) if whole else {}
-        for key in whole:
-            row = rows.get(key)
-            values = None if row is None else inspect(row).dict
-            for waiter in due[key]:
-                waiter.tell(row, values, alone=len(due[key]) == 1)
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        watched = set().union(*self._watched)
-        return tuple(name for name in column_names(self.reader.mapper) if name in watched)
+            waiter.on_last_read()
 
     async def _failed(self, error: Exception, due: Due) -> None:
         """Try again if the database is away; else the waiter whose read it was gets the error, and no other."""
@@ -221,15 +198,19 @@ class Group:
                 logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
             self.error = error
             self._due.update(due)
-            await asyncio.sleep(RETRY)
-        elif len(due) > 1:
+            await asyncio.sleep(RETRY_SECONDS)
+        elif len(due) > 1 and not self._concerns_all(error):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
-                await self._look({key: due[key] for key in half}, set())
+                await self._poll({key: due[key] for key in half}, set())
         else:
             for waiters in due.values():
                 for waiter in waiters:
-                    waiter.fail(error)
+                    waiter.on_read_error(error)
+
+    def _concerns_all(self, _error: Exception) -> bool:
+        """Whether the error is not of one key, and to look for that one would be in vain."""
+        return False
 
 
 def _discount(counter: Counter[T], item: T) -> None:
@@ -241,8 +222,3 @@ def _discount(counter: Counter[T], item: T) -> None:
 def _next(tick: float, now: float, interval: float) -> float:
     """The beat goes on evenly unless a whole one was missed."""
     return tick + interval if now < tick + 2 * interval else now
-
-
-def _any_differs(waiters: Iterable[Waiter[Any]], values: Mapping[str, Any]) -> bool:
-    """Ask each of them, since asking also completes their baselines."""
-    return sum([waiter.differs(values) for waiter in waiters]) > 0
