@@ -42,7 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
     parser.add_argument("--list", action="store_true", help="name the legs and run none")
     parser.add_argument("--only", nargs="+", metavar="LEG", choices=[leg.name for leg in LEGS], help="these legs")
-    parser.add_argument("--part", choices=["fast", "core"], default="fast", help="core is a third of the fast part")
+    parser.add_argument(
+        "--part", choices=["fast", "core"], default="fast", help="core: what stands closest on the versions"
+    )
     parser.add_argument("-n", "--processes", type=int, default=4, help="of pytest, 4 unless given")
     parser.add_argument("--required", action="store_true", help="a leg that cannot be run counts as failed")
     options = parser.parse_args()

@@ -17,7 +17,8 @@ HOME = ROOT / ".venv-matrix"
 SHOWN = ("sqlalchemy", "asyncpg", "redis", "fastapi", "anyio")
 VERSIONS_OF = """
 import importlib.metadata, json, platform, sys
-print(json.dumps({"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in sys.argv[1:]}}))
+found = {name: importlib.metadata.version(name) for name in sys.argv[1:]}
+print(json.dumps({"python": platform.python_version(), **found}))
 """
 
 
