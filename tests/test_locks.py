@@ -402,7 +402,8 @@ async def test_an_advisory_lock_excludes_its_own_key_alone(
                 pass
         async with advisory_lock(holder, key, shared=True), advisory_lock(other, key, shared=True, timeout=0):
             pass
-    assert not await observer.fetch("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
+    here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    assert not await observer.fetch(f"SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND {here}")
 
 
 @pytest.mark.parametrize("key", [2**63, (1, 2**31), True, (1, 2, 3), 1.5, None])

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import (
+    DDL,
     JSON,
     CheckConstraint,
     DateTime,
@@ -19,6 +20,7 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     cast,
+    event,
     func,
     inspect,
     literal_column,
@@ -31,9 +33,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 from coord.jobs.arguments import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
-    from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy import ColumnElement, CursorResult, Executable, Table
     from sqlalchemy.orm import Session
 
 
@@ -59,6 +61,7 @@ _BUSY = {
     "autovacuum_vacuum_threshold": "5000",
     "autovacuum_analyze_scale_factor": "0.02",
 }
+_BEATING = {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}
 
 
 class _Json(TypeDecorator[Any]):
@@ -131,7 +134,6 @@ class Job(Ledger):
             unique=True,
             postgresql_where=text("state = 'queued' AND unique_key IS NOT NULL"),
         ),
-        {"postgresql_with": _BUSY},
     )
 
     def __repr__(self) -> str:
@@ -142,8 +144,6 @@ class Worker(Ledger):
     """A living worker's heartbeat, and the jobs it runs: the one place that says so, since their rows are locked."""
 
     __tablename__ = "coord_workers"
-    __table_args__ = {"postgresql_with": {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}}  # noqa: RUF012
-
     id: Mapped[UUID] = mapped_column(primary_key=True)
     queue: Mapped[str] = mapped_column(Text)
     host: Mapped[str] = mapped_column(Text)
@@ -192,6 +192,16 @@ keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 _UNTRANSLATED = {"schema_translate_map": None}
 """The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
+
+
+def _stored_with(table: Table, parameters: Mapping[str, str]) -> None:
+    """Storage parameters, in a statement of their own: SQLAlchemy 2.0 has none in its CREATE TABLE."""
+    listed = ", ".join(f"{name}={value}" for name, value in parameters.items())
+    event.listen(table, "after_create", DDL(f"ALTER TABLE %(fullname)s SET ({listed})"))
+
+
+_stored_with(jobs, _BUSY)
+_stored_with(workers, _BEATING)
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
