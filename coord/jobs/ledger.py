@@ -33,9 +33,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 from coord.jobs.arguments import to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
-    from sqlalchemy import ColumnElement, CursorResult, Executable, Table
+    from sqlalchemy import ColumnElement, CursorResult, Executable
     from sqlalchemy.orm import Session
 
 
@@ -56,12 +56,9 @@ class JobState(StrEnum):
 _QUEUED = text("state = 'queued'")
 _Time = DateTime(timezone=True)
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
-_BUSY = {
-    "autovacuum_vacuum_scale_factor": "0",
-    "autovacuum_vacuum_threshold": "5000",
-    "autovacuum_analyze_scale_factor": "0.02",
-}
-_BEATING = {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}
+_STORE_JOBS = """ALTER TABLE %(fullname)s SET (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_analyze_scale_factor = 0.02)"""
+_STORE_WORKERS = "ALTER TABLE %(fullname)s SET (fillfactor = 50, autovacuum_vacuum_threshold = 200)"
 
 
 class _Json(TypeDecorator[Any]):
@@ -194,14 +191,9 @@ _UNTRANSLATED = {"schema_translate_map": None}
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
 
 
-def _stored_with(table: Table, parameters: Mapping[str, str]) -> None:
-    """Storage parameters, in a statement of their own: SQLAlchemy 2.0 has none in its CREATE TABLE."""
-    listed = ", ".join(f"{name}={value}" for name, value in parameters.items())
-    event.listen(table, "after_create", DDL(f"ALTER TABLE %(fullname)s SET ({listed})"))
-
-
-_stored_with(jobs, _BUSY)
-_stored_with(workers, _BEATING)
+# Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
+event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
+event.listen(workers, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:

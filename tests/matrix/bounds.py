@@ -88,7 +88,7 @@ def _beneath_coord() -> set[str]:
     while open_:
         requirement = open_.pop()
         name = canonicalize_name(requirement.name)
-        if name in found or not _applies(requirement):
+        if name in found:
             continue
         found.add(name)
         try:
@@ -100,6 +100,6 @@ def _beneath_coord() -> set[str]:
     return found
 
 
-def _applies(requirement: Requirement, extras: set[str] | None = None) -> bool:
+def _applies(requirement: Requirement, extras: set[str]) -> bool:
     marker = requirement.marker
-    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ["", *(extras or ())])
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in ["", *extras])

@@ -76,7 +76,8 @@ def run(leg: Leg, tests: list[str], processes: int) -> Outcome:
     try:
         environment.prepare()
         with tempfile.TemporaryDirectory(prefix="coord-matrix-") as given, contextlib.ExitStack() as stack:
-            variables, servers = {}, []
+            variables: dict[str, str] = {}
+            servers: list[str] = []
             for started, said in _servers(leg, environment, Path(given), stack):
                 variables |= started
                 servers.append(said)

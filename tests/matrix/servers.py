@@ -86,7 +86,7 @@ class RedisServer(Server):
 
 
 class PgBouncer(Server):
-    """Transaction mode before a PostgreSQL that trusts everybody; so many `prepared` statements for each connection."""
+    """Transaction mode before a PostgreSQL that trusts everybody. `prepared` is its `max_prepared_statements`."""
 
     name = "pgbouncer"
     stop_signals: ClassVar = {"fast": (signal.SIGINT, signal.SIGTERM), "immediate": ()}
