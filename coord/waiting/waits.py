@@ -16,7 +16,6 @@ from coord.jobs.ledger import JobState
 from coord.postgresql.engine import engine_of
 from coord.target import M
 from coord.waiting.adoption import adopt
-from coord.waiting.baseline import database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
 from coord.waiting.own import OwnReader
@@ -111,9 +110,8 @@ class _Handed(Generic[M]):
         row = await waiter.changed(began, deadline)
         while not waiter.concluded and not (until(row) if until else await self._is_news()):
             row = await waiter.changed(began, deadline)
-        own = await adopt(self._wait.own_reader(), row, alone=waiter.alone, limit=_limit(deadline))
-        waiter.baseline = database_values(own, waiter.target)
-        return own
+        limit = _limit(deadline)
+        return await adopt(self._wait.session, row, alone=waiter.alone, reader=self._wait.own_reader, limit=limit)
 
     async def _is_news(self) -> bool:
         """Whether PostgreSQL says so as well where Python cannot tell; the row is then read once more."""
@@ -187,9 +185,8 @@ class _Woken(Generic[M]):
         waiter = self.waiter
         assert found.row is not None
         waiter.on_news(inspect(found.row).dict, found.identity)
-        own = await adopt(self._own, found.row, alone=True, limit=_limit(deadline))
-        waiter.baseline = database_values(own, waiter.target)
-        return own
+        own = self._own
+        return await adopt(own.session, found.row, alone=True, reader=lambda: own, limit=_limit(deadline))
 
     async def _read(self, began: float, deadline: float | None, job_id: UUID | None) -> OwnRow[M] | None:
         """None if the database is away, and it is to be tried again."""
