@@ -97,6 +97,7 @@ async def namespace(
             "Order": Order,
             "Stock": Stock,
             "session_maker": session_maker,
+            "engine": session_maker.kw["bind"],
             "database_url": database,
             "redis_url": redis_url,
             "fulfil_order": fulfil_order,

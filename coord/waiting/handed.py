@@ -52,7 +52,10 @@ class HandedWaiter(Waiter[M]):
         """
         if self.row is None and self.error is None and not self.over:
             self._go_on()  # who asks again was not content with what was read
-            await self._sleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
+            try:
+                await self._asleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
+            finally:
+                self._awake()
         row, self.row = self.row, None
         if row is None and self.error is not None:
             raise self.error

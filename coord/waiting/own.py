@@ -56,6 +56,8 @@ class OwnReader(Generic[M]):
     ever cancelled, and its end is awaited, so that nothing runs there when the wait is over.
     """
 
+    __slots__ = ("_bound", "_schemas", "_settings", "_turns", "_unguarded", "session", "target")
+
     def __init__(
         self,
         session: AsyncSession,

@@ -13,7 +13,7 @@ from coord.errors import UncommittedChangesError
 from coord.postgresql.schemas import schemas_in_use
 from coord.postgresql.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.target import Target
-from coord.waiting.baseline import baseline_of
+from coord.waiting.baseline import baseline_of, database_values
 from coord.waiting.job_wait import job_id_of, job_waiter
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.waits import Wait
@@ -125,7 +125,9 @@ async def _states(session: AsyncSession, row: RowWait[M], limit: float | None) -
         deadline = None if limit is None else began + limit
         await _release(session, row.waiter.target, began, deadline)
         row.waiter.begin_step()
-        yield await row.changed(began, deadline)
+        own = await row.changed(began, deadline)
+        row.waiter.baseline = database_values(own, row.waiter.target)  # it may be newer than what ended the wait
+        yield own
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:

@@ -88,7 +88,10 @@ class WokenWaiter(Waiter[M]):
                 raise self.timed_out(began)
             until = deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline
             own = loop.time() + self.interval if self.solo and not self.last else None
-            await self._sleep(min((each for each in (until, own) if each is not None), default=None))
+            try:
+                await self._asleep(min((each for each in (until, own) if each is not None), default=None))
+            finally:
+                self._awake()
         self.due, self._expected = False, self.then
 
     def overdue(self, when: float) -> None:
