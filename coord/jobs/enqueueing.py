@@ -17,6 +17,7 @@ from coord.jobs.ledger import Job, JobState, execute, is_queued, job_mapper, job
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
 from coord.postgresql.engine import engine_of
+from coord.postgresql.transaction import turn
 
 if TYPE_CHECKING:
     from arq.worker import Function
@@ -60,12 +61,11 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = _new(options)
-    if options.unique_key is not None:
-        joined = await interruptible(session.run_sync(_join, values | {"text": text}, text))
-        if joined is not None:
+    async with turn(session):
+        if options.unique_key is None:
+            await interruptible(session.run_sync(execute, _insert, values | {"text": text}))
+        elif (joined := await interruptible(session.run_sync(_join, values | {"text": text}, text))) is not None:
             return joined
-    else:
-        await interruptible(session.run_sync(execute, _insert, values | {"text": text}))
     job = Job(**values, arguments=arguments, state=JobState.QUEUED, attempt=1)
     collect(session.sync_session, (job_mapper, (values["id"],)), job)
     return job

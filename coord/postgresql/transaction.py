@@ -6,8 +6,10 @@ listened to for every session from the import of this module on, so that nothing
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import asyncio
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, event, text
 from sqlalchemy.exc import UnboundExecutionError
@@ -15,12 +17,14 @@ from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
 _BEGUN = "coord.begun"
 """In a session's `info`: the connections of its transaction, each with what `_transaction_ids` said at its begin."""
 _FLUSHED = "coord.flushed"
+_turns: WeakKeyDictionary[Connection, asyncio.Lock] = WeakKeyDictionary()
 _LOCKS = "coord.locks"
 _OWNED = "coord.owned"
 
@@ -111,6 +115,16 @@ def holds_lock(session: AsyncSession) -> bool:
     return bool(session.sync_session.info.get(_LOCKS))
 
 
+def turn(session: AsyncSession) -> AbstractAsyncContextManager[object]:
+    """To be held for statements that belong together, where the session shares its connection with others.
+
+    As a test's sessions do: one of them waits, and reads, while another enqueues or locks. What is between a savepoint
+    and its release must not be somebody else's.
+    """
+    bind = session.sync_session.bind
+    return _turns.setdefault(bind, asyncio.Lock()) if isinstance(bind, Connection) else nullcontext()
+
+
 async def has_written(session: AsyncSession) -> bool:
     """Whether others must wait for this transaction to end before they see, or can make, a change.
 
@@ -118,7 +132,8 @@ async def has_written(session: AsyncSession) -> bool:
     also covers raw SQL and functions; a table lock stronger than a writer's counts as well. A session bound to one
     connection shares that connection's transaction: there its own part is asked about, from its begin on.
     """
-    return await session.run_sync(_has_written)
+    async with turn(session):
+        return await session.run_sync(_has_written)
 
 
 def _has_written(session: Session) -> bool:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import undefer
 from coord.cancellation import interruptible, uninterrupted
 from coord.errors import RowNotFoundError
 from coord.postgresql.schemas import schemas_of
-from coord.postgresql.transaction import end_transaction
+from coord.postgresql.transaction import end_transaction, turn
 from coord.target import EAGER, M
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_LIMIT
@@ -167,9 +167,14 @@ class OwnReader(Generic[M]):
             return OwnRow(row and row[1], row and tuple(row[2:]), job and job[1])
 
     async def _bounded(self, work: Coroutine[Any, Any, T], limit: float) -> T:
-        if self._bound:
-            return await uninterrupted(work)
-        return await interruptible(work, limit=limit)
+        if not self._bound:
+            return await interruptible(work, limit=limit)
+
+        async def in_turn() -> T:
+            async with turn(self.session):
+                return await work
+
+        return await uninterrupted(in_turn())
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
