@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 
-from coord.hints.bell import Bell
-from coord.hints.changes import Changes, written_to
-from coord.hints.channels import Channels
-from coord.hints.outage import Outage
+from coord.database.engine import engine_of, prepare
+from coord.database.target import key_of, mapper_of
 from coord.jobs.feed import hand_over
-from coord.postgresql.engine import engine_of, prepare
-from coord.target import key_of, mapper_of
+from coord.notify.bell import Bell
+from coord.notify.changes import Changes, written_to
+from coord.notify.channels import Channels
+from coord.notify.outage import Outage
 from coord.waiting.settings import check_declared
 from coord.waiting.subscription import RowSubscription
 from coord.waiting.watcher import MAX_WAITERS, Watcher
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.changes import Changed
-    from coord.hints.subscriber import Listener
-    from coord.postgresql.schemas import Schemas
+    from coord.database.schemas import Schemas
+    from coord.notify.changes import Changed
+    from coord.notify.subscriber import Listener
     from coord.waiting.settings import Declared
 
 

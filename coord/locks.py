@@ -15,11 +15,11 @@ from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
 from coord.cancellation import cleaned_up, interruptible
+from coord.database.acquisition import Acquisition, acquire, literal
+from coord.database.engine import engine_of
+from coord.database.transaction import connection_in_use, end_transaction, holding_lock, is_joined, turn
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
-from coord.postgresql.acquisition import Acquisition, acquire, literal
-from coord.postgresql.engine import engine_of
-from coord.postgresql.transaction import connection_in_use, end_transaction, holding_lock, is_joined, turn
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence

@@ -13,7 +13,7 @@ from sqlalchemy import event
 from coord import Job, create_ledger, enqueue
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.feed import Message
-from coord.jobs.ledger import Ledger
+from coord.jobs.model import Ledger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import insert, update
 
 import coord.worker.census
-from coord.jobs.ledger import new_id, workers
+from coord.jobs.model import new_id, workers
 from coord.worker.census import BLINK, DEAD, Census
 from tests.ledger import ledger
 

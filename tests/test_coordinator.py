@@ -21,9 +21,9 @@ from sqlalchemy.orm import Mapper, Session
 
 import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
-from coord.embedded import PostgreSQL, Valkey
-from coord.hints.channels import MANY, Channels
-from coord.target import mapper_of
+from coord.database.target import mapper_of
+from coord.dev.embedded import PostgreSQL, Valkey
+from coord.notify.channels import MANY, Channels
 from tests.models import Account, Base, Item, User
 from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting

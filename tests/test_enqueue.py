@@ -33,8 +33,8 @@ from coord import (
     set_result,
     task_options,
 )
-from coord.jobs.ledger import jobs
-from coord.transient import is_transient
+from coord.jobs.model import jobs
+from coord.retryable import is_retryable
 from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
 from tests.models import User
 from tests.serving import eventually
@@ -246,7 +246,7 @@ async def test_under_repeatable_read_a_job_is_made_joined_or_refused_as_retryabl
         there = await committed(session_maker, options)
         with pytest.raises(DBAPIError) as caught:
             await enqueue(session, options)
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
         await session.rollback()
         assert (await enqueue(session, options)).id == there.id
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coord.jobs.feed import Message, id_of, queue_key
-from coord.jobs.ledger import new_id
+from coord.jobs.model import new_id
 
 JOB = Message(
     task="a_task",

@@ -20,9 +20,9 @@ from arq.worker import Retry
 
 import coord.worker.pickup
 from coord import job_transaction, task_options
-from coord.embedded import Valkey
-from coord.hints.outage import Outage
+from coord.dev.embedded import Valkey
 from coord.jobs.feed import Message
+from coord.notify.outage import Outage
 from coord.worker.address import Address
 from coord.worker.link import Link
 from tests.ledger import ledger

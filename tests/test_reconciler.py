@@ -15,9 +15,9 @@ from arq.constants import default_queue_name
 from sqlalchemy import insert, update
 
 import coord.worker.reconciler
-from coord.hints.channels import Channels
 from coord.jobs.feed import Message
-from coord.jobs.ledger import jobs, workers
+from coord.jobs.model import jobs, workers
+from coord.notify.channels import Channels
 from coord.worker.census import NEVER, Seen
 from coord.worker.keeper import Identity
 from coord.worker.reconciler import Reconciler

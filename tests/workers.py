@@ -20,9 +20,9 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, Job, create_ledger, enqueue, worker_settings
-from coord.embedded import PostgreSQL
+from coord.dev.embedded import PostgreSQL
 from coord.jobs.feed import Message, queue_bell
-from coord.jobs.ledger import jobs, workers
+from coord.jobs.model import jobs, workers
 from coord.worker.scripts import TAKE
 from tests.models import User, table_of
 from tests.serving import eventually

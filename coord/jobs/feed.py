@@ -11,17 +11,17 @@ from uuid import UUID
 
 from arq.constants import default_queue_name, job_key_prefix
 
-from coord.hints.publisher import notice
 from coord.jobs.arguments import DEEPEST, depth_of, to_json
 from coord.jobs.options import LONGEST, name_of
+from coord.notify.publisher import notice
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable
 
     from sqlalchemy import Row
 
-    from coord.hints.client import Commands
-    from coord.jobs.ledger import Job
+    from coord.jobs.model import Job
+    from coord.notify.client import Commands
 
 DEFAULT_QUEUE = "default"
 NAMESPACE = "coord"

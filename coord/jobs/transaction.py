@@ -10,12 +10,12 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
-from coord.hints.changes import collect
+from coord.database.engine import last_failure
+from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import JobState, execute, is_queued, job_mapper, jobs
-from coord.postgresql.engine import last_failure
-from coord.postgresql.transaction import connections_in_use
+from coord.jobs.model import JobState, execute, is_queued, job_mapper, jobs
+from coord.notify.changes import collect
 from coord.session import closed
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import inspect
 from sqlalchemy.orm.attributes import set_committed_value
 
-from coord.target import EAGER, M, column_names
+from coord.database.target import EAGER, M, column_names
 from coord.waiting.baseline import own_copy
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import undefer
 
 from coord.cancellation import interruptible, uninterrupted
+from coord.database.schemas import schemas_of
+from coord.database.target import EAGER, M
+from coord.database.transaction import end_transaction, turn
 from coord.errors import RowNotFoundError
-from coord.postgresql.schemas import schemas_of
-from coord.postgresql.transaction import end_transaction, turn
-from coord.target import EAGER, M
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_LIMIT
 from coord.waiting.statements import entity_with_identity, parameters_of
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState, Mapper, Session
 
-    from coord.jobs.ledger import Job
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
+    from coord.jobs.model import Job
     from coord.waiting.settings import Settings
 
 T = TypeVar("T")

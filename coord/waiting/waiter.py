@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
+from coord.database.target import M
 from coord.errors import WaitTimeoutError
-from coord.target import M
 
 if TYPE_CHECKING:
-    from coord.target import Target
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline
     from coord.waiting.deadlines import Alarm
     from coord.waiting.poller import Poller

@@ -11,10 +11,10 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from coord.database.engine import engine_of
+from coord.database.target import M
 from coord.errors import RowNotFoundError
-from coord.jobs.ledger import JobState
-from coord.postgresql.engine import engine_of
-from coord.target import M
+from coord.jobs.model import JobState
 from coord.waiting.adoption import adopt
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline, Difference
     from coord.waiting.own import OwnRow
     from coord.waiting.settings import Settings

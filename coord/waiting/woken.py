@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
 
-from coord.target import M
+from coord.database.target import M
 from coord.waiting.baseline import difference, own_copy
 from coord.waiting.poller import Poller
 from coord.waiting.statements import has_identity
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Mapper
 
-    from coord.target import Key, Target
+    from coord.database.target import Key, Target
     from coord.waiting.baseline import Baseline, Difference
     from coord.waiting.poller import Due
 

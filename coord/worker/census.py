@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select
 
-from coord.jobs.ledger import workers
+from coord.jobs.model import workers
 
 if TYPE_CHECKING:
     from uuid import UUID

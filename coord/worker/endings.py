@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import bindparam, delete, func, select, update
 
-from coord.hints.changes import collect
-from coord.jobs.ledger import Job, JobState, cancellations, job_mapper, jobs
+from coord.jobs.model import Job, JobState, cancellations, job_mapper, jobs
 from coord.jobs.transaction import CLASS, is_ours, ours
+from coord.notify.changes import collect
+from coord.retryable import is_retryable
 from coord.session import create_db_context
-from coord.transient import is_transient
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -103,7 +103,7 @@ class Endings:
                 async with self._context() as session:
                     return await write(session, attempt, *arguments)
             except Exception as error:
-                if not is_transient(error):
+                if not is_retryable(error):
                     raise
                 logger.debug("the end of job %s cannot be written yet: %s", attempt.job_id, error)
             await asyncio.sleep(pause)

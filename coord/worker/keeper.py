@@ -22,8 +22,8 @@ from sqlalchemy import Engine, delete, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coord.cancellation import cleaned_up
-from coord.hints.outage import Outage
-from coord.jobs.ledger import JobState, cancellations, jobs, workers
+from coord.jobs.model import JobState, cancellations, jobs, workers
+from coord.notify.outage import Outage
 from coord.worker.census import DEAD, NEVER, Census
 from coord.worker.pickup import LEASE
 from coord.worker.reconciler import Reconciler
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
     from sqlalchemy import Delete, Insert
 
-    from coord.hints.channels import Channels
+    from coord.notify.channels import Channels
     from coord.worker.claims import Claims
 
 logger = logging.getLogger("arq.coord")
@@ -178,7 +178,7 @@ class Keeper:
         """Let it finish if it is at it: to cancel a statement takes a connection more, and may lose one."""
         if self._looks:
             await asyncio.wait([looking_after], timeout=ROUND)
-        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.hints.client
+        while not looking_after.done():  # redis-py may swallow a cancellation; see coord.notify.client
             looking_after.cancel()
             await asyncio.wait([looking_after], timeout=ROUND)
 

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import NoScriptError, ResponseError
 
-from coord.hints.client import close_client, own_client
+from coord.notify.client import close_client, own_client
 
 if TYPE_CHECKING:
     from redis.asyncio import ConnectionPool
 
-    from coord.hints.outage import Outage
+    from coord.notify.outage import Outage
 
 ANSWER_TIMEOUT_SECONDS = 2.0
 """After which Redis counts as away."""

@@ -9,7 +9,7 @@ from uuid import UUID
 
 from sqlalchemy import delete, func, select, tuple_
 
-from coord.jobs.ledger import is_queued, jobs, keys
+from coord.jobs.model import is_queued, jobs, keys
 
 if TYPE_CHECKING:
     from sqlalchemy import Delete, Select

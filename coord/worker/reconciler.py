@@ -16,7 +16,7 @@ from arq.constants import job_key_prefix
 from sqlalchemy import Uuid, bindparam, delete, select
 
 from coord.jobs.feed import Message, id_of, milliseconds, queue_bell, score
-from coord.jobs.ledger import cancellations, is_queued, job_mapper, jobs, workers
+from coord.jobs.model import cancellations, is_queued, job_mapper, jobs, workers
 from coord.worker.pruning import Pruning
 from coord.worker.rescue import end_transactions, next_attempts
 from coord.worker.scripts import drop, give_back, look

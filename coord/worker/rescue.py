@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import case, column, exists, func, select, table, tuple_, update
 from sqlalchemy.exc import DBAPIError
 
-from coord.jobs.ledger import JobState, cancellations, is_queued, jobs
+from coord.jobs.model import JobState, cancellations, is_queued, jobs
 from coord.jobs.transaction import CLASS
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from arq.worker import JobExecutionFailed, Retry, RetryJob
 
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.trace import continued
+from coord.jobs.tracing import continued
 from coord.jobs.transaction import JobSuperseded
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 from coord.worker.claims import AGAIN, GONE, LATER
 from coord.worker.endings import Endings, can_be_told, one_line
 from coord.worker.hooks import call
@@ -181,7 +181,7 @@ class Runner:
             return self._superseded(claim)
         if claim.unwanted:
             return await self._unwanted(claim, attempt)
-        if not isinstance(error, Retry | RetryJob) and not is_transient(error):
+        if not isinstance(error, Retry | RetryJob) and not is_retryable(error):
             if not await self._endings.failed(attempt, error):
                 return self._superseded(claim)
             claim.ending = GONE

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from arq.worker import Function, Worker, func
 
+from coord.database.engine import engine_of
 from coord.durations import seconds
 from coord.jobs.feed import DEFAULT_QUEUE, NAMESPACE, queue_key
-from coord.postgresql.engine import engine_of
 from coord.worker.address import Address
 from coord.worker.hooks import uncancelled
 from coord.worker.messages import deserialized, serialize

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sqlalchemy.exc import ProgrammingError
 
 from coord.coordinator import Coordinator
-from coord.hints.outage import Outage
-from coord.jobs.ledger import new_id
-from coord.postgresql.engine import engine_of
+from coord.database.engine import engine_of
+from coord.jobs.model import new_id
+from coord.notify.outage import Outage
 from coord.worker.claims import Claims
 from coord.worker.keeper import Identity, Keeper
 from coord.worker.link import Link
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.hints.channels import Channels
+    from coord.notify.channels import Channels
     from coord.worker.address import Address
     from coord.worker.hooks import Hook
     from coord.worker.redis import WorkerRedis

@@ -59,7 +59,7 @@ class Shutdown:
                     claim.task.cancel()
             await self._ended(LAST)
             await self.pickup.flush()
-        while not worker.done():  # redis-py may swallow a cancellation; see coord.hints.client
+        while not worker.done():  # redis-py may swallow a cancellation; see coord.notify.client
             worker.cancel()
             await asyncio.wait([worker], timeout=0.5)
 

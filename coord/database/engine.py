@@ -10,7 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
-from coord.transient import SHUTDOWNS, sqlstate_of
+from coord.retryable import SHUTDOWNS, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection

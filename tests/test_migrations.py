@@ -17,8 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 
 from coord import Job, JobState, create_ledger, enqueue, job_transaction, list_jobs, task_options
 from coord.cli import main
-from coord.jobs import schema
-from coord.jobs.ledger import new_id
+from coord.jobs import migrations
+from coord.jobs.model import new_id
 from coord.worker.reconciler import FIRST, _page
 from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.shop import dsn_of, empty_database
@@ -98,7 +98,7 @@ async def test_create_ledger_joins_its_connections_transaction(database_url: str
 async def test_any_number_of_processes_may_make_them_at_once(database_url: str) -> None:
     async with database(database_url) as (engine, observer):
         await asyncio.gather(*(make(engine) for _ in range(20)))
-        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(schema.STEPS),)]
+        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(migrations.STEPS),)]
 
 
 async def test_alembic_would_find_nothing_to_do(database_url: str) -> None:
@@ -127,7 +127,7 @@ async def test_what_alembic_has_made_is_the_ledger(database_url: str) -> None:
         async with engine.begin() as connection:
             await connection.run_sync(Job.metadata.create_all)
         await make(engine)
-        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(schema.STEPS),)]
+        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(migrations.STEPS),)]
 
 
 # Upgrading them
@@ -145,23 +145,23 @@ async def test_a_later_version_upgrades_them_in_place_and_once(
         async with async_sessionmaker(engine)() as session:
             await enqueue(session, a_task)
             await session.commit()
-        monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, _second))
+        monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, _second))
         await asyncio.gather(*(make(engine) for _ in range(10)))
-        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(schema.STEPS),)]
+        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(migrations.STEPS),)]
         assert await observer.fetch("SELECT priority FROM coord_jobs") == [(5,)]
-        monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, _second))
+        monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, _second))
         with pytest.raises(DBAPIError, match="already exists"):
             await make(engine)
-        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(schema.STEPS) - 1,)], (
+        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(migrations.STEPS) - 1,)], (
             "a step that failed has counted"
         )
 
 
 async def test_an_empty_database_goes_through_every_step(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schema, "STEPS", (*schema.STEPS, _second))
+    monkeypatch.setattr(migrations, "STEPS", (*migrations.STEPS, _second))
     async with database(database_url) as (engine, observer):
         await make(engine)
-        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(schema.STEPS),)]
+        assert await observer.fetch("SELECT version FROM coord_schema") == [(len(migrations.STEPS),)]
         assert await observer.fetch("SELECT priority FROM coord_jobs") == []
 
 

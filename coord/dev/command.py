@@ -23,16 +23,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from coord.embedded import PostgreSQL, ServerError, Valkey
-from coord.process import end, spawn
-from coord.server import free_port
+from coord.dev.embedded import PostgreSQL, ServerError, Valkey
+from coord.dev.process import end, spawn
+from coord.dev.server import free_port
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
-    from coord.server import Server
+    from coord.dev.server import Server
 
 API = "api"
 DATABASE_URL, REDIS_URL = "COORD_DATABASE_URL", "COORD_REDIS_URL"

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
     from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
 
-    from coord.jobs.ledger import Job
-    from coord.target import Key
+    from coord.database.target import Key
+    from coord.jobs.model import Job
 
     Change = tuple[Mapper[Any], Key | None]
     """A row by its key, or with None any row of the table."""

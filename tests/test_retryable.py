@@ -26,7 +26,7 @@ from coord import (
     lock_tables,
     task_options,
 )
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.serving import eventually
@@ -97,7 +97,7 @@ async def test_a_deadlock_is(session_maker: SessionMaker, observer: Connection, 
     async with deadlock(session_maker, observer) as session:
         with pytest.raises(DBAPIError, match="deadlock detected") as caught:
             await rename(session, 2)
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
@@ -120,7 +120,7 @@ async def test_a_deadlock_that_a_job_swallows_is(
                 if goes_on:
                     await session.execute(select(User))
         await waiting
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 async def test_another_error_that_a_job_swallows_is_not(session_maker: SessionMaker, rows: None) -> None:
@@ -130,7 +130,7 @@ async def test_another_error_that_a_job_swallows_is_not(session_maker: SessionMa
             session.add(User(id=1))
             with contextlib.suppress(DBAPIError):
                 await session.flush()
-    assert not is_transient(caught.value)
+    assert not is_retryable(caught.value)
 
 
 async def test_a_deadlock_of_table_locks_is(session_maker: SessionMaker, observer: Connection, rows: None) -> None:
@@ -144,7 +144,7 @@ async def test_a_deadlock_of_table_locks_is(session_maker: SessionMaker, observe
         with pytest.raises(DeadlockError) as caught:
             async with lock_tables(victim, [User]):
                 pass
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
         await victim.rollback()
         await waiting
 
@@ -156,13 +156,13 @@ async def test_a_lock_that_was_not_to_be_had_is(session_maker: SessionMaker, row
         with pytest.raises(LockTimeoutError) as coords:
             async with lock_tables(session, [Item], timeout=0.01):
                 pass
-        assert is_transient(coords.value)
+        assert is_retryable(coords.value)
         await session.execute(text("SET LOCAL lock_timeout = '10ms'"))
         for statement in (update(User).values(name="x"), select(User).with_for_update(nowait=True)):
             async with session.begin_nested() as savepoint:
                 with pytest.raises(DBAPIError) as caught:
                     await session.execute(statement)
-                assert is_transient(caught.value)
+                assert is_retryable(caught.value)
                 await savepoint.rollback()
 
 
@@ -177,7 +177,7 @@ async def test_a_serialization_failure_is(
             await other.commit()
         with pytest.raises(DBAPIError, match="could not serialize") as caught:
             await rename(session, 1)
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
 
 
 @pytest.mark.parametrize("swallowed", [False, True])
@@ -192,7 +192,7 @@ async def test_a_terminated_backend_is_also_if_the_task_goes_on(
                 await session.execute(select(User))
         with pytest.raises((DBAPIError, PendingRollbackError)) as caught:
             await session.execute(select(User))
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
 
 
 async def test_a_backend_terminated_in_the_middle_of_a_statement_is(
@@ -206,7 +206,7 @@ async def test_a_backend_terminated_in_the_middle_of_a_statement_is(
         await observer.execute("SELECT pg_terminate_backend($1)", pid)
         with pytest.raises(DBAPIError) as caught:
             await asleep
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ async def test_a_session_that_was_ended_for_idling_is(database_url: str, observe
         await eventually(lambda: observer.fetchval(gone, pid))
         with pytest.raises(DBAPIError) as caught:
             await session.execute(select(User))
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
@@ -232,7 +232,7 @@ async def test_a_server_that_cannot_be_reached_is(database_url: str, host: str) 
             with pytest.raises(OSError, match=r"Connect|Name|resol") as caught:
                 async with engine.connect():
                     pass
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 async def test_an_exhausted_pool_is(database_url: str) -> None:
@@ -241,7 +241,7 @@ async def test_an_exhausted_pool_is(database_url: str) -> None:
             with pytest.raises(PoolTimeoutError) as caught:
                 async with engine.connect():
                     pass
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 async def test_too_many_connections_are(database_url: str, observer: Connection) -> None:
@@ -256,7 +256,7 @@ async def test_too_many_connections_are(database_url: str, observer: Connection)
     finally:
         await observer.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT -1')
         await observer.execute("DROP ROLE visitor")
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 @contextlib.asynccontextmanager
@@ -277,7 +277,7 @@ async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, sess
             with pytest.raises(ConnectionError, match="PostgreSQL") as caught:
                 async with job_transaction(delivered(job, async_sessionmaker(engine))):
                     pass
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 async def test_a_socket_that_is_not_there_is_to_a_job(session_maker: SessionMaker) -> None:
@@ -286,19 +286,19 @@ async def test_a_socket_that_is_not_there_is_to_a_job(session_maker: SessionMake
         with pytest.raises(ConnectionError) as caught:
             async with job_transaction(delivered(job, async_sessionmaker(engine))):
                 pass
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 @pytest.mark.parametrize(
     "number", [errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN, errno.ENETDOWN, errno.ECONNRESET, errno.EPIPE]
 )
 def test_a_network_that_is_down_is(number: int) -> None:
-    assert is_transient(OSError(number, "as asyncio raises it"))
+    assert is_retryable(OSError(number, "as asyncio raises it"))
 
 
 def test_a_host_of_which_no_address_answers_is() -> None:
     """As asyncio says it of `localhost` when that has two addresses."""
-    assert is_transient(OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 5432, 0, 0), …"))
+    assert is_retryable(OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 5432, 0, 0), …"))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +318,7 @@ def test_a_host_of_which_no_address_answers_is() -> None:
 )
 def test_what_the_driver_says_of_a_server_that_has_ended_a_session_is(error: type[Exception]) -> None:
     """When it says so and when it only finds the connection closed is a matter of microseconds."""
-    assert is_transient(error("x"))
+    assert is_retryable(error("x"))
 
 
 # Not transient
@@ -329,7 +329,7 @@ async def test_a_unique_violation_is_not(session_maker: SessionMaker, rows: None
         session.add(User(id=1))
         with pytest.raises(DBAPIError) as caught:
             await session.flush()
-        assert not is_transient(caught.value)
+        assert not is_retryable(caught.value)
 
 
 async def test_a_statement_that_takes_too_long_is_not(session_maker: SessionMaker) -> None:
@@ -337,10 +337,10 @@ async def test_a_statement_that_takes_too_long_is_not(session_maker: SessionMake
         await session.execute(text("SET LOCAL statement_timeout = '10ms'"))
         with pytest.raises(DBAPIError, match="statement timeout") as caught:
             await session.execute(text("SELECT pg_sleep(60)"))
-        assert not is_transient(caught.value)
+        assert not is_retryable(caught.value)
         with pytest.raises(DBAPIError, match="transaction is aborted") as caught:
             await session.execute(select(User))
-        assert not is_transient(caught.value)
+        assert not is_retryable(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ async def test_a_statement_that_takes_too_long_is_not(session_maker: SessionMake
     ids=repr,
 )
 def test_what_a_task_may_raise_otherwise_is_not(error: BaseException) -> None:
-    assert not is_transient(error)
+    assert not is_retryable(error)
 
 
 # What others have made of it
@@ -371,13 +371,13 @@ async def test_an_error_is_what_it_was_raised_from_but_not_what_it_was_raised_be
     cause = LockTimeoutError()
     with pytest.raises(RuntimeError) as caught:
         raise RuntimeError from cause
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
     with pytest.raises(RuntimeError) as caught:
         try:
             raise cause
         except LockTimeoutError:
             raise RuntimeError  # noqa: B904 - the point
-    assert not is_transient(caught.value)
+    assert not is_retryable(caught.value)
 
 
 async def test_a_conflict_of_unique_keys_is_not_though_it_was_found_by_waiting(session_maker: SessionMaker) -> None:
@@ -385,21 +385,21 @@ async def test_a_conflict_of_unique_keys_is_not_though_it_was_found_by_waiting(s
     async with session_maker() as session:
         with pytest.raises(UniqueKeyConflictError) as caught:
             await enqueue(session, task_options(a_task, unique_key="k"), 2)
-    assert not is_transient(caught.value)
+    assert not is_retryable(caught.value)
 
 
 async def test_a_group_is_if_all_of_it_is() -> None:
     passing, final = LockTimeoutError(), KeyError("x")
-    assert is_transient(ExceptionGroup("", [passing, ConnectionResetError()]))
-    assert is_transient(ExceptionGroup("", [ExceptionGroup("", [passing]), passing]))
-    assert not is_transient(ExceptionGroup("", [passing, final]))
-    assert not is_transient(ExceptionGroup("", [ExceptionGroup("", [final]), passing]))
+    assert is_retryable(ExceptionGroup("", [passing, ConnectionResetError()]))
+    assert is_retryable(ExceptionGroup("", [ExceptionGroup("", [passing]), passing]))
+    assert not is_retryable(ExceptionGroup("", [passing, final]))
+    assert not is_retryable(ExceptionGroup("", [ExceptionGroup("", [final]), passing]))
     with pytest.raises(RuntimeError) as caught:
         raise RuntimeError from ExceptionGroup("", [passing])
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 async def test_causes_that_go_round_in_a_circle_come_to_an_end() -> None:
     one, other = KeyError(), KeyError()
     one.__cause__, other.__cause__ = other, one
-    assert not is_transient(one)
+    assert not is_retryable(one)

@@ -22,8 +22,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 
-from coord.jobs.ledger import Ledger
-from coord.postgresql.function import create_lock_function
+from coord.database.lock_function import create_lock_function
+from coord.jobs.model import Ledger
 
 if TYPE_CHECKING:
     import argparse

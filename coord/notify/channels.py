@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, inspect
 
-from coord.jobs.ledger import Cancellation
-from coord.postgresql.schemas import schemas_of
+from coord.database.schemas import schemas_of
+from coord.jobs.model import Cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.changes import Change
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Key
+    from coord.database.schemas import Schemas
+    from coord.database.target import Key
+    from coord.notify.changes import Change
 
 MANY = 100
 """Rows of one table in one transaction from which its table's bell is rung instead."""

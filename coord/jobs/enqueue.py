@@ -9,15 +9,15 @@ from sqlalchemy import JSON, Text, bindparam, cast, select
 from sqlalchemy.dialects.postgresql import insert as insert_into
 
 from coord.cancellation import interruptible
+from coord.database.engine import engine_of
+from coord.database.transaction import turn
 from coord.errors import UniqueKeyConflictError
-from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
-from coord.jobs.ledger import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
+from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
-from coord.jobs.trace import current_trace
-from coord.postgresql.engine import engine_of
-from coord.postgresql.transaction import turn
+from coord.jobs.tracing import current_trace
+from coord.notify.changes import collect
 
 if TYPE_CHECKING:
     from arq.worker import Function

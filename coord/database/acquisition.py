@@ -16,9 +16,9 @@ from sqlalchemy import bindparam, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
+from coord.database.lock_function import call_lock, lock_function
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
-from coord.postgresql.function import call_lock, lock_function
-from coord.transient import sqlstate_of
+from coord.retryable import sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

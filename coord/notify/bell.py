@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from redis.exceptions import ResponseError
 
-from coord.hints.client import close_client, own_client
-from coord.hints.publisher import Publisher, notice
-from coord.hints.subscriber import Subscriber
+from coord.notify.client import close_client, own_client
+from coord.notify.publisher import Publisher, notice
+from coord.notify.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
     from redis.asyncio import Redis
 
-    from coord.hints.outage import Outage
-    from coord.hints.publisher import Batch
+    from coord.notify.outage import Outage
+    from coord.notify.publisher import Batch
 
 REFUSAL_SECONDS = 10.0
 """How long what Redis has refused counts as refused, whatever else it does."""

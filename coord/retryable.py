@@ -26,7 +26,7 @@ INVALIDATED = "8s2b"
 """SQLAlchemy's code for a transaction whose connection was lost before."""
 
 
-def is_transient(error: BaseException) -> bool:
+def is_retryable(error: BaseException) -> bool:
     """Lock timeouts, deadlocks, serialization failures, lost connections, and an exhausted pool."""
     return any(_passes(cause) for cause in _chain(error))
 
@@ -34,7 +34,7 @@ def is_transient(error: BaseException) -> bool:
 def _passes(error: BaseException) -> bool:
     match error:
         case BaseExceptionGroup():
-            return all(is_transient(part) for part in error.exceptions)
+            return all(is_retryable(part) for part in error.exceptions)
         case CoordError():
             return error.retryable
         case ConnectionError() | PoolTimeoutError() | socket.gaierror():

@@ -10,7 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
-from coord.process import Owner, end, spawn
+from coord.dev.process import Owner, end, spawn
 
 if TYPE_CHECKING:
     import signal

@@ -12,10 +12,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import IntegrityError
 
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
-from coord.hints.changes import collect
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import (
+from coord.jobs.model import (
     Cancellation,
     Job,
     JobState,
@@ -26,6 +25,7 @@ from coord.jobs.ledger import (
     jobs,
     workers,
 )
+from coord.notify.changes import collect
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
-    from coord.hints.client import Command, Commands
+    from coord.notify.client import Command, Commands
 
     Batch = Mapping[Hashable, Commands]
     """Commands by what they are about, in order; of two about the same the later ones count."""
