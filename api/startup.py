@@ -30,7 +30,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         raise
     log.release()
     try:
-        async with Coordinator(session_maker, redis=redis_url()), streams.lifespan(app):
+        # No row of the shop depends on who asks, so that one read serves all who wait for orders.
+        async with Coordinator(session_maker, redis=redis_url(), read_settings={}), streams.lifespan(app):
             yield
     finally:
         await close_probes()

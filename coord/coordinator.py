@@ -9,29 +9,29 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 
-from coord.hints.bell import Bell
-from coord.hints.changes import Changes
-from coord.hints.channels import Channels
-from coord.hints.outage import Outage
-from coord.hints.publisher import Packet
-from coord.hints.wire import packed
-from coord.postgresql.engine import engine_of, prepare
+from coord.database.engine import engine_of, prepare
+from coord.database.target import key_of, mapper_of
+from coord.notify.bell import Bell
+from coord.notify.changes import Changes, written_to
+from coord.notify.channels import Channels
+from coord.notify.outage import Outage
 from coord.queue.handover import hand_over
-from coord.target import key_of, mapper_of
-from coord.waiting.hearing import Hearing
+from coord.waiting.settings import check_declared
+from coord.waiting.subscription import RowSubscription
 from coord.waiting.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
-    from arq import ArqRedis
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.bell import Listener
-    from coord.hints.changes import Changed
-    from coord.postgresql.schemas import Schemas
+    from coord.database.schemas import Schemas
+    from coord.notify.changes import Changed
+    from coord.notify.subscriber import Listener
+    from coord.waiting.settings import Declared
 
 
 logger = logging.getLogger("coord.bell")
@@ -45,11 +45,16 @@ class Coordinator:
     and the database's name keep services apart that share a Redis. Without `redis` waits go by polling alone, under the
     cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
 
-        coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0")
+    `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one read serves
+    all who wait for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
+    function of the session (`{"app.tenant": ..., "search_path": ...}`). The shared read has them for its transaction
+    alone. Undeclared, each session reads its row by itself, woken by the shared read.
+
+        coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0", read_settings={})
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given `ArqRedis` tells it how, and is not closed. At the block's end
+    own, one to publish and one to subscribe; a given client tells it how, and is not closed. At the block's end
     reads that nobody waits for any more are stopped, so that the engine can be disposed of.
     """
 
@@ -57,19 +62,21 @@ class Coordinator:
         self,
         session_maker: async_sessionmaker[AsyncSession],
         *,
-        redis: str | ArqRedis | None = None,
+        redis: str | Redis | None = None,
         namespace: str = "coord",
         max_waiters: int = MAX_WAITERS,
+        read_settings: Declared = None,
     ) -> None:
         if not isinstance(max_waiters, int) or isinstance(max_waiters, bool) or max_waiters < 1:
             raise ValueError(f"max_waiters is a whole number, 1 or more, not {max_waiters!r}")
         if not isinstance(namespace, str) or not namespace:
             raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
-            raise ValueError(f"redis is a URL or an ArqRedis, not {redis!r}")
+            raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
+        check_declared(read_settings)
+        self._read_settings = read_settings
         self._engine = engine_of(session_maker)
-        self._redis = Redis.from_url(redis, socket_connect_timeout=2) if isinstance(redis, str) else redis
-        self._owns_redis = isinstance(redis, str)
+        self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._namespace = namespace
         self.channels = Channels(namespace, self._engine.url.database or "")
         self.outage = Outage(
@@ -91,12 +98,10 @@ class Coordinator:
             stack.callback(setattr, self, "_loop", None)
             stack.push_async_callback(self._rest)  # the last of all: who is cancelled with the server leaves meanwhile
             if self._redis is not None:
-                if self._owns_redis:
-                    stack.push_async_callback(self._redis.aclose)
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             self._watcher = Watcher.of(self._engine)
-            stack.enter_context(self._watcher.coordinate(self._max_waiters, self._hear, self._holds))
+            stack.enter_context(self._coordinated(self._watcher))
             stack.enter_context(self._changes.observed())
             self._stack = stack.pop_all()
         return self
@@ -119,8 +124,8 @@ class Coordinator:
         """
         mapper = mapper_of(model)
         key = None if pk_value is None else key_of(mapper, pk_value)
-        if engine_of(session).dialect is not self._engine.dialect:
-            raise ValueError("the session is of another engine than the coordinator's")
+        if written_to(session.sync_session, mapper) is not self._engine.dialect:
+            raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
         self._changes.add(session.sync_session, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
@@ -137,8 +142,11 @@ class Coordinator:
         if self._watcher is not None:
             await self._watcher.rest()
 
-    def _hear(self, mapper: Mapper[Any], schemas: Schemas) -> Hearing | None:
-        return None if self._bell is None else Hearing(self._bell, self.channels, mapper, schemas)
+    def _coordinated(self, watcher: Watcher) -> AbstractContextManager[None]:
+        return watcher.coordinate(self._max_waiters, self._read_settings, self._subscribe, self._holds)
+
+    def _subscribe(self, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
+        return None if self._bell is None else RowSubscription(self._bell, self.channels, mapper, schemas)
 
     def _holds(self, job_id: object) -> bool:
         return self._bell is not None and self._bell.holds(job_id)
@@ -150,11 +158,7 @@ class Coordinator:
             heard = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
             rings = self.channels.of_changes(session, heard)  # nobody waits for a job that is new
             jobs = [job for job in changes.values() if job is not None]
-            commands = hand_over(jobs, self._namespace) if jobs else {}
-            packets = {
-                key: Packet(b"".join(packed(*command) for command in given), len(given))
-                for key, given in commands.items()
-            }
+            packets = hand_over(jobs, self._namespace) if jobs else {}
         except Exception:
             logger.exception("Changes could not be announced; they are seen by polling")
             return

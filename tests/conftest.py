@@ -2,6 +2,7 @@
 
 `COORD_TEST_DATABASE_URL` and `COORD_TEST_REDIS_URL` point elsewhere. Every test process has a database of its own
 there; one given Redis is shared out by database number, so it must hold nothing of value in numbers 1 to 15.
+`COORD_TEST_POOLER` puts a PgBouncer before the engine: see tests/pooler.py.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ from typing import TYPE_CHECKING
 import asyncpg
 import pytest
 from sqlalchemy import make_url
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.schema import CreateSchema
 
 import coord.waiting.watcher
-from coord.embedded import PostgreSQL, Valkey
-from coord.postgresql.engine import prepare
-from coord.postgresql.function import create_lock_function
+from coord.database.engine import prepare
+from coord.database.lock_function import create_lock_function
+from coord.dev.embedded import PostgreSQL, Valkey
 from tests.models import Base
+from tests.pooler import create_engine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -73,7 +75,7 @@ def redis_url(server_directory: Path) -> Iterator[str]:
 @pytest.fixture(scope="session")
 async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     """An engine with a wide pool; tests that count connections make their own."""
-    engine = create_async_engine(database_url, pool_size=20, max_overflow=0)
+    engine = create_engine(database_url, pool_size=20, max_overflow=0)
     prepare(engine)  # as an application's is before it connects
     yield engine
     await engine.dispose()
@@ -82,7 +84,7 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
 @pytest.fixture
 async def single(database_url: str) -> AsyncIterator[AsyncEngine]:
     """An engine with one connection."""
-    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
+    engine = create_engine(database_url, pool_size=1, max_overflow=0)
     prepare(engine)
     before = _tasks()
     yield engine

@@ -12,7 +12,7 @@ from sqlalchemy import event
 
 from coord import Job, create_ledger, enqueue
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import Ledger
+from coord.jobs.model import Ledger
 from coord.queue.message import Message
 
 if TYPE_CHECKING:

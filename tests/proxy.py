@@ -39,6 +39,8 @@ class Proxy:
         self.flows = asyncio.Event()
         """Stopped while this is not set."""
         self.flows.set()
+        self.ends_later = 0.0
+        """Seconds by which the end of a connection comes after the server's last words."""
         self.round_trips = 0
         """How often somebody had to wait for an answer."""
         self.stops_at = 0
@@ -87,4 +89,6 @@ class Proxy:
                     writer.write(data[start : start + size])
                     await writer.drain()
                     await asyncio.sleep(0)
+            if not asks:
+                await asyncio.sleep(self.ends_later)
         writer.close()

@@ -19,7 +19,7 @@ from arq.worker import Retry, async_check_health, create_worker, func, get_kwarg
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import enqueue, worker_settings
-from coord.embedded import Valkey
+from coord.dev.embedded import Valkey
 from coord.worker.settings import DEFAULTS, REFUSED
 from tests.ledger import ledger
 from tests.serving import eventually
@@ -360,8 +360,8 @@ async def test_what_redis_refuses_is_waited_out_and_said_as_what_it_is(
 
 @pytest.mark.slow
 async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes: Notes, tmp_path: Path) -> None:
-    from coord.embedded import _valkey_server
-    from coord.server import free_port
+    from coord.dev.embedded import _valkey_server
+    from coord.dev.server import free_port
 
     port = free_port()
     command = [str(_valkey_server()), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]

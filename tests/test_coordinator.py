@@ -17,13 +17,13 @@ from fastapi import FastAPI
 from redis.asyncio import Redis
 from sqlalchemy import delete, event, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Mapper, Session
 
 import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
-from coord.embedded import PostgreSQL, Valkey
-from coord.hints.channels import MANY, Channels
-from coord.target import mapper_of
+from coord.database.target import mapper_of
+from coord.dev.embedded import PostgreSQL, Valkey
+from coord.notify.channels import MANY, Channels
 from tests.models import Account, Base, Item, User
 from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting
@@ -53,7 +53,7 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 async def coordinator(
     nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
 ) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
         await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
         yield coordinator
 
@@ -218,7 +218,9 @@ async def test_nothing_is_left_on_sqlalchemys_classes(session_maker: SessionMake
     def listening() -> set[bool]:
         changes = coordinator._changes
         return {
-            event.contains(Session, "after_flush", changes._after_flush),
+            event.contains(Mapper, "after_insert", changes._after_insert),
+            event.contains(Mapper, "after_update", changes._after_update),
+            event.contains(Mapper, "after_delete", changes._after_delete),
             event.contains(Session, "do_orm_execute", changes._do_orm_execute),
             event.contains(Session, "after_commit", changes._after_commit),
             event.contains(Session, "after_soft_rollback", changes._after_soft_rollback),
@@ -270,6 +272,28 @@ async def test_a_listener_that_fails_does_not_end_the_bell(
         coordinator.listen(b"a channel", listener)
         await eventually(heard)
     assert "of the listener's" in caplog.text
+
+
+async def test_what_redis_refuses_is_said_once_while_all_else_goes_on(
+    session_maker: SessionMaker, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Here a user without the right to any channel but one."""
+    await redis.acl_setuser(
+        "deaf", enabled=True, nopass=True, reset_channels=True, channels=["allowed"], commands=["+@all"]
+    )
+    try:
+        async with Coordinator(session_maker, redis=redis_url.replace("//", "//deaf:any@")) as coordinator:
+            bell = coordinator._bell
+            assert bell is not None
+            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            for n in range(30):
+                bell.ring([b"refused", b"allowed"] if n % 2 else [b"allowed"])
+                await eventually(lambda: asyncio.sleep(0, not bell.holds(b"allowed")))
+    finally:
+        await redis.acl_deluser("deaf")
+    said = [record.message for record in caplog.records if record.name == "coord.bell"]
+    assert len(said) == 1
+    assert "permission" in said[0].lower()
 
 
 async def test_it_closes_at_any_moment_of_its_beginning(session_maker: SessionMaker, redis_url: str) -> None:
@@ -439,7 +463,7 @@ async def test_ten_thousand_waits_cancelled_at_random_leave_nothing(
     assert not [task for task in tasks if not task.cancelled() and task.exception()]
     watcher = coord.waiting.watcher._watchers[asyncio.get_running_loop()][engine.dialect]
     assert watcher.waiters == 0
-    assert watcher._groups == {}
+    assert watcher._pollers == {}
     await eventually(lambda: _equal(redis.pubsub_channels, []))
     await all_given_back(engine)
 

@@ -19,8 +19,8 @@ from arq.worker import Retry
 from sqlalchemy import text, update
 
 from coord import cancel_job, job_transaction, task_options
-from coord.embedded import Valkey
-from coord.jobs.ledger import queues
+from coord.dev.embedded import Valkey
+from coord.jobs.model import queues
 from coord.queue.message import Message
 from tests.ledger import ledger
 from tests.serving import eventually

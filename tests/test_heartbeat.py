@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import worker_settings
-from coord.jobs.ledger import JobState
+from coord.jobs.model import JobState
 from tests.ledger import a_task, ledger
 from tests.proxy import Proxy
 from tests.serving import eventually
@@ -69,7 +69,7 @@ async def stopped_before(answer: int, office: Office) -> bool:
         await asyncio.sleep(0)
         proxy.stops_at = 0
         proxy.flows.set()
-        while not worker.running.done():  # redis-py may swallow a cancellation; see coord.hints.wire
+        while not worker.running.done():  # redis-py may swallow a cancellation; see coord.notify.client
             worker.running.cancel()
             await asyncio.wait([worker.running], timeout=0.5)
         await worker.stop()

@@ -58,9 +58,12 @@ class Counter:
     async def waits_for_nobody(self) -> bool:
         return not await self.waits()
 
+    async def is_connected(self) -> bool:
+        return self.coordinator._bell is not None and self.coordinator._bell.connected
+
     async def hears_nothing(self) -> bool:
         assert self.coordinator._bell is not None
-        return not self.coordinator._bell._listeners
+        return not self.coordinator._bell._subscriber._listeners
 
     async def holds_no_connection(self) -> bool:
         return "Current Checked out connections: 0" in self.engine.pool.status()
@@ -81,6 +84,7 @@ async def open_counter(database_url: str, redis_url: str, *middleware: Any) -> A
 @pytest.fixture
 async def bell(database_url: str, redis_url: str) -> AsyncIterator[Counter]:
     async with open_counter(database_url, redis_url) as opened:
+        await eventually(opened.is_connected)
         yield opened
 
 

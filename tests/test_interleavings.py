@@ -14,8 +14,8 @@ from sqlalchemy import select, text
 
 import coord.waiting.watcher
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
-from coord.hints.bell import Bell
-from coord.waiting.reading import Reader
+from coord.notify.subscriber import Subscriber
+from coord.waiting.reader import Reader
 from tests.models import Account
 from tests.serving import all_given_back
 
@@ -171,11 +171,17 @@ class World:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("read_settings", [{}, None], ids=["declared", "undeclared"])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(script=st.lists(actions, min_size=6, max_size=30))
 @example(script=[("wait", 1, "loaded", 0.2), ("cancel", 0)])  # before its first step
 async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
-    script: list[tuple[Any, ...]], engine: AsyncEngine, session_maker: SessionMaker, redis_url: str, schema: None
+    script: list[tuple[Any, ...]],
+    engine: AsyncEngine,
+    session_maker: SessionMaker,
+    redis_url: str,
+    schema: None,
+    read_settings: dict[str, str] | None,
 ) -> None:
     async with engine.begin() as connection:
         await connection.execute(text("SET LOCAL lock_timeout = '10s'"))
@@ -183,7 +189,8 @@ async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
         await connection.execute(
             text("INSERT INTO accounts SELECT 'eu', n, 'open', 0, 1 FROM generate_series(1, :n) AS n"), {"n": ROWS}
         )
-    async with Redis.from_url(redis_url) as redis, Coordinator(session_maker, redis=redis_url):
+    coordinator = Coordinator(session_maker, redis=redis_url, read_settings=read_settings)
+    async with Redis.from_url(redis_url) as redis, coordinator:
         world = World(session_maker, redis)
         with pytest.MonkeyPatch.context() as patch:
             interpose(patch, world)
@@ -192,7 +199,7 @@ async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
             world.check(wait)
         watcher = coord.waiting.watcher.Watcher.of(engine)
         assert watcher.waiters == 0
-        assert watcher._groups == {}
+        assert watcher._pollers == {}
         await all_given_back(engine)
 
 
@@ -211,7 +218,7 @@ async def play(world: World, script: list[tuple[Any, ...]]) -> None:
 
 def interpose(patch: pytest.MonkeyPatch, world: World) -> None:
     """Stand between the reads and their waiters, and between Redis and the bell."""
-    rows_of, handle = Reader._rows, Bell._handle
+    rows_of, on_message = Reader._rows, Subscriber._on_message
 
     async def gated(self: Reader, *arguments: Any) -> Any:
         await world.gates["before"].wait()
@@ -219,11 +226,11 @@ def interpose(patch: pytest.MonkeyPatch, world: World) -> None:
         await world.gates["after"].wait()
         return found
 
-    def lossy(self: Bell, message: list[Any]) -> None:
-        if message[0] == b"message" and world.lost:
+    def lossy(self: Subscriber, message: dict[str, Any]) -> None:
+        if message["type"] == "message" and world.lost:
             world.lost -= 1
         else:
-            handle(self, message)
+            on_message(self, message)
 
     patch.setattr(Reader, "_rows", gated)
-    patch.setattr(Bell, "_handle", lossy)
+    patch.setattr(Subscriber, "_on_message", lossy)

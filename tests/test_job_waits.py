@@ -27,11 +27,11 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
-from coord.waiting.reading import Reader
+from coord.waiting.reader import Reader
 from tests.ledger import a_task, committed, delivered, executed, ledger  # noqa: F401 - a fixture
 from tests.models import User
 from tests.serving import all_given_back, eventually
-from tests.waits import registered, waiters, waiting
+from tests.waits import read_settings, registered, waiters, waiting  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -62,7 +62,7 @@ async def job(ledger: None, session_maker: SessionMaker) -> Job:  # noqa: F811
 async def coordinator(
     nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
 ) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url) as coordinator:
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
         await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
         yield coordinator
 
@@ -96,6 +96,7 @@ class Held:
 
 @pytest.mark.parametrize("kind", ["job", "id"])
 @pytest.mark.parametrize("until", [None, lambda _: False])
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_is_done_ends_the_wait_though_nothing_has_changed(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, kind: str, until: Any
 ) -> None:
@@ -111,6 +112,7 @@ async def test_a_job_that_is_done_ends_the_wait_though_nothing_has_changed(
 
 
 @pytest.mark.parametrize("columns", [["name"], ["id"]])
+@pytest.mark.usefixtures("read_settings")
 async def test_the_row_is_as_the_job_has_left_it(
     session_maker: SessionMaker, user: int, job: Job, columns: list[str]
 ) -> None:
@@ -122,6 +124,7 @@ async def test_the_row_is_as_the_job_has_left_it(
         assert (await task).name == "after"
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_fails_is_raised_with_its_reason_in_one_line(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -136,6 +139,7 @@ async def test_a_job_that_fails_is_raised_with_its_reason_in_one_line(
         assert not caught.value.retryable
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_reason_of_several_lines_is_told_in_one(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -148,6 +152,7 @@ async def test_a_reason_of_several_lines_is_told_in_one(
             assert caught.value.reason == reason
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_is_cancelled_is_raised(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -162,6 +167,7 @@ async def test_a_job_that_is_cancelled_is_raised(
 
 
 @pytest.mark.parametrize("until", [None, lambda _: False])
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_has_ended_before_the_call_ends_it_at_once(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, until: Any
 ) -> None:
@@ -177,6 +183,7 @@ async def test_a_job_that_has_ended_before_the_call_ends_it_at_once(
             await wait_for_row_change(session, User, user, **options)
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_change_of_the_row_ends_the_wait_before_the_job_does(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -188,6 +195,8 @@ async def test_a_change_of_the_row_ends_the_wait_before_the_job_does(
 
 
 @pytest.mark.parametrize("first", ["change", "failure"])
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_of_a_change_and_a_failure_the_one_that_is_known_first_ends_the_wait(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job, first: str
 ) -> None:
@@ -207,6 +216,7 @@ async def test_of_a_change_and_a_failure_the_one_that_is_known_first_ends_the_wa
         held.free.set()
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_failure_ends_a_wait_whose_changes_were_not_the_ones(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -226,6 +236,7 @@ async def test_a_failure_ends_a_wait_whose_changes_were_not_the_ones(
             await task
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_an_unfinished_job_leaves_the_wait_its_deadline(session_maker: SessionMaker, user: int, job: Job) -> None:
     async with session_maker() as session:
         began = time.monotonic()
@@ -235,6 +246,7 @@ async def test_an_unfinished_job_leaves_the_wait_its_deadline(session_maker: Ses
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
 ) -> None:
@@ -256,6 +268,7 @@ async def test_a_job_that_has_ended_by_the_deadline_is_known_by_the_deadline(
 
 
 @pytest.mark.parametrize("state", ["done", "failed"])
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_is_looked_at_by_the_deadline_also_if_the_row_has_changed_and_until_is_false_of_it(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str
 ) -> None:
@@ -273,6 +286,7 @@ async def test_a_job_is_looked_at_by_the_deadline_also_if_the_row_has_changed_an
         assert time.monotonic() - began < 1.5
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_an_unfinished_job_leaves_the_deadline_to_a_wait_whose_change_was_not_the_one(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -289,6 +303,7 @@ async def test_an_unfinished_job_leaves_the_deadline_to_a_wait_whose_change_was_
 # What is no job
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_job_that_the_ledger_does_not_have_is_not_found(
     session_maker: SessionMaker, observer: Connection, user: int, job: Job
 ) -> None:
@@ -304,6 +319,7 @@ async def test_a_job_that_the_ledger_does_not_have_is_not_found(
 
 
 @pytest.mark.parametrize("nonsense", ["x", 5, b"", str(UUID(int=7)), object(), User(id=1), Job, True])
+@pytest.mark.usefixtures("read_settings")
 async def test_what_is_neither_a_job_nor_an_id_is_refused(
     session_maker: SessionMaker, user: int, nonsense: Any
 ) -> None:
@@ -312,6 +328,7 @@ async def test_what_is_neither_a_job_nor_an_id_is_refused(
             await wait_for_row_change(session, User, user, job=nonsense, timeout=5)
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_the_job_has_to_be_committed_first(session_maker: SessionMaker, user: int) -> None:
     async with session_maker() as session:
         job = await enqueue(session, a_task)
@@ -322,6 +339,7 @@ async def test_the_job_has_to_be_committed_first(session_maker: SessionMaker, us
             await wait_for_row_change(session, User, user, job=job, timeout=0)
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_row_that_is_not_there_is_not_found_whatever_the_job(
     session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
@@ -340,6 +358,8 @@ async def known_to_have_ended() -> None:
 
 
 @pytest.mark.parametrize("kind", ["columns", "entities"])
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job, kind: str
 ) -> None:
@@ -359,6 +379,8 @@ async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
         assert (await task).name == "final"
 
 
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_first_read_that_began_before_the_jobs_commit_is_not_its_last_word(
     session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
 ) -> None:
@@ -375,6 +397,8 @@ async def test_a_first_read_that_began_before_the_jobs_commit_is_not_its_last_wo
         assert (await task).name == "final"
 
 
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_last_read_that_fails_is_made_again(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
 ) -> None:
@@ -394,6 +418,8 @@ async def test_a_last_read_that_fails_is_made_again(
 
 
 @pytest.mark.parametrize("with_job", [True, False])
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_read_that_was_under_way_at_the_deadline_is_not_the_last_look(
     session_maker: SessionMaker,
     observer: Connection,
@@ -417,6 +443,8 @@ async def test_a_read_that_was_under_way_at_the_deadline_is_not_the_last_look(
         assert (await task).name == "final"
 
 
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the_row_is_under_way(
     session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch, user: int, job: Job
 ) -> None:
@@ -458,15 +486,18 @@ async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the
 
 
 async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user: int, job: Job) -> None:
-    async with Coordinator(session_maker, max_waiters=2), session_maker() as session:
-        tasks = [waiting(session, User, user, job=job, timeout=0.3) for _ in range(2)]
+    async with Coordinator(session_maker, max_waiters=2), AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(3)]
+        tasks = [waiting(session, User, user, job=job, timeout=0.5) for session in sessions[:2]]
         await registered()
         with pytest.raises(TooManyWaitersError):
-            await wait_for_row_change(session, User, user, job=job)
+            await wait_for_row_change(sessions[2], User, user, job=job)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, WaitTimeoutError)
 
 
+@pytest.mark.parametrize("read_settings", [{}], indirect=True)
+@pytest.mark.usefixtures("read_settings")
 async def test_a_thousand_waits_for_their_jobs_share_their_reads(
     engine: AsyncEngine, session_maker: SessionMaker, observer: Connection
 ) -> None:
@@ -489,6 +520,7 @@ async def test_a_thousand_waits_for_their_jobs_share_their_reads(
 
 
 @pytest.mark.parametrize("how", ["cancelled", "until raises"])
+@pytest.mark.usefixtures("read_settings")
 async def test_a_wait_that_is_left_leaves_nothing(
     session_maker: SessionMaker, engine: AsyncEngine, user: int, job: Job, how: str
 ) -> None:
@@ -620,6 +652,7 @@ async def test_a_job_itself_can_be_waited_for(
             await wait_for_row_change(session, Job, uuid4())
 
 
+@pytest.mark.usefixtures("read_settings")
 async def test_a_watch_of_a_job_ends_with_its_final_state(
     session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coord import job_transaction
-from coord.embedded import Valkey
+from coord.dev.embedded import Valkey
 from tests.ledger import ledger
 from tests.serving import eventually
 from tests.test_fetcher import measured

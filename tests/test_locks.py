@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
+import coord.database.acquisition
 import coord.locks
-import coord.postgresql.acquisition
 from coord import (
     DeadlockError,
     LockMode,
@@ -53,7 +53,7 @@ HELD = """SELECT mode FROM pg_locks JOIN pg_class ON pg_class.oid = relation
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each promise holds both ways: where the ledger's function is installed, and where it is not."""
     if request.param == "plain statements":
-        monkeypatch.setattr(coord.postgresql.acquisition, "lock_function", lambda _: None)
+        monkeypatch.setattr(coord.database.acquisition, "lock_function", lambda _: None)
     return str(request.param)
 
 
@@ -402,7 +402,8 @@ async def test_an_advisory_lock_excludes_its_own_key_alone(
                 pass
         async with advisory_lock(holder, key, shared=True), advisory_lock(other, key, shared=True, timeout=0):
             pass
-    assert not await observer.fetch("SELECT 1 FROM pg_locks WHERE locktype = 'advisory'")
+    here = "database = (SELECT oid FROM pg_database WHERE datname = current_database())"
+    assert not await observer.fetch(f"SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND {here}")
 
 
 @pytest.mark.parametrize("key", [2**63, (1, 2**31), True, (1, 2, 3), 1.5, None])

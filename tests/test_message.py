@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from coord.jobs.ledger import new_id
+from coord.jobs.model import new_id
 from coord.queue.keys import QueueKeys, due_of, rank, rank_of, soon_member
 from coord.queue.message import Message
 

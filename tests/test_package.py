@@ -35,6 +35,89 @@ for module in sys.argv[1:]:
 """
 
 
+PRIVATE_NAMES = {
+    "fastapi_function_astack": "the one of FastAPI's exit stacks that ends before the response, to commit on",
+    "fastapi_inner_astack": "the one that ends after it, to close on",
+}
+"""Names of other libraries that they do not document, each used in one function; also on docs/architecture.md."""
+LOOK_PUBLIC = {"dispatch", "await_only", "await_fallback", "greenlet_spawn", "connection_class"}
+ASYNCPG_INSIDES = {"protocol", "connresource", "transaction", "prepared_stmt", "cursor", "connection", "pool"}
+FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace"}
+"""Documented in spite of their underscore."""
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and name != "_" and not (name.startswith("__") and name.endswith("__"))
+
+
+def defined_in(tree: ast.AST) -> set[str]:
+    """Names that the code gives itself: whatever it uses of them is its own."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                found.add(name)
+            case ast.Attribute(attr=name, ctx=ast.Store(), value=ast.Name(id="self" | "cls")):
+                found.add(name)
+            case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
+                found.add(name)
+            case ast.Assign(targets=[ast.Name(id="__slots__")], value=value):
+                found |= {str(each.value) for each in ast.walk(value) if isinstance(each, ast.Constant)}
+    return found
+
+
+def foreign_private_names(tree: ast.AST, own: set[str], here: set[str]) -> set[str]:
+    """Private names of other libraries that one file uses: `own` are the package's names, `here` the file's."""
+    found = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(attr=name, value=ast.Name(id="self" | "cls")) if is_private(name) and name not in own:
+                found.add(name)
+            case ast.Attribute(attr=name, value=value) if is_private(name) and name not in here | FIELD_NAMES:
+                found |= set() if isinstance(value, ast.Name) and value.id in ("self", "cls") else {name}
+            case ast.Attribute(attr=name):
+                found |= {name} & (LOOK_PUBLIC - {"connection_class"})  # redis-py documents that of its pools
+            case ast.Constant(value=str(name)) | ast.keyword(arg=str(name)):
+                found |= {name} & {"connection_class", *PRIVATE_NAMES}
+            case ast.ImportFrom(module=str(module), names=names) if module.partition(".")[0] != "coord":
+                top, *rest = module.split(".")
+                imported_names = [alias.name for alias in names]
+                insides = ASYNCPG_INSIDES & {*rest, *imported_names} if top == "asyncpg" else set()
+                found |= insides | {
+                    each for each in (*rest, *imported_names) if is_private(each) or each in LOOK_PUBLIC
+                }
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                found |= {name} if is_private(name) and not name.startswith("__") else set()
+    return found
+
+
+def test_no_private_name_of_another_library_is_used_but_those_that_are_listed() -> None:
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "coord").rglob("*.py"))]
+    own = set().union(*map(defined_in, trees))
+    found = set().union(*(foreign_private_names(tree, own, defined_in(tree)) for tree in trees))
+    assert found == set(PRIVATE_NAMES)
+    assert len(PRIVATE_NAMES) <= 6
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "session._connections",
+        "self._parser",
+        "pool.dispatch",
+        "from sqlalchemy.util import await_only",
+        "from asyncpg.protocol import Protocol",
+        "from redis._parsers import X",
+        "getattr(engine, '_pool')",
+        "connect(connection_class=X)",
+    ],
+)
+def test_private_names_are_found(code: str) -> None:
+    assert foreign_private_names(ast.parse(code), set(), set())
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import coord.worker.maintenance.pruner
 from coord import cancel_job, retry_job, task_options
-from coord.jobs.ledger import attempts, cancellations, jobs, keys
+from coord.jobs.model import attempts, cancellations, jobs, keys
 from coord.worker.maintenance.pruner import Pruner, _expired
 from tests.ledger import a_task, ledger
 from tests.serving import eventually

@@ -1,4 +1,4 @@
-"""The publisher: every ring arrives once Redis is there, by few packets, and nobody waits for it."""
+"""The publisher: everything arrives once Redis is there, by few pipelines, and nobody waits for it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
-import coord.hints.publisher
-from coord.embedded import Valkey
-from coord.hints.publisher import Publisher, ring_of
+import coord.notify.publisher
+from coord.dev.embedded import Valkey
+from coord.notify.client import close_client, own_client
+from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class Scene:
         self.told = told
         self.heard = heard
 
-    def ring(self, *numbers: int) -> None:
-        self.publisher.send({b"%d" % number: ring_of(b"%d" % number) for number in numbers})
+    def publish(self, *numbers: int) -> None:
+        self.publisher.publish({b"%d" % number: [notice(b"%d" % number)] for number in numbers})
 
     async def has_heard(self, *numbers: int) -> None:
         await eventually(lambda: asyncio.sleep(0, {b"%d" % number for number in numbers} <= set(self.heard)))
@@ -55,7 +57,8 @@ async def scene(redis_url: str) -> AsyncIterator[Scene]:
 async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
     told: list[Exception | None] = []
     heard: list[bytes] = []
-    async with Redis.from_url(redis_url) as redis, Redis.from_url(url) as own, redis.pubsub() as subscription:
+    own = own_client(Redis.from_url(url, socket_timeout=0.1).connection_pool)
+    async with Redis.from_url(redis_url) as redis, redis.pubsub() as subscription:
         await subscription.psubscribe("*")
         await subscription.get_message(timeout=5)
 
@@ -66,13 +69,14 @@ async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
         listening = asyncio.create_task(listen())
         async with Publisher(own, told.append).open() as publisher:
             yield Scene(redis, publisher, told, heard)
+        await close_client(own)
         listening.cancel()
         await asyncio.wait([listening])
 
 
-async def test_every_ring_arrives_whatever_is_under_way(scene: Scene) -> None:
+async def test_everything_arrives_whatever_is_under_way(scene: Scene) -> None:
     for number in range(3_000):
-        scene.ring(number, number + 1)
+        scene.publish(number, number + 1)
         if not number % 7:
             await asyncio.sleep(0)
     await scene.has_heard(*range(3_001))
@@ -80,18 +84,44 @@ async def test_every_ring_arrives_whatever_is_under_way(scene: Scene) -> None:
     assert set(scene.told) == {None}
 
 
-async def test_what_was_rung_is_sent_before_the_end(redis_url: str) -> None:
+async def test_what_was_published_is_sent_before_the_end(redis_url: str) -> None:
     async with opened(redis_url, redis_url) as scene:
-        scene.ring(1)
+        scene.publish(1)
     assert scene.told == [None]
 
 
+async def test_commands_are_carried_out_in_order_and_the_last_word_on_a_key_counts(scene: Scene) -> None:
+    """At its place: a notice that was to be sent anyway comes after what it is about now."""
+    scene.publisher.publish({"notice": [("SET", "order", "never"), notice(b"1")]})
+    scene.publisher.publish({"job": [("SET", "order", "a"), ("APPEND", "order", "b")]})
+    scene.publisher.publish({"notice": [("APPEND", "order", "c"), notice(b"1")]})
+    assert scene.publisher.holds("job")
+    await scene.has_heard(1)
+    assert await scene.redis.getdel("order") == b"abc"
+    await eventually(lambda: asyncio.sleep(0, not scene.publisher.holds("job")))
+    assert scene.heard == [b"1"]
+
+
+async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scene) -> None:
+    scene.publisher.publish({"a": [("NOSUCHCOMMAND",)], "b": [notice(b"1")]})
+    await scene.has_heard(1)
+    await eventually(lambda: asyncio.sleep(0, len(scene.told) == 1))
+    assert isinstance(scene.told[0], ResponseError)
+
+
+async def test_what_cannot_be_sent_harms_nothing_that_comes_later(scene: Scene) -> None:
+    scene.publisher.publish({"a": [("SET", "a", object())]})  # type: ignore[list-item]
+    await eventually(lambda: asyncio.sleep(0, scene.told))
+    scene.publish(1)
+    await scene.has_heard(1)
+
+
 async def test_an_idle_connection_that_redis_closes_is_replaced_in_silence(scene: Scene) -> None:
-    scene.ring(1)
+    scene.publish(1)
     await scene.has_heard(1)
     await scene.kill()
     await eventually(lambda: _none(scene.connections()))
-    scene.ring(2)
+    scene.publish(2)
     await scene.has_heard(2)
     assert set(scene.told) == {None}
 
@@ -100,32 +130,32 @@ async def _none(found: Any) -> bool:
     return not await found
 
 
-async def test_rings_under_way_when_a_connection_is_lost_are_sent_again(scene: Scene) -> None:
-    scene.ring(1)
+async def test_what_is_under_way_when_a_connection_is_lost_is_sent_again(scene: Scene) -> None:
+    scene.publish(1)
     await scene.has_heard(1)
     victims = await scene.connections()
     await scene.redis.client_pause(300, all=False)  # PUBLISH is held back, CLIENT KILL is not
-    scene.ring(2)
+    scene.publish(2)
     await asyncio.sleep(0.05)
-    scene.ring(3)
+    scene.publish(3)
     for client in victims:
         await scene.redis.client_kill_filter(_id=client)
     await scene.has_heard(2, 3)
     assert set(scene.told) == {None}
 
 
-async def test_rings_that_redis_does_not_answer_are_dropped_and_later_ones_are_not(
+async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.hints.publisher, "LIMIT", 0.2)
-    scene.ring(1)
+    monkeypatch.setattr(coord.notify.publisher, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    scene.publish(1)
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)
-    scene.ring(2)
+    scene.publish(2)
     await eventually(lambda: asyncio.sleep(0, len(scene.told) > 1), within=0.9)
     assert isinstance(scene.told[1], TimeoutError)
     await scene.redis.client_unpause()
-    scene.ring(3)
+    scene.publish(3)
     await scene.has_heard(3)
 
 
@@ -136,24 +166,24 @@ async def test_what_redis_refuses_is_told(redis_url: str) -> None:
         )
     try:
         async with opened(redis_url.replace("//", "//deaf:any@"), redis_url) as scene:
-            scene.ring(1)
+            scene.publish(1)
             await eventually(lambda: asyncio.sleep(0, scene.told))
             assert "permission" in str(scene.told[0])
-            scene.publisher.send({b"allowed": ring_of(b"allowed")})
+            scene.publisher.publish({b"allowed": [notice(b"allowed")]})
             await eventually(lambda: asyncio.sleep(0, None in scene.told))
     finally:
         async with Redis.from_url(redis_url) as redis:
             await redis.acl_deluser("deaf")
 
 
-async def test_rings_without_redis_are_dropped_and_arrive_again_once_it_is_there(server_directory: Path) -> None:
+async def test_what_is_published_without_redis_is_dropped_until_it_is_there_again(server_directory: Path) -> None:
     with Valkey(server_directory / "absent") as valkey:
         async with opened(valkey.url, valkey.url) as scene:
-            scene.ring(1)
+            scene.publish(1)
             await scene.has_heard(1)
             valkey.kill()
             for number in range(2, 50):
-                scene.ring(number)
+                scene.publish(number)
                 await asyncio.sleep(0.005)
             errors = [error for error in scene.told if error is not None]
             assert 1 <= len(errors) <= 10
@@ -161,15 +191,15 @@ async def test_rings_without_redis_are_dropped_and_arrive_again_once_it_is_there
             told = len(scene.told)
 
             async def answered() -> bool:
-                scene.ring(50)
+                scene.publish(50)
                 return None in scene.told[told:]
 
             await eventually(answered)
 
 
-async def test_many_who_ring_at_once_share_packets(redis_url: str) -> None:
-    """One who rings alone does not wait for company."""
-    packets: list[int] = []
+async def test_many_who_publish_at_once_share_pipelines(redis_url: str) -> None:
+    """One who publishes alone does not wait for company."""
+    pipelines: list[int] = []
     redis = urlsplit(redis_url)
 
     async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -178,7 +208,7 @@ async def test_many_who_ring_at_once_share_packets(redis_url: str) -> None:
         async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter, *, counted: bool) -> None:
             while data := await source.read(1 << 16):
                 if counted:
-                    packets.append(data.count(b"PUBLISH"))
+                    pipelines.append(data.count(b"PUBLISH"))
                 target.write(data)
             target.close()
 
@@ -188,12 +218,12 @@ async def test_many_who_ring_at_once_share_packets(redis_url: str) -> None:
         proxy = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
         async with opened(proxy, redis_url) as scene:
             for number in range(5):
-                scene.ring(number)
+                scene.publish(number)
                 await scene.has_heard(number)
-            assert [count for count in packets if count] == [1] * 5
-            packets.clear()
+            assert [count for count in pipelines if count] == [1] * 5
+            pipelines.clear()
             for number in range(5, 500):
-                scene.ring(number)
+                scene.publish(number)
                 await asyncio.sleep(0)
             await scene.has_heard(*range(5, 500))
-            assert len(packets) < 100
+            assert len(pipelines) < 100

@@ -11,33 +11,27 @@ import pytest
 from sqlalchemy import inspect, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from coord.waiting import reading
-from coord.waiting.reading import Reader
+from coord.waiting import reader
+from coord.waiting.reader import Reader
 from tests.models import Document, User
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from coord.database.target import Key
 
-    from coord.target import Key
-
-LIMIT, USUAL_LIMIT = 0.1, reading.READ_LIMIT
-BOTH_WAYS = pytest.mark.parametrize(("model", "key"), [(User, (1,)), (Document, (UUID(int=1),))])
-"""By the driver alone and by the ORM."""
+LIMIT, USUAL_LIMIT = 0.1, reader.READ_LIMIT
+MODELS = pytest.mark.parametrize(("model", "key"), [(User, (1,)), (Document, (UUID(int=1),))])
+"""Plain, and with relationships that are mapped eager."""
 
 pytestmark = pytest.mark.usefixtures("tables")
 
 
-def test_both_ways_are_tried(engine: AsyncEngine) -> None:
-    assert [is_plain(inspect(model), engine.sync_engine) for model in (User, Document)] == [True, False]
-
-
 @pytest.fixture(autouse=True)
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "READ_LIMIT", LIMIT)
+    monkeypatch.setattr(reader, "READ_LIMIT", LIMIT)
 
 
-@BOTH_WAYS
+@MODELS
 @pytest.mark.parametrize("pool_timeout", [30, None])
 async def test_a_read_keeps_its_place_in_the_pools_queue(
     database_url: str, model: type, key: Key, pool_timeout: float | None
@@ -58,7 +52,7 @@ async def test_a_read_keeps_its_place_in_the_pools_queue(
     await engine.dispose()
 
 
-@BOTH_WAYS
+@MODELS
 @pytest.mark.parametrize("connected", [True, False])
 async def test_a_read_that_nothing_answers_is_given_up(
     database_url: str, model: type, key: Key, connected: bool, monkeypatch: pytest.MonkeyPatch
@@ -75,6 +69,6 @@ async def test_a_read_that_nothing_answers_is_given_up(
                 await Reader(engine, inspect(model), ()).entities([key])
         assert not patience.expired()
         proxy.flows.set()
-        monkeypatch.setattr(reading, "READ_LIMIT", USUAL_LIMIT)
+        monkeypatch.setattr(reader, "READ_LIMIT", USUAL_LIMIT)
         assert await Reader(engine, inspect(model), ()).entities([key]) == {}
         await engine.dispose()

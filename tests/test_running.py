@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from coord import Job
-    from coord.embedded import PostgreSQL
+    from coord.dev.embedded import PostgreSQL
 
 pytestmark = pytest.mark.usefixtures("tables")
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 import coord.waiting.watcher
-from coord import wait_for_row_change
+from coord import Coordinator, wait_for_row_change
 from tests.serving import eventually
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.waiting.waiter import Waiter
 
@@ -22,14 +26,26 @@ def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.T
 def waiters() -> list[Waiter[Any]]:
     """All that wait in this event loop."""
     watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-    groups = [group for watcher in watchers for group in watcher._groups.values()]
+    groups = [group for watcher in watchers for group in watcher._pollers.values()]
     return [waiter for group in groups for found in group.waiters.values() for waiter in found]
+
+
+@pytest.fixture(params=[{}, None], ids=["declared", "undeclared"])
+async def read_settings(
+    request: pytest.FixtureRequest, session_maker: async_sessionmaker[AsyncSession], nobody_left_waiting: None
+) -> AsyncIterator[None]:
+    """Every test twice: with the rows of the shared read, and with those that each session reads by itself."""
+    if request.param is None:
+        yield
+    else:
+        async with Coordinator(session_maker, read_settings=request.param):
+            yield
 
 
 async def registered(count: int = 1) -> None:
     """Return once so many wait and everybody who waits has had the first look at the row."""
 
-    async def looked() -> bool:
-        return len(found := waiters()) >= count and all(waiter.looked for waiter in found)
+    async def read() -> bool:
+        return len(found := waiters()) >= count and all(waiter.has_read for waiter in found)
 
-    await eventually(looked)
+    await eventually(read)

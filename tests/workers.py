@@ -21,8 +21,8 @@ from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, Job, create_ledger, enqueue, worker_settings
-from coord.embedded import PostgreSQL
-from coord.jobs.ledger import jobs, workers
+from coord.dev.embedded import PostgreSQL
+from coord.jobs.model import jobs, workers
 from coord.queue.keys import RANK_SHIFT, QueueKeys
 from coord.queue.message import Message
 from tests.models import User, table_of

@@ -16,7 +16,7 @@ from benchmarks.loop import installed
 from benchmarks.machine import DOCS, machine, sources
 from benchmarks.page import rewrite
 from benchmarks.report import TARGETS_HEAD, Table, milliseconds
-from benchmarks.roundtrip.catalogue import ALL, COORD, FLOOR
+from benchmarks.roundtrip.catalogue import ALL, COORD, FLOOR, other_checkout
 from benchmarks.roundtrip.crew import TurnError
 from benchmarks.roundtrip.environments import python_of, versions
 from benchmarks.roundtrip.findings import Findings
@@ -60,6 +60,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help=f"of the others, for each lock mode ({FULL.rounds})")
     only = f"some of {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
+    against = "another checkout whose coord plays as well, say a worktree of the commit before"
+    parser.add_argument("--against", type=Path, metavar="DIR", help=against)
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help=f"where {PAGE} is")
     return parser.parse_args(arguments)
 
@@ -70,6 +72,8 @@ def _main(options: argparse.Namespace) -> None:
     given = {name: value for name in ("pairs", "rounds") if (value := getattr(options, name)) is not None}
     scale = replace(base, **given)
     entries = _chosen(options)
+    if options.against:
+        entries = (*entries, other_checkout(options.against))
     pythons = {entry: _python(entry, options.quick) for entry in entries}
     steps = planned(entries, scale.pairs, scale.rounds)
     with opened(Servers) as servers:

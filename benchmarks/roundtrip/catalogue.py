@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path  # noqa: TC003 - a default is one
+
+from benchmarks.machine import ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,8 @@ class Entry:
     """Those whose versions matter."""
     wait: str
     guarantees: Guarantees
+    root: Path = ROOT
+    """The checkout whose code plays."""
 
     @property
     def environment(self) -> str:
@@ -166,3 +171,8 @@ OTHERS = (
     ),
 )
 ALL = (FLOOR, COORD, *OTHERS)
+
+
+def other_checkout(root: Path) -> Entry:
+    """coord as another checkout has it, say the commit before a change."""
+    return replace(COORD, name="other", title=f"coord in {root.name}", root=root.resolve())

@@ -54,8 +54,9 @@ class Member:
 class Crew:
     """All of them are killed at the end of the block; should this process be killed first, they notice."""
 
-    def __init__(self, python: Path, path: str, scene: Scene, logs: Path) -> None:
+    def __init__(self, python: Path, path: str, scene: Scene, logs: Path, *, root: Path = ROOT) -> None:
         self._python = python
+        self._root = root
         self._path = path
         self._scene = json.dumps(asdict(scene))
         self._logs = logs
@@ -87,7 +88,7 @@ class Crew:
             process = await asyncio.create_subprocess_exec(
                 self._python,
                 *command,
-                cwd=ROOT,
+                cwd=self._root,
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=errors,

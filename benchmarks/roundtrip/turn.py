@@ -124,7 +124,7 @@ async def staged(
     """From when every requester has had an answer. Connections are to the turn's own database."""
     async with _fresh(servers) as database, AsyncExitStack() as stack:
         scene = Scene(database.database_url, servers.redis_url, mode)
-        crew = await stack.enter_async_context(Crew(python, entry.path, scene, servers.directory))
+        crew = await stack.enter_async_context(Crew(python, entry.path, scene, servers.directory, root=entry.root))
         requesters = [await crew.add_requester() for _ in range(team.requesters)]
         await requesters[0].ask("prepare", READY_SECONDS)
         for _ in range(team.workers):

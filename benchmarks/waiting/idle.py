@@ -68,7 +68,7 @@ async def _measure(stage: Stage, scale: Scale, waiters: int, pool: int, peer: bo
         engine = await stack.enter_async_context(stage.engine(NAME, pool))
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         if not peer:
-            await stack.enter_async_context(Coordinator(sessions, redis=stage.redis(NAME)))
+            await stack.enter_async_context(Coordinator(sessions, redis=stage.redis(NAME), read_settings={}))
         wait = toolsets_wait if peer else coord_wait
         warm = Crowd(sessions, wait)
         async with warm.gathered(WARM):

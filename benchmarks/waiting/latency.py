@@ -71,7 +71,7 @@ async def _measure(stage: Stage, scale: Scale) -> Latencies:
 async def _pushed(stage: Stage, engine: AsyncEngine, scale: Scale) -> dict[str, list[float]]:
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     floor, bell = [], []
-    async with Coordinator(sessions, redis=stage.redis_url), _by_hand(stage, engine) as hand:
+    async with Coordinator(sessions, redis=stage.redis_url, read_settings={}), _by_hand(stage, engine) as hand:
         for number in range(-10, scale.pairs):  # the first ten make the connections and the statements
             key = 1 + number % ROWS
             pair = await hand.wake(key), await _wake(sessions, coord_wait, key, INTERVAL, random.uniform(*SETTLE))

@@ -45,7 +45,7 @@ async def _measure(stage: Stage, scale: Scale) -> Waves:
         await stack.enter_async_context(stage.orders(scale.waiters))
         engine = await stack.enter_async_context(stage.engine("waiters", 1))
         sessions = async_sessionmaker(engine, expire_on_commit=False)
-        await stack.enter_async_context(Coordinator(sessions, redis=stage.redis_url))
+        await stack.enter_async_context(Coordinator(sessions, redis=stage.redis_url, read_settings={}))
         changes = await _writer(stack, stage)
         crowd = Crowd(sessions, coord_wait)
         await stack.enter_async_context(crowd.gathered(scale.waiters))
@@ -60,7 +60,7 @@ async def _writer(stack: AsyncExitStack, stage: Stage) -> Changes:
     """With an engine and a bell of its own, as in a process of its own."""
     engine = await stack.enter_async_context(stage.engine("writer", 1))
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    await stack.enter_async_context(Coordinator(sessions, redis=stage.redis_url))
+    await stack.enter_async_context(Coordinator(sessions, redis=stage.redis_url, read_settings={}))
     plain = await stack.enter_async_context(stage.connection())
 
     async def bulk(status: str) -> float:

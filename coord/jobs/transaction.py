@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
-from coord.hints.changes import collect
+from coord.database.engine import last_failure
+from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import JobState, execute, is_queued, job_mapper, jobs
-from coord.postgresql.engine import last_failure
-from coord.postgresql.transaction import connections_in_use
+from coord.jobs.model import JobState, execute, is_queued, job_mapper, jobs
+from coord.notify.changes import collect
 from coord.session import closed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
@@ -29,6 +29,7 @@ CONNECTION_CHECK = 1.0
 """Seconds until the backend of a killed worker notices, also while it waits for a lock."""
 CONNECTION_TRIES = 3
 """Connections that one attempt may find dead before its first statement."""
+APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
 IDLE_LIMIT = 60.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
@@ -60,27 +61,38 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session, transaction = await _claimed(attempt)
-    failure: BaseException | None = None
-    try:
-        async with leaving(transaction):
-            yield session
-            failure = _swallowed(session)
-        if not attempt.applied:  # SQLAlchemy leaves the block without a word
-            raise InvalidRequestError("its transaction was ended in the block")
-    except SQLAlchemyError as error:
-        attempt.failure = error
-        if failure is None and not isinstance(error, InvalidRequestError):
+    with _noted(attempt):
+        session, transaction = await _claimed(attempt)
+        failure, returned = None, False
+        try:
+            async with leaving(transaction):
+                try:
+                    yield session
+                    returned = True
+                finally:
+                    failure = _swallowed(session)
+            if not attempt.applied:  # SQLAlchemy leaves the block without a word
+                raise InvalidRequestError(APPLIED_NOTHING)
+        except InvalidRequestError as error:
+            error.__cause__ = error.__cause__ or failure
             raise
-        reason = "job_transaction has applied nothing: its transaction had failed or was ended."
-        attempt.failure = InvalidRequestError(reason)
-        raise attempt.failure from failure or error
+        except DBAPIError:
+            if returned and failure is not None:  # the commit is refused in other words than what had failed before
+                raise InvalidRequestError(APPLIED_NOTHING) from failure
+            raise
+        finally:
+            del session.info[ATTEMPT]
+            await closed(session)
+
+
+@contextmanager
+def _noted(attempt: Attempt) -> Iterator[None]:
+    """What keeps the effect from being applied, whether or not the task lets it through."""
+    try:
+        yield
     except BaseException as error:
         attempt.failure = error
         raise
-    finally:
-        del session.info[ATTEMPT]
-        await closed(session)
 
 
 async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransaction]:

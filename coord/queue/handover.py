@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Row
 
-    from coord.jobs.ledger import Job
+    from coord.jobs.model import Job
+    from coord.notify.client import Command, Commands
 
-    Command = tuple[str | int, ...]
 
 BATCH = 100
 """Jobs in one command."""
@@ -33,12 +33,12 @@ def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Comma
     return ("EVAL", PUSH, 2, keys.feed, keys.soon, *parts) if parts else None
 
 
-def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, list[Command]]:
+def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
     """What gives new jobs, or new attempts of old ones, to the workers of their queues, and takes back what has ended.
 
     By what each is about: one job, or the first of many.
     """
-    commands: dict[Hashable, list[Command]] = {}
+    commands: dict[Hashable, Commands] = {}
     queues: dict[str, list[tuple[Job, float]]] = {}
     for job in jobs:
         if job.state.is_final:
@@ -49,11 +49,11 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, list[Comman
         for start in range(0, len(waiting), BATCH):
             command = push(QueueKeys(namespace, queue), waiting[start : start + BATCH])
             if command is not None:
-                commands[waiting[start][0].id] = [command]
+                commands[waiting[start][0].id] = (command,)
     return commands
 
 
-def withdrawn(keys: QueueKeys, job: Job | Row[Any]) -> list[Command]:
+def withdrawn(keys: QueueKeys, job: Job | Row[Any]) -> Commands:
     """No worker need begin it."""
     text = Message.of(job).text()
     return [("ZREM", keys.feed, text), ("ZREM", keys.soon, soon_member(text, job.priority))]

@@ -14,7 +14,7 @@ from coord.jobs.options import LONGEST, name_of
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
-    from coord.jobs.ledger import Job
+    from coord.jobs.model import Job
 
 SHOWN_CHARACTERS = 80
 """Of a message that is none, in the log."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sqlalchemy import inspect
 from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
 
-from coord.waiting.stored import is_stored_as
+from coord.waiting.stored import is_certain
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Mapper
 
-    from coord.target import Target
+    from coord.database.target import Target
 
 Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""
+Difference = Baseline | Literal[True] | None
+"""None; true; or what was seen of columns of which only PostgreSQL can tell whether they differ."""
 
 
 def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:
@@ -76,16 +78,21 @@ def _warn_expired(target: Target[Any]) -> None:
     )
 
 
-def differs(mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], columns: tuple[str, ...]) -> bool:
-    """Whether a watched column has another value than the baseline, which is completed from `values`."""
-    changed = False
+def difference(
+    mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], columns: tuple[str, ...]
+) -> Difference:
+    """In what a watched column has another value than the baseline, which is completed from `values`."""
+    doubtful: Baseline = {}
     for name in columns:
         value = values[name]
         seen = baseline.setdefault(name, value)
         kind = mapper.columns[name].type
-        if seen is not value and not kind.compare_values(seen, value) and not is_stored_as(kind, seen, value):
-            changed = True
-    return changed
+        if seen is value or kind.compare_values(seen, value):
+            continue
+        if is_certain(kind, seen, value):
+            return True
+        doubtful[name] = seen
+    return doubtful or None
 
 
 def own_copy(value: Any) -> Any:

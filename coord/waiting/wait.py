@@ -8,17 +8,15 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from coord.cancellation import interruptible
+from coord.database.schemas import schemas_in_use
+from coord.database.target import Target
+from coord.database.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.errors import UncommittedChangesError
-from coord.jobs.awaiting import job_id_of, job_waiter
-from coord.postgresql.engine import source_of
-from coord.postgresql.schemas import schemas_in_use
-from coord.postgresql.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.target import Target
-from coord.waiting.adoption import adopt
-from coord.waiting.baseline import baseline_of
-from coord.waiting.waiter import LAST_LOOK, timed_out
-from coord.waiting.watcher import Watcher
+from coord.waiting.baseline import baseline_of, database_values
+from coord.waiting.job_wait import job_id_of, job_waiter
+from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
+from coord.waiting.waits import Wait
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -26,10 +24,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.target import M
     from coord.durations import Seconds
-    from coord.jobs.ledger import Job
-    from coord.target import M
-    from coord.waiting.waiter import Waiter
+    from coord.jobs.model import Job
+    from coord.waiting.waits import RowWait
 
 
 async def wait_for_row_change(
@@ -49,7 +47,11 @@ async def wait_for_row_change(
     Seen is `since` (values by attribute name, or an instance), else what the session has loaded or flushed for the row,
     else the row at the call; a row that differs already is returned at once. With `until`, a predicate on a detached
     instance, no change is required: the first row of which it is true is returned. The result is the session's own
-    instance, every column loaded and current, with unflushed changes kept; relationships are not loaded for it.
+    instance, current as after its `refresh`: columns, and the relationships that are mapped eager or were loaded.
+    Unflushed changes are kept.
+
+    What is returned was read by the session itself, in the caller's context and under its `schema_translate_map`,
+    unless `Coordinator(read_settings=...)` declares what rows depend on.
 
     With `job` the wait also ends when the job does: done, and the row is returned as it is then, whether or not it has
     changed or `until` is true of it; failed or cancelled, and that is raised.
@@ -74,19 +76,16 @@ async def wait_for_row_change(
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)
     baseline, schemas = baseline_of(session, target, since), schemas_in_use(session.sync_session)
-    await _release(session, target, began, deadline)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
-    watcher = Watcher.of(source_of(session))
-    patient = job_id is not None and since is None and until is None and watcher.holds(job_id)
+    await _release(session, target, began, deadline)
+    wait = Wait.of(session, target, schemas)
+    patient = job_id is not None and since is None and until is None and wait.watcher.holds(job_id)
     with (
-        watcher.register(target, schemas, baseline, interval=beat, fresh=until is not None, patient=patient) as waiter,
-        job_waiter(watcher, waiter, job_id, schemas),
+        wait.registered(baseline, interval=beat, fresh=until is not None, patient=patient) as row,
+        job_waiter(wait.watcher, row.waiter, job_id, schemas, reads=not row.reads_job),
     ):
-        row = await waiter.changed(began, deadline)
-        while until is not None and not until(row) and not waiter.concluded:
-            row = await waiter.changed(began, deadline)
-    return adopt(session, row, alone=waiter.alone)
+        return await row.changed(began, deadline, until=until, job_id=job_id)
 
 
 @asynccontextmanager
@@ -114,21 +113,21 @@ async def watch_row(
     beat = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
-    schemas = schemas_in_use(session.sync_session)
-    watcher = Watcher.of(source_of(session))
-    with watcher.register(target, schemas, baseline, interval=beat, fresh=since is None) as waiter:
-        async with aclosing(_states(session, waiter, limit)) as states:
+    wait = Wait.of(session, target, schemas_in_use(session.sync_session))
+    with wait.registered(baseline, interval=beat, fresh=since is None) as row:
+        async with aclosing(_states(session, row, limit)) as states:
             yield states
 
 
-async def _states(session: AsyncSession, waiter: Waiter[M], limit: float | None) -> AsyncGenerator[M, None]:
+async def _states(session: AsyncSession, row: RowWait[M], limit: float | None) -> AsyncGenerator[M, None]:
     while True:
         began = asyncio.get_running_loop().time()
         deadline = None if limit is None else began + limit
-        await _release(session, waiter.target, began, deadline)
-        waiter.look_again()
-        row = await waiter.changed(began, deadline)
-        yield adopt(session, row, alone=waiter.alone)
+        await _release(session, row.waiter.target, began, deadline)
+        row.waiter.begin_step()
+        own = await row.changed(began, deadline)
+        row.waiter.baseline = database_values(own, row.waiter.target)  # it may be newer than what ended the wait
+        yield own
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:
@@ -137,7 +136,7 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
         raise UncommittedChangesError("The wait is inside lock_tables or advisory_lock: leave the block first.")
     if not session.in_transaction():
         return
-    limit = None if deadline is None else max(0, deadline - asyncio.get_running_loop().time()) + LAST_LOOK
+    limit = None if deadline is None else max(0, deadline - asyncio.get_running_loop().time()) + LAST_READ_SECONDS
     try:
         await interruptible(_end_if_read_only(session), limit=limit)
     except TimeoutError as error:

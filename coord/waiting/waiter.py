@@ -1,24 +1,21 @@
-"""One wait: what it has seen of its row, and the newest row that differs from that."""
+"""One wait: what it has seen of its row, its deadline, and the job that may end it."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
-from coord.errors import RowNotFoundError, WaitTimeoutError
-from coord.target import M
-from coord.waiting.baseline import differs, own_copy
+from coord.database.target import M
+from coord.errors import WaitTimeoutError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from coord.target import Target
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline
     from coord.waiting.deadlines import Alarm
-    from coord.waiting.group import Group
+    from coord.waiting.poller import Poller
 
-LAST_LOOK = 0.8
-"""Seconds after its deadline within which a wait may still learn of a change that was there at the deadline."""
+LAST_READ_SECONDS = 0.8
+"""How long after its deadline a wait may still learn of a change that was there at the deadline."""
 
 
 class Waiter(Generic[M]):
@@ -26,187 +23,134 @@ class Waiter(Generic[M]):
 
     counts = 1
     """How many it is of those that a process may have."""
-    curious = True
-    """Whether it looks at its row although its bell does not ring and it is not time."""
+    reads_at_first = True
+    """Whether its row is read although there is no message and it is not time."""
     __slots__ = (
         "_alarm",
-        "_group",
+        "_poller",
         "_signal",
-        "alone",
         "baseline",
         "concluding",
         "error",
-        "fresh",
+        "has_read",
         "interval",
         "job",
         "last",
-        "looked",
         "over",
         "patient",
-        "row",
         "target",
         "then",
-        "told",
     )
 
-    def __init__(self, group: Group, target: Target[M], baseline: Baseline, *, interval: float, fresh: bool) -> None:
-        self._group = group
+    def __init__(self, poller: Poller, target: Target[M], baseline: Baseline, *, interval: float) -> None:
+        self._poller = poller
         self._signal: asyncio.Future[None] | None = None
         self._alarm: Alarm | None = None
         self.target = target
         self.baseline = baseline
         self.interval = interval
-        self.fresh = group.generation + 1 if fresh else 0
-        """The look from which on a row is wanted although nothing differs; 0 for none."""
         self.concluding = False
-        """Whether that row is the last, whatever it is."""
-        self.looked = False
+        """Whether the next row is the last, whatever it is."""
+        self.has_read = False
         self.patient = False
-        """Whether nothing can have happened to the row before its bell is heard."""
+        """Whether nothing can have happened to the row without a message."""
         self.job: Waiter[Any] | None = None
         """Who waits for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
-        """Whose row to look at after the look with this number, unless that ends the wait."""
-        self.told = 0
-        """The number of the last look that has come to its end; another may be under way."""
+        """Whose row is to be read after the read with this number, unless that ends the wait."""
         self.last = False
-        """Whether the deadline has passed and the next look is the last."""
+        """Whether the deadline has passed and the next read is the last."""
         self.over = False
-        """Whether that look is done, or has taken too long."""
-        self.row: M | None = None
-        self.alone = False
-        """Whether nobody else was shown the same instance."""
+        """Whether that read is done, or has taken too long."""
         self.error: BaseException | None = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self._group.remove(self)
+        self.leave()
 
-    async def changed(self, began: float, deadline: float | None) -> M:
-        """The newest row that differs from the one before; times are the loop's.
+    def leave(self) -> None:
+        self._poller.remove(self)
 
-        Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
+    def _asleep(self, until: float | None) -> asyncio.Future[None]:
+        """To be awaited, and `_awake` called whatever comes of it; `until` is when to be `overdue`, on the loop's time.
+
+        No coroutine of its own, which every waiter would have to keep.
         """
-        if self.row is None and self.error is None and not self.over:
-            self._look_on()  # who asks again was not content with what the look has found
-            self._signal = asyncio.get_running_loop().create_future()
-            if deadline is not None:
-                self._alarm = self._group.deadlines.set(deadline + LAST_LOOK if self.last else deadline, self)
-            try:
-                await self._signal
-            finally:
-                if self._alarm is not None:
-                    self._group.deadlines.cancel(self._alarm)
-                self._signal = self._alarm = None
-        row, self.row = self.row, None
-        if row is None and self.error is not None:
-            raise self.error
-        if row is None:
-            raise timed_out(self.target, began) from self._group.error
-        return row
+        self._signal = asyncio.get_running_loop().create_future()
+        if until is not None:
+            self._alarm = self._poller.deadlines.set(until, self)
+        return self._signal
 
-    def tell(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
-        """Look at the row as it is; it is kept if it is news."""
-        first, self.looked = not self.looked, True
-        self.told = self._group.generation
-        if values is None or row is None:
-            self.fail(RowNotFoundError(f"{self.target} {'not found' if first else 'was deleted'}"))
-        elif self.differs(values) or self._is_wanted:
-            self.fresh = 0 if self._is_wanted else self.fresh
-            self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
-            self.row, self.alone = row, alone
-            self.wake()
-        else:
-            self.seen()
-
-    @property
-    def _is_wanted(self) -> bool:
-        """Whether this look was waited for, be it news or not."""
-        return 0 < self.fresh <= self._group.generation
-
-    def seen(self) -> None:
-        """A look at the row was no news."""
-        self.looked = True
-        self.told = self._group.generation
-        self._look_on()
-
-    def _look_on(self) -> None:
-        if self.then is not None and self.then[0] <= self.told:
-            self.then[1].look()
-            self.then = None
-
-    def look(self) -> None:
-        self._group.look(self.target.key)
-
-    def look_first(self, other: Waiter[Any]) -> None:
-        """Look at this row, and at the other's only if that does not end the wait."""
-        self.then = (self._group.generation + 1, other)
-        self.look()
-
-    def heard(self) -> None:
-        """The row's bell is heard from now on; a later time that this is said it was not meanwhile."""
-        self.patient = False
-
-    def passes_on(self) -> bool:
-        """Whether somebody else looks first when the row's bell rings."""
-        return False
-
-    def differs(self, values: Mapping[str, Any]) -> bool:
-        return differs(self.target.mapper, self.baseline, values, self.target.columns)
-
-    def fail(self, error: BaseException) -> None:
-        self.error = error
-        self.wake()
+    def _awake(self) -> None:
+        if self._alarm is not None:
+            self._poller.deadlines.cancel(self._alarm)
+        self._signal = self._alarm = None
 
     def wake(self) -> None:
         if self._signal is not None and not self._signal.done():
             self._signal.set_result(None)
 
-    def look_again(self) -> None:
-        """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
-        self.last = self.over = False
-        if self.row is not None:
-            self.row = None
-            self._want_fresh()
+    def fail(self, error: BaseException) -> None:
+        self.error = error
+        self.wake()
+
+    def on_read_error(self, error: Exception) -> None:
+        """The shared read of its row has failed, not because PostgreSQL is away."""
+        self.fail(error)
+
+    def on_job_unreadable(self, error: Exception) -> None:
+        """So has that of its job, or it has found none."""
+        self.fail(error)
+
+    def request(self) -> None:
+        self._poller.request(self.target.key)
+
+    def read_before(self, other: Waiter[Any]) -> None:
+        """Have this row read, and the other's only if that does not end the wait."""
+        self.then = (self._poller.generation + 1, other)
+        self.request()
+
+    def on_subscribed(self) -> None:
+        """Messages of the row come from now on; when this is said again, they did not meanwhile."""
+        self.patient = False
+
+    def defers_to_owner(self) -> bool:
+        """Whether somebody else's row is read first when there is a message of this one."""
+        return False
 
     def conclude(self) -> None:
         """Nothing is to be expected any more: the row as it is from now on is the answer."""
         self.concluding = True
-        self._want_fresh()
-
-    @property
-    def concluded(self) -> bool:
-        """Whether the newest row is the last there will be."""
-        return self.concluding and not self.fresh
-
-    def _want_fresh(self) -> None:
-        """A look that has begun already may have read what was before."""
-        self.fresh = self._group.generation + 1
-        self.look()
 
     def overdue(self, when: float) -> None:
-        """Have one last look at the deadline, at the job as well, and wait for it no longer than `LAST_LOOK`."""
+        """Have one last read at the deadline, of the job as well, and wait for it `LAST_READ_SECONDS` at most."""
         if self.last:
             self.give_up()
             return
         self.last = True
-        self._alarm = self._group.deadlines.set(when + LAST_LOOK, self)
+        self._alarm = self._poller.deadlines.set(when + LAST_READ_SECONDS, self)
         if self.job is None:
-            self.look()
+            self.request()
         else:
             self.job.last = True
-            self.look_first(self.job)
+            self.read_before(self.job)
 
-    def has_looked_last(self) -> None:
-        """There is nothing more to wait for, if it was the last look at the job as well."""
+    def on_last_read(self) -> None:
+        """There is nothing more to wait for, if it was the last read of the job as well."""
         if self.job is None:
             self.give_up()
 
     def give_up(self) -> None:
         self.over = True
         self.wake()
+
+    def timed_out(self, began: float) -> WaitTimeoutError:
+        """To be raised; `began` is the loop's time."""
+        error = timed_out(self.target, began)
+        error.__cause__ = self._poller.error
+        return error
 
 
 def timed_out(target: Target[Any], began: float) -> WaitTimeoutError:

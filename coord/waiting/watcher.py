@@ -4,96 +4,119 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from coord.errors import TooManyWaitersError
-from coord.waiting.group import Group
-from coord.waiting.reading import READ_LIMIT, Reader
-from coord.waiting.waiter import Waiter
+from coord.waiting.handed import HandingPoller
+from coord.waiting.reader import READ_LIMIT, Reader
+from coord.waiting.settings import settings_of
+from coord.waiting.woken import WakingPoller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from sqlalchemy.engine import Dialect
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.orm import Mapper
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import M, Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline
-    from coord.waiting.hearing import Hearing
+    from coord.waiting.poller import Poller
+    from coord.waiting.settings import Declared, Settings
+    from coord.waiting.subscription import RowSubscription
+    from coord.waiting.waiter import Waiter
 
-    Hear = Callable[[Mapper[Any], Schemas], Hearing | None]
+    Subscribe = Callable[[Mapper[Any], Schemas], RowSubscription | None]
+
+W = TypeVar("W", bound="Waiter[Any]")
 
 MAX_WAITERS = 20_000
+MAX_OWN_READS = 4
+"""How many sessions read by themselves at a time: others want the pool's connections as well."""
 
 
 class Watcher:
-    """The waits of one event loop for rows of one database: a group for each mapped class, and a cap on them all."""
+    """The waits of one event loop for rows of one database, and a cap on them all.
 
-    def __init__(self, source: AsyncEngine | AsyncConnection) -> None:
-        self.source = source
+    A poller for each mapped class, and for all settings under which its rows are read.
+    """
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
         self.waiters = 0
+        self.turns = asyncio.Semaphore(MAX_OWN_READS)
+        """Of the sessions that read by themselves."""
         self._max_waiters = MAX_WAITERS
+        self._declared: Declared = None
         self._coordinated = False
-        self._hear: Hear = _hear_nothing
+        self._subscribe: Subscribe = _subscribe_to_nothing
         self.holds: Callable[[object], bool] = _hold_nothing
         """Whether a job is only being handed over, so that hardly anybody can have begun it."""
-        self._groups: dict[tuple[Mapper[Any], Schemas], Group] = {}
+        self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._unwanted: set[asyncio.Task[None]] = set()
         """Those that read for nobody any more."""
         self._resting = False
 
     @classmethod
-    def of(cls, source: AsyncEngine | AsyncConnection) -> Watcher:
-        """The watcher that all waits through this engine or connection share; it is there while anybody needs it."""
+    def of(cls, engine: AsyncEngine) -> Watcher:
+        """The watcher that all waits through this engine share; it is there while anybody needs it."""
         watchers = _watchers.setdefault(asyncio.get_running_loop(), {})
-        key = _key(source)
-        if (watcher := watchers.get(key)) is None:
-            watcher = watchers[key] = cls(source)
+        if (watcher := watchers.get(engine.dialect)) is None:
+            watcher = watchers[engine.dialect] = cls(engine)
         return watcher
+
+    def settings_of(self, session: AsyncSession) -> Settings | None:
+        """What the rows that the session reads depend on, as the coordinator was told; None if it was not."""
+        return settings_of(self._declared, session)
 
     def register(
         self,
-        target: Target[M],
+        target: Target[Any],
         schemas: Schemas,
         baseline: Baseline,
         *,
+        settings: Settings | None,
         interval: float,
-        fresh: bool = False,
+        make: Callable[..., W],
         patient: bool = False,
-        make: Callable[..., Waiter[M]] = Waiter,
-    ) -> Waiter[M]:
+        counts: bool = True,
+    ) -> W:
         """A place among the waiters from now until the waiter's block ends.
 
-        `fresh` wants its first row in any case, `patient` knows that nothing can happen to it before its bell is heard.
+        `patient` knows that nothing can happen to its row without a message; what `counts` is one of those that a
+        process may have.
         """
-        if make is Waiter and self.waiters >= self._max_waiters:
+        if counts and self.waiters >= self._max_waiters:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
-        kind = (target.mapper, schemas)
-        if (group := self._groups.get(kind)) is None:
-            group = Group(Reader(self.source, target.mapper, schemas), self._hear(*kind), on_leave=self._left)
-            self._groups[kind] = group
-        waiter = make(group, target, baseline, interval=interval, fresh=fresh)
+        kind = (target.mapper, schemas, settings)
+        if (poller := self._pollers.get(kind)) is None:
+            poller = self._pollers[kind] = self._poller(*kind)
+        waiter = make(poller, target, baseline, interval=interval)
         waiter.patient = patient
-        group.add(waiter)
+        poller.add(waiter)
         self.waiters += waiter.counts
         return waiter
 
+    def _poller(self, mapper: Mapper[Any], schemas: Schemas, settings: Settings | None) -> Poller:
+        made = WakingPoller if settings is None else HandingPoller
+        reader = Reader(self.engine, mapper, schemas, settings)
+        return made(reader, self._subscribe(mapper, schemas), on_leave=self._left)
+
     @contextmanager
-    def coordinate(self, max_waiters: int, hear: Hear, holds: Callable[[object], bool]) -> Iterator[None]:
-        """Have another cap and a bell until the block ends; waits that go on meanwhile hear it too."""
+    def coordinate(
+        self, max_waiters: int, declared: Declared, subscribe: Subscribe, holds: Callable[[object], bool]
+    ) -> Iterator[None]:
+        """Have another cap and messages until the block ends; waits that go on meanwhile have them too."""
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
-        self._set(max_waiters, hear, coordinated=True)
+        self._set(max_waiters, declared, subscribe, coordinated=True)
         self.holds, self._resting = holds, False
         try:
             yield
         finally:
-            self._set(MAX_WAITERS, _hear_nothing, coordinated=False)
+            self._set(MAX_WAITERS, None, _subscribe_to_nothing, coordinated=False)
             self.holds = _hold_nothing
             self._forget_if_idle()
 
@@ -107,33 +130,29 @@ class Watcher:
         while self._unwanted and (left := deadline - loop.time()) > 0:
             await asyncio.wait([*self._unwanted], timeout=left)
 
-    def _set(self, max_waiters: int, hear: Hear, *, coordinated: bool) -> None:
-        self._max_waiters, self._hear, self._coordinated = max_waiters, hear, coordinated
-        for kind, group in self._groups.items():
-            group.hear(hear(*kind))
+    def _set(self, max_waiters: int, declared: Declared, subscribe: Subscribe, *, coordinated: bool) -> None:
+        self._max_waiters, self._declared, self._coordinated = max_waiters, declared, coordinated
+        self._subscribe = subscribe
+        for (mapper, schemas, _), poller in self._pollers.items():
+            poller.subscribe(subscribe(mapper, schemas))
 
-    def _left(self, group: Group, waiter: Waiter[Any]) -> None:
+    def _left(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
-        if not group.waiters:
-            self._groups = {kind: other for kind, other in self._groups.items() if other is not group}
-            if group.task is not None and not group.task.done():
-                self._unwanted.add(group.task)
-                group.task.add_done_callback(self._unwanted.discard)
+        if not poller.waiters:
+            self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
+            if poller.task is not None and not poller.task.done():
+                self._unwanted.add(poller.task)
+                poller.task.add_done_callback(self._unwanted.discard)
                 if self._resting:
-                    group.task.cancel()
+                    poller.task.cancel()
             self._forget_if_idle()
 
     def _forget_if_idle(self) -> None:
-        if not self._groups and not self._coordinated:
-            _watchers.get(asyncio.get_running_loop(), {}).pop(_key(self.source), None)
+        if not self._pollers and not self._coordinated:
+            _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
 
 
-def _key(source: AsyncEngine | AsyncConnection) -> Dialect | AsyncConnection:
-    """Each engine has a dialect of its own, which the engines made by its `execution_options()` share."""
-    return source if isinstance(source, AsyncConnection) else source.dialect
-
-
-def _hear_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
+def _subscribe_to_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
     """Waits go by polling alone."""
 
 
@@ -142,5 +161,8 @@ def _hold_nothing(_job_id: object) -> bool:
     return False
 
 
-_watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect | AsyncConnection, Watcher]] = WeakKeyDictionary()
-"""A wait is given a session and no coordinator, so this is where waits of one engine meet."""
+_watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect, Watcher]] = WeakKeyDictionary()
+"""A wait is given a session and no coordinator, so this is where waits of one engine meet.
+
+Each engine has a dialect of its own, which the engines made by its `execution_options()` share.
+"""

@@ -13,10 +13,10 @@ from arq.worker import Retry, RetryJob
 
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import JobState
-from coord.jobs.trace import continued
+from coord.jobs.model import JobState
+from coord.jobs.tracing import continued
 from coord.jobs.transaction import JobSuperseded
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line
 from coord.worker.hooks import call
 
@@ -194,7 +194,7 @@ class Executor:
 
     async def _ended_by(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
-        if not asked and not is_transient(error):
+        if not asked and not is_retryable(error):
             logger.error("%s: %s", attempt.message.task, one_line(error), exc_info=error)
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
-    from coord.hints.outage import Outage
+    from coord.notify.outage import Outage
     from coord.queue.keys import QueueKeys
     from coord.worker.executor import Executor
     from coord.worker.freshness import Freshness

@@ -14,11 +14,11 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
 from coord.errors import LockTimeoutError
-from coord.hints.changes import collect
-from coord.jobs.ledger import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
+from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.jobs.transaction import CLASS, is_ours, ours
+from coord.notify.changes import collect
+from coord.retryable import is_retryable
 from coord.session import create_db_context
-from coord.transient import is_transient
 from coord.worker.failure import backoff, escaped, full_text, one_line
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ class Finalizer:
                 if self._text is str and isinstance(error, DBAPIError) and _sqlstate(error) in UNTRANSLATABLE:
                     self._text = escaped
                     continue
-                if not is_transient(error):
+                if not is_retryable(error):
                     raise
                 logger.debug("the end of job %s cannot be written yet: %s", attempt.job_id, error)
             await asyncio.sleep(pause)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func
 
 from coord.coordinator import Coordinator
-from coord.hints.outage import Outage
-from coord.jobs.ledger import job_mapper, jobs, new_id
-from coord.postgresql.engine import engine_of
+from coord.database.engine import engine_of
+from coord.jobs.model import job_mapper, jobs, new_id
+from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher, Gate
 from coord.worker.finalizer import Finalizer

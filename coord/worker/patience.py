@@ -21,7 +21,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from coord.hints.outage import Outage
+from coord.notify.outage import Outage
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
 
+from coord.database.engine import engine_of
 from coord.durations import seconds
-from coord.postgresql.engine import engine_of
 from coord.queue.keys import DEFAULT_QUEUE, NAMESPACE, QueueKeys
 from coord.worker.address import Address
 from coord.worker.config import Hooks, WorkerConfig, health_check_key, positive, text, whole

@@ -40,7 +40,9 @@ class Coord(Contender):
         await create_worker(settings).async_run()
 
     async def open(self) -> None:
-        self._coordinator = await Coordinator(self.orders.sessions, redis=self.scene.redis_url).__aenter__()
+        self._coordinator = await Coordinator(
+            self.orders.sessions, redis=self.scene.redis_url, read_settings={}
+        ).__aenter__()
 
     async def request(self, order_id: int) -> str:
         async with self.orders.sessions() as session:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import select
 
-from coord.jobs.ledger import JobState, cancellations, jobs
+from coord.jobs.model import JobState, cancellations, jobs
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from sqlalchemy import delete, event, insert
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from coord.jobs.ledger import workers
-from coord.postgresql.engine import engine_of
+from coord.database.engine import engine_of
+from coord.jobs.model import workers
 from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Beats, Board, redis_of

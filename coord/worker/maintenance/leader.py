@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, literal, null, or_, update
 from sqlalchemy.dialects.postgresql import insert
 
-from coord.jobs.ledger import queues
+from coord.jobs.model import queues
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from redis.exceptions import RedisError
 
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -58,7 +58,7 @@ class Loop(ABC):
 
     def failed(self, error: Exception) -> None:
         """Told of a round that has failed; the next one is tried in any case."""
-        if isinstance(error, RedisError) or is_transient(error):
+        if isinstance(error, RedisError) or is_retryable(error):
             logger.debug("%s goes on after: %s", type(self).__name__, error)
         else:
             logger.error("%s has failed, and goes on", type(self).__name__, exc_info=error)

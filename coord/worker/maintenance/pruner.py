@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import delete, func, select, tuple_
 
-from coord.jobs.ledger import attempts, cancellations, is_queued, jobs, keys
+from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:

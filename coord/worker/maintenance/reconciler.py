@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from redis.exceptions import OutOfMemoryError
 from sqlalchemy import and_, func, literal, or_, select
 
-from coord.jobs.ledger import jobs, workers
+from coord.jobs.model import jobs, workers
 from coord.queue.handover import push
 from coord.queue.keys import due_of, rank_of, soon_member, taken_member
 from coord.queue.message import Message

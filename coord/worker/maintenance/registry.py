@@ -14,8 +14,8 @@ from uuid import UUID
 
 from sqlalchemy import select
 
-from coord.hints.outage import Outage
-from coord.jobs.ledger import queues, workers
+from coord.jobs.model import queues, workers
+from coord.notify.outage import Outage
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Integer, cast, func, select, tuple_
 
-from coord.jobs.ledger import is_queued, jobs
+from coord.jobs.model import is_queued, jobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence

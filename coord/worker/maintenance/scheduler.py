@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, literal, select
 
-from coord.jobs.ledger import jobs
+from coord.jobs.model import jobs
 from coord.queue.handover import push
 from coord.queue.scripts import MOVE, NEAR_SECONDS
 from coord.worker.maintenance.loops import Loop

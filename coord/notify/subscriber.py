@@ -1,0 +1,222 @@
+"""The subscriber: one connection that hears the channels somebody listens to, whatever happens to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any, Protocol
+
+from redis.exceptions import RedisError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+
+    from redis.asyncio import Redis
+    from redis.asyncio.client import PubSub
+
+logger = logging.getLogger("coord.bell")
+
+HEARTBEAT_SECONDS = 5.0
+"""Of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
+CONFIRM_TIMEOUT_SECONDS = 0.05
+"""After which a listener goes on although Redis has not confirmed that its channel is heard."""
+BACKOFF_SECONDS = (0.1, 2.0)
+"""Before the first and any later attempt to reach Redis again."""
+BATCH = 1_000
+"""Channels in one command."""
+TURN = 100
+"""Messages after which other tasks have their turn."""
+
+
+class Listener(Protocol):
+    """Whoever wants to hear a channel."""
+
+    def listening(self) -> None:
+        """The channel is heard from now on; what came before was not. Called again after an interruption."""
+
+    def rung(self) -> None:
+        """A message has come."""
+
+
+class Subscriber:
+    """Subscribes to the channels that have listeners, and notifies these.
+
+    No method waits for Redis. `on_result` is called with None when Redis has answered, else with what went wrong.
+    """
+
+    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
+        self._redis = redis
+        self._on_result = on_result
+        self._listeners: dict[bytes, tuple[Listener, ...]] = {}
+        self._unconfirmed: dict[bytes, None] = {}
+        self._changes: dict[bytes, bool] = {}
+        """Channels to subscribe to (true) or to leave; the last word on a channel counts."""
+        self._wanted = asyncio.Event()
+        """Whether there is something to write, or the connection is lost."""
+        self._received_at = self._asked_at = 0.0
+        """When something last came, and when Redis was last asked for something, on the loop's clock."""
+        self._pause = BACKOFF_SECONDS[0]
+        self.connected = False
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Subscriber]:
+        """Hear Redis until the block ends."""
+        task = asyncio.create_task(self._run(), name="coord subscriber")
+        try:
+            yield self
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def listen(self, channel: bytes, listener: Listener) -> None:
+        """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
+        others = self._listeners.get(channel, ())
+        self._listeners[channel] = (*others, listener)
+        if others and channel not in self._unconfirmed:
+            listener.listening()
+            return
+        self._unconfirmed[channel] = None
+        self._change(channel, True)
+
+    def leave(self, channel: bytes, listener: Listener) -> None:
+        others = tuple(other for other in self._listeners.pop(channel, ()) if other != listener)
+        if others:
+            self._listeners[channel] = others
+            return
+        self._unconfirmed.pop(channel, None)
+        self._change(channel, False)
+
+    def _change(self, channel: bytes, wanted: bool) -> None:
+        if not self.connected:
+            return  # whatever is in _listeners by then is subscribed to on connecting
+        self._changes[channel] = wanted
+        self._wanted.set()
+
+    async def _run(self) -> None:
+        while True:
+            try:
+                await self._serve()
+            except (RedisError, OSError) as error:
+                self._on_result(error)
+            except Exception:
+                logger.exception("The subscriber has failed and begins anew; waits go on by polling meanwhile")
+            await asyncio.sleep(self._pause * random.uniform(0.5, 1))
+            self._pause = min(2 * self._pause, BACKOFF_SECONDS[1])
+
+    async def _serve(self) -> None:
+        """By one connection until it is lost, which is an error; the next one subscribes to everything again."""
+        pubsub = self._redis.pubsub()
+        reader = None
+        try:
+            await _bounded(pubsub.connect())  # type: ignore[no-untyped-call]
+            self._begin()
+            reader = asyncio.create_task(self._read(pubsub), name="coord subscriber reads")
+            reader.add_done_callback(lambda _: self._wanted.set())
+            await self._write(pubsub, reader)
+        finally:
+            self.connected = False
+            self._confirm([*self._unconfirmed])
+            if reader is not None:
+                reader.cancel()
+                await asyncio.wait([reader])
+            with suppress(RedisError, OSError):
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    def _begin(self) -> None:
+        self._unconfirmed = dict.fromkeys(self._listeners)
+        self._changes = dict.fromkeys(self._listeners, True)
+        self._received_at = asyncio.get_running_loop().time()
+        self._asked_at = 0.0
+        self.connected = True
+
+    async def _write(self, pubsub: PubSub, reader: asyncio.Task[None]) -> None:
+        """Whatever is to be written, until the reader ends."""
+        await self._subscribe(pubsub)
+        await self._ask(pubsub)  # its answer says that all of this was allowed
+        while not reader.done():
+            await self._woken(max(self._received_at, self._asked_at) + HEARTBEAT_SECONDS)
+            if not reader.done():
+                await self._subscribe(pubsub)
+                await self._check(pubsub)
+        reader.result()
+
+    async def _woken(self, until: float) -> None:
+        """At the latest at a time of the loop's."""
+        timer = asyncio.get_running_loop().call_at(until, self._wanted.set)
+        try:
+            await self._wanted.wait()
+        finally:
+            timer.cancel()
+        self._wanted.clear()
+
+    async def _subscribe(self, pubsub: PubSub) -> None:
+        """Send what this turn of the loop has brought."""
+        changes, self._changes = self._changes, {}
+        for send, wanted in ((pubsub.subscribe, True), (pubsub.unsubscribe, False)):
+            channels = [channel for channel, is_wanted in changes.items() if is_wanted is wanted]
+            for start in range(0, len(channels), BATCH):
+                await _bounded(send(*channels[start : start + BATCH]))
+        if any(changes.values()):
+            asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_SECONDS, self._confirm, [*changes])
+
+    async def _check(self, pubsub: PubSub) -> None:
+        """Ask Redis whether it is there when it says nothing; `TimeoutError` if it still does not."""
+        if asyncio.get_running_loop().time() < max(self._received_at, self._asked_at) + HEARTBEAT_SECONDS:
+            return
+        if self._asked_at > self._received_at:
+            raise _silence()
+        await self._ask(pubsub)
+
+    async def _ask(self, pubsub: PubSub) -> None:
+        self._asked_at = asyncio.get_running_loop().time()
+        await _bounded(pubsub.ping())
+
+    async def _read(self, pubsub: PubSub) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            for _ in range(TURN):
+                message = await pubsub.get_message(timeout=None)
+                self._received_at = loop.time()
+                if message is not None:
+                    self._on_message(message)
+            await asyncio.sleep(0)  # redis-py does not wait for what has already come
+
+    def _on_message(self, message: dict[str, Any]) -> None:
+        match message["type"]:
+            case "message":
+                for listener in self._listeners.get(message["channel"], ()):
+                    _notify(listener.rung)
+            case "subscribe":
+                self._confirm([message["channel"]])
+            case "pong":
+                self._pause = BACKOFF_SECONDS[0]
+                self._on_result(None)
+
+    def _confirm(self, channels: Iterable[bytes]) -> None:
+        """Those whose channels are not confirmed yet are told to go on."""
+        for channel in channels:
+            if channel in self._unconfirmed:
+                del self._unconfirmed[channel]
+                for listener in self._listeners.get(channel, ()):
+                    _notify(listener.listening)
+
+
+def _notify(method: Callable[[], None]) -> None:
+    try:
+        method()
+    except Exception:
+        logger.exception("A listener has failed; the others are told all the same")
+
+
+async def _bounded(exchange: Any) -> None:
+    try:
+        async with asyncio.timeout(HEARTBEAT_SECONDS):
+            await exchange
+    except TimeoutError:
+        raise _silence() from None
+
+
+def _silence() -> TimeoutError:
+    return TimeoutError(f"Redis has not answered for {HEARTBEAT_SECONDS:g} s")

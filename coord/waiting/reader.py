@@ -1,0 +1,134 @@
+"""The shared read behind every wait: many rows of one mapped class by their keys, in one autocommit query."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from sqlalchemy import text
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.pool import QueuePool
+
+from coord.waiting.statements import columns_of, entity_of, identities_of, parameters_of
+from coord.waiting.stored import comparisons_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from sqlalchemy import Select
+    from sqlalchemy.orm import Mapper, Session
+
+    from coord.database.schemas import Schemas
+    from coord.database.target import ColumnNames, Key, Target
+    from coord.waiting.settings import Settings
+
+    Found = dict[Key, Sequence[Any]]
+
+CHUNK = 5_000
+"""Keys in one query."""
+READ_LIMIT = 5.0
+"""Seconds after which a read is given up, to be tried again: the server may be gone without a word."""
+QUEUE_LIMIT = 30.0
+"""Seconds more for one that has to queue for a connection, unless the pool has a `pool_timeout` of its own."""
+
+PASSING = {"40001", "40P01", "55P03"}
+"""What a role's own settings or somebody's table lock may answer to a plain SELECT."""
+_SET = text("SELECT set_config(:name, :value, true)")
+
+
+class Reader:
+    """Reads rows of one mapped class for whoever waits for them: as the pool's role, outside any transaction.
+
+    With `settings` in a transaction of its own, which has them and is rolled back.
+    """
+
+    def __init__(
+        self, engine: AsyncEngine, mapper: Mapper[Any], schemas: Schemas, settings: Settings | None = None
+    ) -> None:
+        self.engine = engine
+        self.mapper = mapper
+        self.schemas = schemas
+        self.settings = settings
+
+    async def columns(self, keys: Sequence[Key], names: ColumnNames) -> Found:
+        """The named attributes of the rows that are there, after each row's position among the keys."""
+        return await self._rows(keys, partial(columns_of, self.mapper, self.schemas, names))
+
+    async def entities(self, keys: Sequence[Key]) -> dict[Key, Any]:
+        """The rows that are there, as detached instances with every column loaded and no relationship."""
+        rows = await self._rows(keys, partial(entity_of, self.mapper, self.schemas))
+        return {key: row[1] for key, row in rows.items()}
+
+    async def identities(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
+        """Of the rows that are there, which versions of them these are: the same is the same to whoever reads it."""
+        rows = await self._rows(keys, partial(identities_of, self.mapper, self.schemas))
+        return {key: tuple(row[1:]) for key, row in rows.items()}
+
+    async def stores(self, target: Target[Any], seen: Mapping[str, Any]) -> bool:
+        """Whether these values, stored in the row's columns, are what is there."""
+        for statement, parameters in comparisons_of(target, self.schemas, seen):
+            async with asyncio.timeout(self._limit):
+                rows = await AsyncSession(self.engine).run_sync(self._fetch, statement, parameters)
+            if not rows or not rows[0][0]:
+                return False
+        return True
+
+    @property
+    def _limit(self) -> float:
+        """Longer if it may have to queue: who gives up a place in the pool's queue begins again at its end."""
+        pool = self.engine.pool
+        if isinstance(pool, QueuePool) and pool.overflow() >= 0 and not pool.checkedin():
+            return READ_LIMIT + (pool.timeout() or QUEUE_LIMIT)
+        return READ_LIMIT
+
+    async def _rows(self, keys: Sequence[Key], statement: Callable[..., Select[Any]]) -> Found:
+        found: Found = {}
+        for start in range(0, len(keys), CHUNK):
+            chunk = keys[start : start + CHUNK]
+            # For an array PostgreSQL makes a plan each time, which takes longer than the rest.
+            one = len(chunk) == 1
+            session = AsyncSession(self.engine, autoflush=False)
+            async with asyncio.timeout(self._limit):
+                rows = await session.run_sync(
+                    self._fetch, statement(one=one), parameters_of(self.mapper, chunk, one=one)
+                )
+            found.update((chunk[row[0] - 1], row) for row in rows)
+        return found
+
+    def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
+        """All of it in one greenlet: checkout, query and return."""
+        with session:
+            if self.settings:
+                for name, value in self.settings:
+                    session.execute(_SET, {"name": name, "value": value})
+                return session.execute(statement, parameters).all()
+            # In AUTOCOMMIT asyncpg sends the query alone.
+            connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            try:
+                return session.execute(statement, parameters).all()
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    # PostgreSQL has prepared the statement and keeps its locks until the next one; asyncpg has not said
+                    # that it is over if it could not encode the values.
+                    connection.exec_driver_sql("SELECT 1")
+                raise
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the database is away or overloaded, as opposed to refusing this statement or its values."""
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    original = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(original, OSError | TimeoutError | PoolTimeoutError):
+        return True
+    if isinstance(original, asyncpg.InterfaceError):
+        return not isinstance(original, ValueError)  # a key that the driver cannot encode
+    if isinstance(original, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
+        return True  # the table was altered; SQLAlchemy prepares anew the next time
+    state = str(getattr(original, "sqlstate", ""))
+    return state in PASSING or state[:2] in {"08", "53", "57"}  # connection, resources, intervention

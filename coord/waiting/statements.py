@@ -1,0 +1,110 @@
+"""The statements of waits, made once for each mapped class: making one takes as long as running it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import ARRAY, Integer, Table, and_, bindparam, cast, column, func, literal_column, select
+from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
+from sqlalchemy.orm import lazyload, undefer, with_polymorphic
+
+from coord.database.target import EAGER
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.orm import Mapper
+
+    from coord.database.schemas import Schemas
+    from coord.database.target import ColumnNames, Key
+
+_QUOTE = asyncpg_dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+
+
+def parameters_of(mapper: Mapper[Any], keys: Sequence[Key], *, one: bool) -> dict[str, Any]:
+    """For any statement here: the parts of one key, or the arrays of the parts of many."""
+    if one and not _is_bound_by_expression(mapper):
+        return {f"keys_{n}": value for n, value in enumerate(keys[0])}
+    return {f"keys_{n}": list(values) for n, values in enumerate(zip(*keys, strict=True))}
+
+
+@lru_cache(maxsize=256)
+def columns_of(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, *, one: bool) -> Select[Any]:
+    """The position of each key whose row is there, and the named attributes."""
+    return _select(mapper, schemas, mapper.class_, [getattr(mapper.class_, name) for name in names], one=one)
+
+
+@lru_cache(maxsize=256)
+def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
+    """The row as an instance. Of a class with subclasses, it is loaded with the columns of its own class."""
+    entity = _entity(mapper)
+    return _select(mapper, schemas, entity, [entity], one=one).options(*_all_columns(mapper))
+
+
+@lru_cache(maxsize=256)
+def identities_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
+    """Where PostgreSQL keeps the row: another place after every change, and in every other table."""
+    return _select(mapper, schemas, _entity(mapper), _identity(mapper), one=one)
+
+
+@lru_cache(maxsize=256)
+def entity_with_identity(mapper: Mapper[Any], schemas: Schemas, *, identified: bool) -> Select[Any]:
+    """Of one key: its position, the row as an instance, and where PostgreSQL keeps it, if that can be told."""
+    entity = _entity(mapper)
+    selected = [entity, *(_identity(mapper) if identified else ())]
+    return _select(mapper, schemas, entity, selected, one=True).options(*_all_columns(mapper))
+
+
+def has_identity(mapper: Mapper[Any]) -> bool:
+    """Whether its rows are kept in tables, as far as the mapping says; one of them may be a view all the same."""
+    return all(isinstance(each.persist_selectable, Table) or each.inherits for each in mapper.self_and_descendants)
+
+
+def _identity(mapper: Mapper[Any]) -> list[ColumnElement[Any]]:
+    """The system columns `tableoid` and `ctid` (section 5.6 of PostgreSQL's manual) of each table."""
+    names = sorted({_QUOTE(table.name) for each in mapper.self_and_descendants for table in each.tables})
+    return [literal_column(f"{name}.{system}") for name in names for system in ("tableoid", "ctid")]
+
+
+def _entity(mapper: Mapper[Any]) -> Any:
+    return mapper.class_ if mapper.polymorphic_on is None else with_polymorphic(mapper.class_, "*")
+
+
+def _all_columns(mapper: Mapper[Any]) -> list[Any]:
+    """Only what makes a difference, since an instance remembers with which options it was loaded."""
+    mappers = [*mapper.self_and_descendants]
+    eager = any(each.lazy in EAGER for one in mappers for each in one.relationships)
+    deferred = any(each.deferred for one in mappers for each in one.column_attrs)
+    return [lazyload("*")] * eager + [undefer("*")] * deferred
+
+
+def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, selected: Sequence[Any], *, one: bool) -> Select[Any]:
+    own = [getattr(source, mapper.get_property_by_column(key).key) for key in mapper.primary_key]
+    if one and not _is_bound_by_expression(mapper):
+        pairs = zip(own, enumerate(mapper.primary_key), strict=True)
+        is_it = [mine == cast(bindparam(f"keys_{n}", type_=key.type), key.type) for mine, (n, key) in pairs]
+        statement = select(literal_column("1", Integer), *selected).select_from(source).where(*is_it)
+    else:
+        wanted, match = _wanted(mapper, own)
+        statement = select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
+    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+
+
+def _wanted(mapper: Mapper[Any], own: Sequence[Any]) -> tuple[Any, ColumnElement[bool]]:
+    """The keys as a table, and what matches them: PostgreSQL does, so its notion of equality counts."""
+    keys = mapper.primary_key
+    arrays = [bindparam(f"keys_{n}", type_=ARRAY(key.type)) for n, key in enumerate(keys)]
+    wanted = (
+        func.unnest(*arrays)
+        .table_valued(*(column(f"key_{n}", key.type) for n, key in enumerate(keys)), with_ordinality="position")
+        .render_derived(name="wanted")
+    )
+    return wanted, and_(*(mine == wanted.c[f"key_{n}"] for n, mine in enumerate(own)))
+
+
+@lru_cache(maxsize=256)
+def _is_bound_by_expression(mapper: Mapper[Any]) -> bool:
+    """Whether a key's type has SQL of its own around its values, which the elements of an array go without."""
+    return any(key.type.bind_expression(bindparam("key")) is not None for key in mapper.primary_key)

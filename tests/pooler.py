@@ -1,0 +1,29 @@
+"""The suite's engine behind PgBouncer, when `COORD_TEST_POOLER` names how statements are prepared there, and its port.
+
+The ways are those of SQLAlchemy's documentation ("Prepared Statement Name with PGBouncer"), and asyncpg's own default
+for a PgBouncer that keeps prepared statements (`max_prepared_statements`, 1.21).
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+from sqlalchemy import make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+UNCACHED = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+WAYS: dict[str, dict[str, Any]] = {
+    "unnamed": UNCACHED,
+    "named": {**UNCACHED, "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__"},
+    "prepared": {},
+}
+
+
+def create_engine(database_url: str, **options: Any) -> AsyncEngine:
+    """An engine on this database, through the pooler when there is one."""
+    if not (given := os.environ.get("COORD_TEST_POOLER")):
+        return create_async_engine(database_url, **options)
+    way, port = given.split()
+    return create_async_engine(make_url(database_url).set(port=int(port)), connect_args=WAYS[way], **options)
