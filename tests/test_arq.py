@@ -1,4 +1,4 @@
-"""arq as it is: its own jobs, settings, hooks, checks and bursts, in a worker that runs the ledger's jobs beside them."""
+"""arq as it is: its own jobs, settings, hooks, checks and bursts, beside the jobs of the ledger."""
 
 # ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
@@ -365,7 +365,7 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
 
     port = free_port()
     command = [str(_valkey_server()), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]
-    cluster = subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL)
+    cluster = await asyncio.create_subprocess_exec(*command, "--save", "", stdout=subprocess.DEVNULL)
     try:
         url = f"redis://127.0.0.1:{port}/0"
         async with process(office, notes, started=False, COORD_REDIS_URL=url) as worker:
@@ -373,4 +373,4 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
             assert any("Redis Cluster" in line for line in worker.lines), "\n".join(worker.lines)
     finally:
         cluster.kill()
-        cluster.wait()
+        await cluster.wait()

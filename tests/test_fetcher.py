@@ -283,7 +283,7 @@ GARBAGE = [
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1e999, "task": "task", "arguments": [[], {}]}',
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "", "arguments": [[], {}]}',
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "task", "arguments": [[]]}',
-    b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "t", "arguments": [[], {}], "trace": {"a": 5}}',
+    b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "t", "arguments": [[], {}], "trace": 5}',
     b"cos\nsystem\n(S'touch /tmp/never'\ntR.",
     b"x" * 20_000_000,
 ]
