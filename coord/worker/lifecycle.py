@@ -107,14 +107,14 @@ class Lifecycle:
         heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
-        executor = self._executor = Executor(
-            config, running, Finalizer(config.session_maker, worker), self._context, worker_lock=lock_of(worker)
-        )
+        finalizer = Finalizer(config.session_maker, worker)
+        executor = self._executor = Executor(config, running, finalizer, self._context, worker_lock=lock_of(worker))
         stack.push_async_callback(executor.abandon)
         gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
         fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, gate, outage)
         leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)
         scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
+        finalizer.on_put_off = scheduler.expect
 
         def publish_end(ended: Iterable[UUID]) -> None:
             coordinator.publish(job_mapper, ended)
