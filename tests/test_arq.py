@@ -51,11 +51,11 @@ async def made(database_url: str, redis_url: str) -> AsyncIterator[Callable[...,
 async def test_arq_is_given_its_settings_as_they_are(made: Callable[..., Any]) -> None:
     """It reads them from the class itself, where nothing is inherited."""
     given = {"queue_name": "arq:queue", "max_tries": 3, "keep_result": 60, "poll_delay": 0.1, "job_serializer": repr}
-    settings = get_kwargs(made(**given))  # type: ignore[arg-type]
+    settings: dict[str, Any] = get_kwargs(made(**given))
     assert {name: settings[name] for name in given} == given
     assert "redis_pool" not in settings
     assert "job_deserializer" not in settings
-    assert get_kwargs(made())["queue_name"] == "arq:queue:coord:default"  # type: ignore[arg-type]
+    assert vars(made())["queue_name"] == "arq:queue:coord:default"
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "max_job"])

@@ -209,7 +209,7 @@ async def test_arguments_that_a_tasks_version_refuses_go_back_until_one_takes_th
         job = await office.enqueue("task", *args, **kwargs)
 
         async def was_refused() -> bool:
-            return (await office.row(job)).unknown_seconds > 0
+            return bool((await office.row(job)).unknown_seconds > 0)
 
         await eventually(was_refused)
         row = await office.row(job)
