@@ -85,6 +85,18 @@ class QueueModel(RuleBasedStateMachine):
             self.feed.remove(key)
             worker.popped.append((key, self.now))
 
+    @rule(number=WORKERS, blocked=st.booleans(), seconds=st.sampled_from([0.5, 1.0, 2.5]))
+    def pop_and_be_held_up(self, number: int, blocked: bool, seconds: float) -> None:
+        """By a task that keeps the loop busy, or by a network that does not bring the answer."""
+        self.pop(number)
+        self.workers[number].blocked = blocked
+        self.wait(seconds)
+
+    @rule(number=WORKERS)
+    def go_on(self, number: int) -> None:
+        self.workers[number].blocked = self.workers[number].frozen = False
+        self.read(number)
+
     @rule(number=WORKERS)
     def take_and_start(self, number: int) -> None:
         """As it mostly goes."""
