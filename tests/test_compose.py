@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from coord.worker.keeper import HEALTHY
+from coord.worker.shutdown import LAST
 from sqlalchemy import URL, make_url
 
 import coord.dev.command
 from coord.http.limits import WAIT
-from coord.worker.keeper import HEALTHY
 from coord.worker.settings import worker_settings
-from coord.worker.shutdown import LAST
 from tests.serving import eventually
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running
 from worker.environment import DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS

@@ -105,7 +105,7 @@ async def test_a_job_whose_pooled_connections_have_died_applies_its_effect_at_it
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
 
 
-async def test_under_load_every_error_of_terminated_backends_is_transient(
+async def test_under_load_every_error_of_terminated_backends_is_retryable(
     database_url: str, observer: Connection
 ) -> None:
     errors: list[BaseException] = []

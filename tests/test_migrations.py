@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import asyncpg
 import pytest
+from coord.worker.reconciler import FIRST, _page
 from sqlalchemy import Connection, MetaData, event, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -19,7 +20,6 @@ from coord import Job, JobState, create_ledger, enqueue, job_transaction, list_j
 from coord.cli import main
 from coord.jobs import migrations
 from coord.jobs.model import new_id
-from coord.worker.reconciler import FIRST, _page
 from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.shop import dsn_of, empty_database
 

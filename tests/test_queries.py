@@ -89,7 +89,7 @@ async def test_get_job_tells_all_there_is(session_maker: SessionMaker, observer:
         report = await get_job(session, job.id)
         assert (report.id, report.task, report.queue, report.state) == (job.id, "a_task", "slow", JobState.QUEUED)
         assert (report.attempt, report.arguments, report.unique_key) == (1, [[5], {"name": "x"}], "k")
-        assert (report.due_at, report.created_at) == (job.due_at, job.created_at)
+        assert (report.scheduled_at, report.created_at) == (job.scheduled_at, job.created_at)
         assert (report.started_at, report.finished_at, report.error, report.result) == (None, None, None, None)
         assert (report.progress, report.worker) == (None, None)
     async with job_transaction(delivered(job, session_maker)) as session:
@@ -303,7 +303,7 @@ async def test_a_job_that_has_failed_or_was_cancelled_runs_again(
     row = await row_of(observer, job)
     assert (row["state"], row["attempt"], row["attempts"], row["error"]) == ("queued", 2, None, "KeyError: 1")
     assert (row["finished_at"], row["started_at"]) == (None, None)
-    assert datetime.now(UTC) - row["due_at"] < timedelta(seconds=5)
+    assert datetime.now(UTC) - row["scheduled_at"] < timedelta(seconds=5)
     assert await observer.fetch("SELECT job_id FROM coord_cancellations") == [], "it would be cancelled at once"
     with pytest.raises(JobSuperseded):
         async with job_transaction(delivered(job, session_maker)):
@@ -322,7 +322,7 @@ async def test_there_is_always_one_attempt_more(
     async with session_maker() as session:
         again = await retry_job(session, job.id)
         await session.commit()
-    assert (again.attempt, again.attempts) == (attempt + 1, raised)
+    assert (again.attempt, again.max_attempts) == (attempt + 1, raised)
 
 
 @pytest.mark.parametrize("state", ["done", "queued"])

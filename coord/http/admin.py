@@ -35,7 +35,7 @@ class JobDetails(BaseModel):
     arguments: list[Any]
     unique_key: str | None
     created_at: AwareDatetime
-    due_at: AwareDatetime
+    scheduled_at: AwareDatetime
     started_at: AwareDatetime | None
     finished_at: AwareDatetime | None
     error: str | None

@@ -17,6 +17,7 @@ from sqlalchemy import (
     insert,
     make_url,
     select,
+    text,
     update,
 )
 from sqlalchemy.exc import ArgumentError
@@ -36,16 +37,72 @@ _KEY = 0x636F6F7264
 """The advisory lock under which the tables are changed; spells "coord"."""
 
 
-def _first(connection: Connection) -> None:
-    Ledger.metadata.create_all(connection)
+_TO_2 = (
+    """
+ALTER TABLE coord_jobs RENAME COLUMN attempts TO max_attempts
+""",
+    """
+ALTER TABLE coord_jobs RENAME COLUMN due_at TO scheduled_at
+""",
+    """
+ALTER TABLE coord_jobs
+    ADD COLUMN attempts integer,
+    ADD COLUMN due_at timestamptz,
+    ADD COLUMN uncounted integer NOT NULL DEFAULT 0,
+    ADD COLUMN deaths integer NOT NULL DEFAULT 0,
+    ADD COLUMN hand_backs integer NOT NULL DEFAULT 0,
+    ADD COLUMN unknown_seconds double precision NOT NULL DEFAULT 0,
+    ADD COLUMN priority integer NOT NULL DEFAULT 0,
+    ADD COLUMN one_at_a_time text
+""",
+    """
+ALTER TABLE coord_workers
+    ADD COLUMN tasks json NOT NULL DEFAULT '{}',
+    ADD COLUMN stopping boolean NOT NULL DEFAULT false,
+    ADD COLUMN dead boolean NOT NULL DEFAULT false
+""",
+    """
+CREATE FUNCTION coord_from_version_1() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF NEW.due_at IS NOT NULL THEN
+        NEW.scheduled_at := NEW.due_at;
+        NEW.max_attempts := coalesce(NEW.attempts, NEW.max_attempts);
+        NEW.due_at := NULL;
+        NEW.attempts := NULL;
+    END IF;
+    RETURN NEW;
+END $$
+""",
+    """
+CREATE TRIGGER coord_from_version_1 BEFORE INSERT OR UPDATE OF due_at, attempts ON coord_jobs
+    FOR EACH ROW WHEN (NEW.due_at IS NOT NULL) EXECUTE FUNCTION coord_from_version_1()
+""",
+)
+"""Renames take no time, and new columns with a constant default neither (PostgreSQL's manual, ALTER TABLE). What is
+left under the old names, and the trigger, are for processes of version 1, which may still run; version 3 ends them."""
+_NEW_IN_2 = ("coord_queues", "coord_attempts", "coord_schedules")
+_INDEXES_IN_2 = ("coord_jobs_due", "coord_jobs_one_at_a_time")
 
 
-def _second(connection: Connection) -> None:
+def _to_2(connection: Connection) -> None:
+    """Renamed columns, priorities, what is known of deaths; queues, attempts, schedules.
+
+    Locks the jobs for as long as it takes to index what is queued: see `docs/operation.md`, "Upgrading".
+    """
     connection.execute(create_lock_function)
+    for statement in _TO_2:
+        connection.execute(text(statement))
+    tables = Ledger.metadata.tables
+    for name in _NEW_IN_2:
+        tables[name].create(connection)
+    for index in tables["coord_jobs"].indexes:
+        if index.name in _INDEXES_IN_2:
+            index.create(connection)
 
 
-STEPS: Sequence[Callable[[Connection], None]] = (_first, _second)
-"""What each version adds to the one before; never changed once it was released."""
+STEPS: Sequence[Callable[[Connection], None]] = (_to_2,)
+"""What each version from the second on changes in the one before; never changed once it was released."""
+VERSION = 1 + len(STEPS)
 
 
 async def create_ledger(connection: AsyncConnection) -> None:
@@ -70,7 +127,7 @@ def ddl() -> str:
     engine = create_mock_engine("postgresql+asyncpg://", note)
     Ledger.metadata.create_all(engine, checkfirst=False)
     note(create_lock_function)
-    note(insert(_versions).values(version=len(STEPS)))
+    note(insert(_versions).values(version=VERSION))
     return "\n\n".join(statements)
 
 
@@ -78,14 +135,17 @@ def _upgrade(connection: Connection) -> None:
     connection.execute(select(func.pg_advisory_xact_lock(_KEY)))
     _versions.create(connection, checkfirst=True)
     version = connection.scalar(select(_versions.c.version))
-    if version is not None and version > len(STEPS):
-        raise RuntimeError(f"The ledger is of version {version}; this coord knows {len(STEPS)} and would harm it.")
-    for step in STEPS[version or 0 :]:
-        step(connection)
     if version is None:
-        connection.execute(insert(_versions).values(version=len(STEPS)))
-    elif version < len(STEPS):
-        connection.execute(update(_versions).values(version=len(STEPS)))
+        Ledger.metadata.create_all(connection)
+        connection.execute(create_lock_function)
+        connection.execute(insert(_versions).values(version=VERSION))
+        return
+    if version > VERSION:
+        raise RuntimeError(f"The ledger is of version {version}; this coord knows {VERSION} and would harm it.")
+    for step in STEPS[version - 1 :]:
+        step(connection)
+    if version < VERSION:
+        connection.execute(update(_versions).values(version=VERSION))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

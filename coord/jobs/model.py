@@ -15,12 +15,14 @@ from sqlalchemy import (
     JSON,
     CheckConstraint,
     DateTime,
+    Double,
     Enum,
     Index,
     Text,
     TypeDecorator,
     cast,
     event,
+    false,
     func,
     inspect,
     literal_column,
@@ -99,12 +101,25 @@ class Job(Ledger):
     )
     attempt: Mapped[int] = mapped_column(server_default="1")
     """The number of the attempt that may apply its effect; each one that ends without it raises the number."""
-    attempts: Mapped[int | None]
-    """How many there may be; None leaves it to the worker."""
+    max_attempts: Mapped[int | None]
+    """How many attempts may count; None leaves it to the worker."""
+    uncounted: Mapped[int] = mapped_column(server_default="0")
+    """Attempts that were begun and do not count: a neighbour killed their worker, PostgreSQL was away."""
+    deaths: Mapped[int] = mapped_column(server_default="0")
+    """Workers that died while they ran it and nobody more suspect; with one or more the job is a suspect."""
+    hand_backs: Mapped[int] = mapped_column(server_default="0")
+    """How often a worker that was told to stop has given it back unfinished."""
+    unknown_seconds: Mapped[float] = mapped_column(Double, server_default="0")
+    """Seconds that it was put off for by workers that do not know its task, or refuse its arguments."""
+    priority: Mapped[int] = mapped_column(server_default="0")
+    """-100 to 100; of the jobs that are due, those of a higher one are taken first."""
+    one_at_a_time: Mapped[str | None] = mapped_column(Text)
+    """Of the jobs with the same one only one is run at a time."""
     timeout: Mapped[float | None]
     """Seconds an attempt may take; None leaves it to the worker."""
     unique_key: Mapped[str | None] = mapped_column(Text)
-    due_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    scheduled_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    """Before which it does not start, by PostgreSQL's clock."""
     created_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
     started_at: Mapped[datetime | None] = mapped_column(_Time)
     """When the attempt that ended it began, by the worker's clock."""
@@ -117,12 +132,22 @@ class Job(Ledger):
     trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
     """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
 
+    due_in = 0.0
+    """Seconds until it is due, as whoever made the snapshot has learned it: not by comparing clocks."""
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
 
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'done', 'failed', 'cancelled')", name="coord_jobs_state"),
         Index("coord_jobs_queued", "id", postgresql_where=_QUEUED),
+        Index("coord_jobs_due", "queue", "scheduled_at", "id", postgresql_where=_QUEUED),
+        Index(
+            "coord_jobs_one_at_a_time",
+            "queue",
+            "one_at_a_time",
+            "id",
+            postgresql_where=text("state = 'queued' AND one_at_a_time IS NOT NULL"),
+        ),
         Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
         Index(
             "coord_jobs_unique",
@@ -150,6 +175,57 @@ class Worker(Ledger):
     beats: Mapped[int] = mapped_column(server_default="1")
     jobs: Mapped[dict[str, Any]] = mapped_column(_Json)
     """By job id: `{"attempt": 1, "progress": …}`."""
+    tasks: Mapped[dict[str, str]] = mapped_column(_Json, server_default="{}")
+    """What it can run: the signature of each task by its name."""
+    stopping: Mapped[bool] = mapped_column(server_default=false())
+    """Whether it was told to stop: if it dies now, no job is to blame."""
+    dead: Mapped[bool] = mapped_column(server_default=false())
+    """Whether its heartbeat has seen it die."""
+
+
+class Queue(Ledger):
+    """What concerns a whole queue."""
+
+    __tablename__ = "coord_queues"
+    __table_args__ = {"postgresql_with": {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}}  # noqa: RUF012
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    paused_at: Mapped[datetime | None] = mapped_column(_Time)
+    """Since when workers take nothing of it."""
+    leader: Mapped[UUID | None]
+    """The worker that looks after what others have lost or left."""
+    leader_until: Mapped[datetime | None] = mapped_column(_Time)
+
+
+class AttemptRecord(Ledger):
+    """An attempt that did not succeed; the one that does costs no row of its own."""
+
+    __tablename__ = "coord_attempts"
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    worker: Mapped[UUID | None]
+    host: Mapped[str | None] = mapped_column(Text)
+    pid: Mapped[int | None]
+    began: Mapped[datetime | None] = mapped_column(_Time)
+    """By the worker's clock."""
+    ended: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    outcome: Mapped[str] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(Text)
+    traceback: Mapped[str | None] = mapped_column(Text)
+
+
+class Schedule(Ledger):
+    """What has become of a periodic task: its last slot and the job that was made for it."""
+
+    __tablename__ = "coord_schedules"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    queue: Mapped[str] = mapped_column(Text)
+    slot: Mapped[datetime | None] = mapped_column(_Time)
+    job_id: Mapped[UUID | None]
+    seen_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    """When a worker last had it in its settings."""
 
 
 class Cancellation(Ledger):
@@ -183,6 +259,8 @@ jobs = Job.metadata.tables[Job.__tablename__]
 is_queued = jobs.c.state == literal_column("'queued'")
 """Written out, since a parameter would hide from PostgreSQL that a partial index will do (section 11.8)."""
 workers = Worker.metadata.tables[Worker.__tablename__]
+queues = Queue.metadata.tables[Queue.__tablename__]
+attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -61,7 +61,7 @@ class JobReport:
     arguments: Sequence[Any]
     unique_key: str | None
     created_at: datetime
-    due_at: datetime
+    scheduled_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     error: str | None
@@ -145,18 +145,19 @@ def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
 
 def _cancel(session: Session, job_id: UUID) -> JobState:
     free = select(jobs.c.id).where(jobs.c.id == job_id, is_queued).with_for_update(skip_locked=True)
-    values = {"state": JobState.CANCELLED, "finished_at": datetime.now(UTC)}
-    end = update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs.c.id)
-    running = execute(session, end).one_or_none() is None
+    values = {"state": JobState.CANCELLED, "finished_at": func.now()}
+    end = update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)
+    ended = execute(session, end).mappings().one_or_none()
+    running = ended is None
     if running:
         state = execute(session, select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
         if state is None:
             raise _not_found(job_id)
         if state is not JobState.QUEUED:
             return JobState(state)
-    # Kept until a reconciler has taken the job out of Redis, or its worker has ended it.
-    execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
-    collect(session, (job_mapper, (job_id,)))
+        # Until its worker has ended it.
+        execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
+    collect(session, (job_mapper, (job_id,)), None if ended is None else Job(**ended))
     collect(session, (inspect(Cancellation), None))
     return JobState.RUNNING if running else JobState.CANCELLED
 
@@ -170,10 +171,13 @@ def _retry(session: Session, job_id: UUID) -> Job:
     same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
     if found.state in AGAIN and found.unique_key is not None and execute(session, same_key).first() is not None:
         raise conflict
-    more = case((jobs.c.attempts <= jobs.c.attempt, jobs.c.attempt + 1), else_=jobs.c.attempts)
-    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "attempts": more, "due_at": datetime.now(UTC)}
+    used = jobs.c.attempt - jobs.c.uncounted
+    more = case((jobs.c.max_attempts <= used, used + 1), else_=jobs.c.max_attempts)
+    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "max_attempts": more, "scheduled_at": func.now()}
     again = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(AGAIN))
-    again = again.values(values | {"finished_at": None, "started_at": None})
+    again = again.values(
+        values | {"finished_at": None, "started_at": None, "deaths": 0, "hand_backs": 0, "unknown_seconds": 0}
+    )
     try:
         with session.connection().begin_nested():
             row = execute(session, again.returning(jobs)).mappings().one_or_none()
@@ -204,7 +208,7 @@ async def heartbeats(session: AsyncSession) -> list[Beat]:
 def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
     queued = row.state is JobState.QUEUED
     beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
-    own = ("id", "task", "queue", "attempt", "arguments", "unique_key", "created_at", "due_at", "started_at")
+    own = ("id", "task", "queue", "attempt", "arguments", "unique_key", "created_at", "scheduled_at", "started_at")
     rest = ("finished_at", "error", "traceback", "result")
     return JobReport(
         **{name: getattr(row, name) for name in own + rest},

@@ -12,10 +12,10 @@ from uuid import UUID, uuid4
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
-import coord.worker.pruning
+import coord.worker.maintenance.pruner
 from coord import cancel_job, retry_job, task_options
-from coord.jobs.model import cancellations, jobs, keys
-from coord.worker.pruning import Pruning, _expired
+from coord.jobs.model import attempts, cancellations, jobs, keys
+from coord.worker.maintenance.pruner import Pruner, _expired
 from tests.ledger import a_task, ledger
 from tests.serving import eventually
 from tests.workers import office, opened, script, until, working
@@ -46,8 +46,8 @@ async def left(engine: AsyncEngine) -> set[UUID]:
         return {*await connection.scalars(select(jobs.c.id))}
 
 
-def pruning(engine: AsyncEngine) -> Pruning:
-    return Pruning(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
+def pruning(engine: AsyncEngine) -> Pruner:
+    return Pruner(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
 
 
 async def test_only_what_ended_long_ago_goes(ledger: None, engine: AsyncEngine) -> None:
@@ -67,8 +67,8 @@ async def test_it_goes_in_batches_whatever_the_plan(
     ledger: None, engine: AsyncEngine, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once no more than some, so that nobody waits for it and vacuum keeps up."""
-    monkeypatch.setattr(coord.worker.pruning, "BATCH", 2)
-    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCH", 2)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCHES", 2)
     for _ in range(7):
         await aged(engine, 2 * KEPT, "done")
     methods = ("hashjoin", "mergejoin", "hashagg", "sort", "material", "memoize")
@@ -83,8 +83,8 @@ async def test_it_comes_back_soon_when_it_has_left_something(
     ledger: None, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four thousand a second may end, for good, and the ledger does not grow."""
-    monkeypatch.setattr(coord.worker.pruning, "BATCH", 2)
-    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCH", 2)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCHES", 2)
     for _ in range(7):
         await aged(engine, 2 * KEPT, "done")
     script, seconds = pruning(engine), []
@@ -129,8 +129,8 @@ async def test_keys_that_have_expired_go(ledger: None, engine: AsyncEngine) -> N
 async def test_keys_go_in_batches_by_their_index(
     ledger: None, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.worker.pruning, "BATCH", 10)
-    monkeypatch.setattr(coord.worker.pruning, "BATCHES", 2)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCH", 10)
+    monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCHES", 2)
     await lent(engine, timedelta(seconds=-1), 25)
     await lent(engine, timedelta(hours=1), 5_000)
     async with engine.begin() as connection:
@@ -178,90 +178,24 @@ async def wishes(office: Office) -> int:
         return await session.scalar(select(func.count()).select_from(cancellations)) or 0
 
 
-async def forgotten(office: Office) -> None:
-    async def gone() -> bool:
-        return await wishes(office) == 0
-
-    await eventually(gone)
-
-
-async def test_a_cancelled_job_leaves_redis_and_no_worker_begins_it(office: Office) -> None:
-    """Not even a plain function's: it would begin although the ledger says that it never will."""
-    ran: list[str] = []
-
-    async def task(ctx: dict[str, Any]) -> None:
-        ran.append(ctx["job_id"])
-
-    async with working(office, [task]):
-        jobs = [await office.enqueue(task_options(task, delay=1.5)) for _ in range(3)]
-        await office.queued(3)
-        for job in jobs:
-            assert await cancelled(office, job) == "cancelled"
-        assert await wishes(office) > 0
-        await office.nothing_left_in_redis(within=1.3)
-        await forgotten(office)
-        last = await office.enqueue(task_options(task, delay=max(0.0, (jobs[-1].due_at - now()).total_seconds()) + 0.1))
-        await office.final(last)
-    assert ran == [str(last.id)]
-    assert {(await office.row(job)).state for job in jobs} == {"cancelled"}
-
-
-def now() -> datetime:
-    return datetime.now(UTC)
-
-
-async def test_a_wish_that_came_too_late_is_forgotten(office: Office) -> None:
-    begun, go = asyncio.Event(), asyncio.Event()
-
-    async def task(ctx: dict[str, Any]) -> None:
-        begun.set()
-        await go.wait()
-
-    async with working(office, [task]):
-        job = await office.enqueue(task)
-        await begun.wait()
-        async with office.session_maker() as session:
-            await session.execute(insert(cancellations).values(job_id=uuid4()))
-            await session.execute(insert(cancellations).values(job_id=(await aged_job(office)).id))
-            await session.commit()
-        await forgotten(office)
-        go.set()
-        assert (await office.final(job)).state == "done"
-
-
-async def aged_job(office: Office) -> Job:
-    """One that has ended."""
-    job = await office.enqueue("nobody", 1)
-    await cancelled(office, job)
+async def test_wishes_to_cancel_what_has_ended_go_and_others_stay(office: Office, engine: AsyncEngine) -> None:
+    queued = await office.enqueue(task_options(a_task, delay=60))
+    ended = await aged(engine, timedelta(seconds=1), "done")
     async with office.session_maker.begin() as session:
-        await session.execute(cancellations.delete())
-    return job
+        for job_id in (queued.id, ended, uuid4()):
+            await session.execute(insert(cancellations).values(job_id=job_id))
+    assert await pruning(engine).prune() == 2
+    assert await wishes(office) == 1
 
 
-async def test_a_wish_for_a_job_that_is_queued_stays(office: Office, script: Office) -> None:
-    """Its worker has still to see it."""
-
-    async def task(ctx: dict[str, Any]) -> None:
-        """Nothing."""
-
-    job = await script.enqueue(task_options(task, delay=60))
-    async with script.session_maker.begin() as session:
-        await session.execute(insert(cancellations).values(job_id=job.id))
-    async with working(office, [task]):
-        await asyncio.sleep(0.8)  # a round of the reconciler, and some
-        assert await wishes(office) == 1
-
-
-async def test_the_wishes_of_other_queues_are_theirs(office: Office) -> None:
-    """It is in their sorted set that the job has to be dropped."""
-    job = await office.enqueue(task_options(a_task, queue="other", delay=60))
-    await cancelled(office, job)
-    async with working(office, [a_task]):
-        await asyncio.sleep(0.8)  # a round of the reconciler, and some
-        assert await wishes(office) == 1
-    async with working(office, [a_task], queue_name="other"):
-        await forgotten(office)
-        await office.nothing_left_in_redis()
+async def test_what_is_known_of_a_jobs_attempts_goes_with_it(ledger: None, engine: AsyncEngine) -> None:
+    old, new = await aged(engine, timedelta(days=8), "failed"), await aged(engine, timedelta(days=1), "failed")
+    async with engine.begin() as connection:
+        for job_id in (old, new):
+            await connection.execute(insert(attempts).values(job_id=job_id, number=1, outcome="failed"))
+    await pruning(engine).prune()
+    async with engine.connect() as connection:
+        assert list(await connection.scalars(select(attempts.c.job_id))) == [new]
 
 
 async def test_a_cancelled_job_can_be_run_again(office: Office) -> None:
@@ -273,7 +207,6 @@ async def test_a_cancelled_job_can_be_run_again(office: Office) -> None:
     job = await office.enqueue(task_options(task, delay=60))
     await cancelled(office, job)
     async with working(office, [task]):
-        await forgotten(office)
         async with office.session_maker() as session:
             await retry_job(session, job.id)
             await session.commit()

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import insert, update
 
-import coord.worker.census
-from coord.jobs.model import new_id, workers
-from coord.worker.census import BLINK, DEAD, Census
+import coord.worker.maintenance.registry
+from coord.jobs.model import new_id, queues, workers
+from coord.worker.maintenance.registry import BLINK_SECONDS as BLINK
+from coord.worker.maintenance.registry import DEAD_SECONDS as DEAD
+from coord.worker.maintenance.registry import WorkerRegistry, named
 from tests.ledger import ledger
 
 if TYPE_CHECKING:
@@ -31,8 +33,8 @@ class Watch:
         self.engine = engine
         self.now = 1_000.0
         self.me = new_id()
-        self.census = Census(SimpleNamespace(id=self.me, queue="default"))  # type: ignore[arg-type]
-        monkeypatch.setattr(coord.worker.census, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.registry = WorkerRegistry(engine, "default", self.me)
+        monkeypatch.setattr(coord.worker.maintenance.registry, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     async def enrol(self, worker: UUID, **jobs: Any) -> None:
         row = {"id": worker, "queue": "default", "host": socket.gethostname(), "pid": 1, "jobs": jobs}
@@ -44,13 +46,13 @@ class Watch:
         async with self.engine.begin() as connection:
             await connection.execute(beaten.values(beats=workers.c.beats + 1, jobs=jobs))
 
-    def leads(self) -> bool:
-        return self.census.leads
+    @property
+    def living(self) -> set[UUID]:
+        return {*self.registry.seen} - {*self.registry.dead}
 
     async def look(self, after: float = STEP) -> None:
         self.now += after
-        async with self.engine.connect() as connection:
-            await self.census.take(connection)
+        await self.registry.round()
 
     async def look_on(self, seconds: float) -> None:
         for _ in range(round(seconds / STEP)):
@@ -60,6 +62,8 @@ class Watch:
 @pytest.fixture
 async def watch(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> Watch:
     watch = Watch(engine, monkeypatch)
+    async with engine.begin() as connection:
+        await connection.execute(insert(queues).values(name="default"))
     await watch.enrol(watch.me)
     return watch
 
@@ -69,9 +73,9 @@ async def test_a_heart_that_stands_still_while_it_is_watched_is_dead(watch: Watc
     await watch.enrol(other)
     await watch.look()
     await watch.look_on(DEAD)
-    assert other in watch.census.living
+    assert other in watch.living
     await watch.look()
-    assert [*watch.census.dead] == [other]
+    assert [*watch.registry.dead] == [other]
 
 
 async def test_a_heart_that_beats_is_alive_however_late_it_beats(watch: Watch) -> None:
@@ -82,7 +86,7 @@ async def test_a_heart_that_beats_is_alive_however_late_it_beats(watch: Watch) -
         await watch.look_on(DEAD)
         await watch.beat(other)
         await watch.look()
-    assert other in watch.census.living
+    assert other in watch.living
 
 
 async def test_nobody_is_dead_because_the_watcher_could_not_look(watch: Watch) -> None:
@@ -91,50 +95,32 @@ async def test_nobody_is_dead_because_the_watcher_could_not_look(watch: Watch) -
     await watch.look()
     await watch.look_on(DEAD - STEP)
     await watch.look(after=BLINK + STEP)
-    assert other in watch.census.living
+    assert other in watch.living
     await watch.look_on(DEAD)
-    assert other in watch.census.living
+    assert other in watch.living
     await watch.look()
-    assert other in watch.census.dead
+    assert other in watch.registry.dead
 
 
-async def test_the_eldest_of_the_living_leads(watch: Watch) -> None:
-    younger = new_id()
-    await watch.enrol(younger)
-    await watch.look()
-    assert watch.leads() is True
-    watch.census._identity = SimpleNamespace(id=younger, queue="default")  # type: ignore[assignment]
-    await watch.look()
-    assert watch.leads() is False
-    for _ in range(round(DEAD / STEP) + 1):
-        await watch.beat(younger)
-        await watch.look()
-    assert watch.leads() is True
-
-
-async def test_who_is_not_on_the_list_does_not_lead(watch: Watch) -> None:
-    watch.census._identity = SimpleNamespace(id=new_id(), queue="default")  # type: ignore[assignment]
-    await watch.look()
-    assert not watch.census.leads
-
-
-async def test_a_worker_is_heard_when_a_heartbeat_came_that_had_not_been_there(watch: Watch) -> None:
-    """What it ran before the watcher began to look, or during a pause, is no news."""
+async def test_who_was_seen_to_die_is_dead_at_once(watch: Watch, engine: AsyncEngine) -> None:
     other = new_id()
     await watch.enrol(other)
     await watch.look()
-    await watch.beat(watch.me)
-    moment = watch.now - 10
-    assert not watch.census.all_heard_since(moment)
-    await watch.look(after=BLINK + STEP)
-    assert not watch.census.all_heard_since(moment)
-    moment = watch.now
-    await watch.beat(other, job={"attempt": 3})
-    await watch.beat(watch.me)
+    async with engine.begin() as connection:
+        await connection.execute(update(workers).where(workers.c.id == other).values(dead=True))
     await watch.look()
-    assert not watch.census.all_heard_since(moment), "it may have been written just before that moment"
-    await watch.beat(other, job={"attempt": 3})
-    await watch.beat(watch.me)
+    assert [*watch.registry.dead] == [other]
+
+
+async def test_nobody_takes_itself_for_dead(watch: Watch) -> None:
+    await watch.look_on(3 * DEAD)
+    assert watch.living == {watch.me}
+
+
+async def test_what_the_living_say_they_run_is_held(watch: Watch) -> None:
+    job, other = new_id(), new_id()
+    await watch.enrol(other, **{str(job): {"attempt": 3}})
     await watch.look()
-    assert watch.census.all_heard_since(moment)
-    assert watch.census.held == {("job", 3)}
+    assert watch.registry.held_elsewhere == {(job, 3)} == named({str(job): {"attempt": 3}})
+    await watch.look_on(DEAD + 1)
+    assert watch.registry.held_elsewhere == set()
