@@ -1,4 +1,4 @@
-"""arq as it is: its own jobs, settings, hooks, checks and bursts, in a worker that runs the ledger's jobs beside them."""
+"""arq as it is: its own jobs, settings, hooks, checks and bursts, beside the jobs of the ledger."""
 
 # ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
@@ -51,11 +51,11 @@ async def made(database_url: str, redis_url: str) -> AsyncIterator[Callable[...,
 async def test_arq_is_given_its_settings_as_they_are(made: Callable[..., Any]) -> None:
     """It reads them from the class itself, where nothing is inherited."""
     given = {"queue_name": "arq:queue", "max_tries": 3, "keep_result": 60, "poll_delay": 0.1, "job_serializer": repr}
-    settings = get_kwargs(made(**given))  # type: ignore[arg-type]
+    settings: dict[str, Any] = get_kwargs(made(**given))
     assert {name: settings[name] for name in given} == given
     assert "redis_pool" not in settings
     assert "job_deserializer" not in settings
-    assert get_kwargs(made())["queue_name"] == "arq:queue:coord:default"  # type: ignore[arg-type]
+    assert vars(made())["queue_name"] == "arq:queue:coord:default"
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "max_job"])
@@ -365,7 +365,7 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
 
     port = free_port()
     command = [str(_valkey_server()), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]
-    cluster = subprocess.Popen([*command, "--save", ""], stdout=subprocess.DEVNULL)
+    cluster = await asyncio.create_subprocess_exec(*command, "--save", "", stdout=subprocess.DEVNULL)
     try:
         url = f"redis://127.0.0.1:{port}/0"
         async with process(office, notes, started=False, COORD_REDIS_URL=url) as worker:
@@ -373,4 +373,4 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
             assert any("Redis Cluster" in line for line in worker.lines), "\n".join(worker.lines)
     finally:
         cluster.kill()
-        cluster.wait()
+        await cluster.wait()

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
-from coord.worker.keeper import HEALTHY
-from coord.worker.shutdown import LAST
 from sqlalchemy import URL, make_url
 
 import coord.dev.command
 from coord.http.limits import WAIT
+from coord.worker.lifecycle import CANCELLED_SECONDS as LAST
+from coord.worker.maintenance.beat import HEALTH_SECONDS as HEALTHY
 from coord.worker.settings import worker_settings
 from tests.serving import eventually
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running

@@ -79,8 +79,8 @@ async def test_a_worker_that_is_idle_or_has_all_slots_busy_costs_next_to_nothing
         await asyncio.sleep(0.5)
         costs.append(await measured(office, worker.pid))
         worker.signal(signal.SIGKILL)
-    assert max(commands for commands, _ in costs) < 25, costs
-    assert max(cpu for _, cpu in costs) < 0.05, costs
+    assert max(commands for commands, _ in costs) < 35, costs
+    assert max(cpu for _, cpu in costs) < 0.1, costs
 
 
 async def test_no_more_jobs_run_than_a_worker_has_slots(office: Office) -> None:
@@ -283,9 +283,9 @@ GARBAGE = [
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1e999, "task": "task", "arguments": [[], {}]}',
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "", "arguments": [[], {}]}',
     b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "task", "arguments": [[]]}',
-    b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "t", "arguments": [[], {}], "trace": {"a": 5}}',
+    b'{"id": "01a22890-2e16-7908-9134-dc9968b881d5", "attempt": 1, "task": "t", "arguments": [[], {}], "trace": 5}',
     b"cos\nsystem\n(S'touch /tmp/never'\ntR.",
-    b"x" * 20_000_000,
+    b"x" * 2_000_000,
 ]
 
 

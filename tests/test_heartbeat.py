@@ -1,4 +1,4 @@
-"""The keeper keeps its hours: what it has waited for is no time spent, and who is stopped early is not on the list."""
+"""The heartbeat: who is on the list of workers, from when, and until when."""
 
 # ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
@@ -7,42 +7,23 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
+import pytest
 from arq.worker import create_worker
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import worker_settings
+from coord import set_progress, worker_settings
 from coord.jobs.model import JobState
 from tests.ledger import a_task, ledger
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.shop import waiting_for_locks
 from tests.workers import Working, office, script, until, working
 
 if TYPE_CHECKING:
-    from asyncpg import Connection
-
     from tests.workers import Office
 
-HELD_UP = 4.0
 ANSWERS = 30
-
-
-async def test_a_look_that_was_held_up_delays_the_next_by_nothing(
-    office: Office, script: Office, observer: Connection
-) -> None:
-    """As one is whose process was frozen: the eldest worker would look after nobody for four times as long."""
-
-    async def held_up() -> bool:
-        return await waiting_for_locks(observer, "SELECT coord_jobs.id, coord_jobs.attempt") > 0
-
-    async with working(office, [a_task]):
-        async with script.session_maker.begin() as session:
-            await session.execute(text("LOCK TABLE coord_jobs"))
-            await eventually(held_up)
-            await asyncio.sleep(HELD_UP)
-        job = await script.enqueue(a_task)
-        assert (await office.final(job, within=HELD_UP + 4)).state is JobState.DONE
 
 
 async def test_a_worker_stopped_at_any_step_of_its_start_is_not_on_the_list(office: Office) -> None:
@@ -62,16 +43,96 @@ async def stopped_before(answer: int, office: Office) -> bool:
         engine = create_async_engine(proxy.url)
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         settings: Any = worker_settings([a_task], session_maker=sessions, redis=office.redis_url, handle_signals=False)
-        worker = Working(create_worker(settings), settings.redis_pool)
-        await until(lambda: not proxy.flows.is_set() or worker.redis.pickup is not None)
-        has_begun = worker.redis.pickup is not None
-        worker.running.cancel()
+        worker = Working(create_worker(settings))
+        await until(lambda: not proxy.flows.is_set() or "coord.lifecycle" in worker.worker.ctx)
+        has_begun = "coord.lifecycle" in worker.worker.ctx
+        worker.task.cancel()
         await asyncio.sleep(0)
         proxy.stops_at = 0
         proxy.flows.set()
-        while not worker.running.done():  # redis-py may swallow a cancellation; see coord.notify.client
-            worker.running.cancel()
-            await asyncio.wait([worker.running], timeout=0.5)
         await worker.stop()
         await engine.dispose()
     return has_begun
+
+
+async def test_the_jobs_that_run_and_the_tasks_that_are_known_are_on_the_list(office: Office) -> None:
+    go = asyncio.Event()
+
+    async def held(ctx: dict[str, Any], name: str = "x") -> None:
+        set_progress(ctx, {"done": 0.5})
+        await go.wait()
+
+    async with working(office, [held, a_task]):
+        job = await office.enqueue(held)
+
+        async def is_named() -> bool:
+            (row,) = await office.workers()
+            return bool(row.jobs.get(str(job.id)) == {"attempt": 1, "progress": {"done": 0.5}})
+
+        await eventually(is_named)
+        (row,) = await office.workers()
+        assert {name.rpartition(".")[2] for name in row.tasks} == {"held", "a_task"}
+        assert any("name: 'str' = 'x'" in signature for signature in row.tasks.values())
+        go.set()
+        await office.final(job)
+
+        async def is_named_no_more() -> bool:
+            (row,) = await office.workers()
+            return not row.jobs
+
+        await eventually(is_named_no_more)
+
+
+@pytest.mark.parametrize("how", ["process", "thread"])
+async def test_a_heart_beats_every_two_seconds_however_connections_are_made(
+    office: Office, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be passed to another process is said, and a thread does it."""
+    url = make_url(office.database_url)
+
+    async def connect() -> Any:
+        return await asyncpg.connect(url.set(drivername="postgresql").render_as_string(hide_password=False))
+
+    options = {"async_creator": connect} if how == "thread" else {}
+    async with working(office, [a_task], engine=options):
+
+        async def has_beaten() -> bool:
+            (row,) = await office.workers()
+            return bool(row.beats >= 3)
+
+        await eventually(has_beaten, within=10)
+    assert await office.workers() == []
+    assert ("The heartbeat is a thread" in caplog.text) is (how == "thread")
+
+
+async def test_a_heartbeat_that_was_killed_is_started_again(office: Office, caplog: pytest.LogCaptureFixture) -> None:
+    async with working(office, [a_task]) as worker:
+        heartbeat = worker.worker.ctx["coord.lifecycle"].heartbeat
+        await until(lambda: heartbeat._process is not None)
+        first = heartbeat._process
+        first.kill()
+        await until(lambda: heartbeat._process is not first, within=10)
+
+        async def beats() -> bool:
+            (row,) = await office.workers()
+            return bool(row.beats >= 2)
+
+        await eventually(beats, within=10)
+    assert "is started again" in caplog.text
+
+
+async def test_who_was_taken_for_dead_and_lives_is_on_the_list_again(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with working(office, [a_task]):
+        async with office.session_maker.begin() as session:
+            await session.execute(text("DELETE FROM coord_workers"))
+
+        async def is_back() -> bool:
+            return len(await office.workers()) == 1
+
+        await eventually(is_back, within=10)
+        (row,) = await office.workers()
+        assert row.tasks
+        await until(lambda: "was taken for dead" in caplog.text)
+        assert (await office.final(await office.enqueue(a_task))).state is JobState.DONE

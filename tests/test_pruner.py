@@ -87,13 +87,10 @@ async def test_it_comes_back_soon_when_it_has_left_something(
     monkeypatch.setattr(coord.worker.maintenance.pruner, "BATCHES", 2)
     for _ in range(7):
         await aged(engine, 2 * KEPT, "done")
-    script, seconds = pruning(engine), []
-    for _ in range(2):
-        script._next = 0.0
-        await script.when_due()
-        seconds.append(round(script._next - time.monotonic()))
-    assert seconds == [5, 60]
-    assert not await left(engine)
+    pruner = pruning(engine)
+    assert await pruner.round() == coord.worker.maintenance.pruner.SOON_SECONDS
+    assert await pruner.round() is None
+    assert await left(engine) == set()
 
 
 async def test_what_somebody_has_locked_waits_for_the_next_time(ledger: None, engine: AsyncEngine) -> None:

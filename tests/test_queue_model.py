@@ -1,4 +1,4 @@
-"""A model of the queue: ledger, feed, what was taken, heartbeats and a clock, and whatever may happen between two steps.
+"""A model of the queue: ledger, feed, what was taken, heartbeats and a clock, and all that may happen between steps.
 
 What it shows of `docs/architecture.md`: no interleaving loses a job, and none runs one attempt on two workers that are
 taken for living. It takes the real bounds: how late a worker still begins what it has popped, how soon its heartbeat

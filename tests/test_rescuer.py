@@ -218,7 +218,7 @@ async def test_a_worker_whose_task_lets_nothing_else_run_lives(office: Office, n
         for job in jobs:
             await notes.say(job, "starts")
         blocking = await office.enqueue("block" if busy == "sleeps" else "count", DEAD_SECONDS + 4)
-        _, pid, _ = await notes.say(blocking, "starts")
+        await notes.say(blocking, "starts")
 
         async def is_told() -> bool:
             (key,) = await office.redis.keys("*health*")

@@ -106,7 +106,8 @@ class Office:
 
     async def put(self, message: str | bytes, score: float = 1) -> None:
         """A message for workers, from whoever can write to Redis."""
-        await self.redis.zadd(KEYS.feed, {message: score})
+        raw = message if isinstance(message, bytes) else message.encode()
+        await self.redis.zadd(KEYS.feed, {raw: score})
 
     async def waiting(self, count: int, within: float = 5.0) -> None:
         """Return when so many jobs wait in Redis, for their time or for a slot."""

@@ -8,6 +8,9 @@ from typing import Any
 DEEPEST = 100
 """Lists and objects within one another; whoever reads them may have less of a stack left than whoever wrote them."""
 
+MAX_BYTES = 1 << 20
+"""Of arguments, results and progress: what is queued lies in Redis, and what is read at once has a limit."""
+
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 """Made once, as `json.dumps` does not."""
 
@@ -22,15 +25,33 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
     try:
         text = to_json(value)
         arriving = json.loads(text)
-        equal = arriving == value
+        equal = _is_same(value, arriving)
         depth = depth_of(arriving)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{what} must be JSON: {error}") from error
     if not equal:
         raise TypeError(f"{what} would arrive as {arriving!r} and not as {value!r}: JSON has no tuples and text keys")
+    if len(text) > MAX_BYTES:
+        raise TypeError(
+            f"{what} must be JSON of at most {MAX_BYTES} bytes, not {len(text)}: store it, and pass its key"
+        )
     if depth > DEEPEST:
         raise TypeError(f"{what} must be JSON that is at most {DEEPEST} lists and objects deep, not {depth}")
     return text, arriving
+
+
+def _is_same(value: Any, arriving: Any) -> bool:
+    """Equal, and of the same types: a member of a `StrEnum` equals the text that arrives in its place."""
+    if type(value) is not type(arriving):
+        return False
+    match arriving:
+        case list():
+            return len(value) == len(arriving) and all(map(_is_same, value, arriving))
+        case dict():
+            return value.keys() == arriving.keys() and all(
+                type(key) is str and _is_same(each, arriving[key]) for key, each in value.items()
+            )
+    return bool(value == arriving)
 
 
 def depth_of(value: Any) -> int:

@@ -57,10 +57,12 @@ _find_unique = select(jobs).where(
 
 
 @overload
-async def enqueue(session: AsyncSession, task: str | Function, *args: Any, **kwargs: Any) -> Job: ...
+async def enqueue(session: AsyncSession, task: str | Function, /, *args: Any, **kwargs: Any) -> Job: ...
 @overload
-async def enqueue(session: AsyncSession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs) -> Job: ...
-async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
+async def enqueue(
+    session: AsyncSession, task: Task[P] | TaskOptions[P], /, *args: P.args, **kwargs: P.kwargs
+) -> Job: ...
+async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any) -> Job:
     """Have `task(ctx, *args, **kwargs)` run once this session's transaction has committed; the caller commits.
 
     Writes one row of the ledger in the caller's transaction (in its savepoint, if it is in one): rolled back, there is

@@ -102,7 +102,10 @@ def _to_2(connection: Connection) -> None:
 
 STEPS: Sequence[Callable[[Connection], None]] = (_to_2,)
 """What each version from the second on changes in the one before; never changed once it was released."""
-VERSION = 1 + len(STEPS)
+
+
+def latest() -> int:
+    return 1 + len(STEPS)
 
 
 async def create_ledger(connection: AsyncConnection) -> None:
@@ -127,7 +130,7 @@ def ddl() -> str:
     engine = create_mock_engine("postgresql+asyncpg://", note)
     Ledger.metadata.create_all(engine, checkfirst=False)
     note(create_lock_function)
-    note(insert(_versions).values(version=VERSION))
+    note(insert(_versions).values(version=latest()))
     return "\n\n".join(statements)
 
 
@@ -138,14 +141,14 @@ def _upgrade(connection: Connection) -> None:
     if version is None:
         Ledger.metadata.create_all(connection)
         connection.execute(create_lock_function)
-        connection.execute(insert(_versions).values(version=VERSION))
+        connection.execute(insert(_versions).values(version=latest()))
         return
-    if version > VERSION:
-        raise RuntimeError(f"The ledger is of version {version}; this coord knows {VERSION} and would harm it.")
+    if version > latest():
+        raise RuntimeError(f"The ledger is of version {version}; this coord knows {latest()} and would harm it.")
     for step in STEPS[version - 1 :]:
         step(connection)
-    if version < VERSION:
-        connection.execute(update(_versions).values(version=VERSION))
+    if version < latest():
+        connection.execute(update(_versions).values(version=latest()))
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

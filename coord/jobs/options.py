@@ -111,8 +111,8 @@ def name_of(task: object) -> str:
     name = task.name if isinstance(task, Function) else task
     if callable(task) and not isinstance(task, type | Function):
         name = getattr(task, "__qualname__", None)
-    if not isinstance(name, str):
-        raise TypeError(f"task is a function, what arq's func makes of one, or a task's name; not {task!r}")
+    if not isinstance(name, str) or name.endswith("<lambda>"):
+        raise TypeError(f"task is a function with a name, what arq's func makes of one, or a task's name; not {task!r}")
     return _text("task", name, LONGEST_NAME)
 
 

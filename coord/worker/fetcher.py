@@ -77,6 +77,12 @@ class Fetcher:
         self._more = True
         """Whether the feed may have more than was popped: then nothing is waited for."""
         self._task: asyncio.Task[None] | None = None
+        self.is_served = True
+        """Whether Redis did what it was asked for at last."""
+
+    def _report(self, error: BaseException | None) -> None:
+        self.is_served = error is None
+        self._outage.report(error, "fetcher")
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="coord fetcher")
@@ -93,11 +99,6 @@ class Fetcher:
         self._draining = True
         self._running.changed.set()
 
-    @property
-    def is_served(self) -> bool:
-        """Whether Redis gave what was asked for at last."""
-        return not self._outage.lasts
-
     async def _run(self) -> None:
         pause = BACKOFF_SECONDS[0]
         while not self._draining or self._commands:
@@ -106,7 +107,7 @@ class Fetcher:
                 pause = BACKOFF_SECONDS[0]
             except (RedisError, OSError) as error:
                 self._commands, self._more = [], True  # the reconciler finds what was to be pushed back
-                self._outage.report(error)
+                self._report(error)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))
                 pause = min(2 * pause, BACKOFF_SECONDS[1])
             except Exception:
@@ -154,7 +155,7 @@ class Fetcher:
         answers = await pipe.execute(raise_on_error=False)
         popped = answers.pop() if free > 0 else []
         refused = next((answer for answer in (*answers, popped) if isinstance(answer, ResponseError)), None)
-        self._outage.report(refused)
+        self._report(refused)
         if isinstance(popped, Exception):
             raise popped
         if isinstance(popped, tuple):  # of a blocking pop: the key, the member and its score

@@ -55,6 +55,8 @@ class Finalizer:
         self._context = create_db_context(session_maker)
         self._worker = worker
         self._text: Callable[[str], str] = str
+        self.on_put_off: Callable[[float], None] = _nobody
+        """Told of the seconds after which a job that this worker has put off is due."""
 
     async def done(self, attempt: Attempt, result: Any) -> JobState | None:
         """Of a task without a `job_transaction`: it has returned."""
@@ -120,6 +122,7 @@ class Finalizer:
         wait = backoff(row["attempt"]) if pause is None else pause
         values = {"attempt": row["attempt"] + 1, "uncounted": uncounted, **found}
         await session.run_sync(_put_off, row, wait, values)
+        self.on_put_off(wait)
         return JobState.QUEUED
 
     async def _handed_back(self, session: AsyncSession, attempt: Attempt) -> JobState | None:
@@ -170,6 +173,10 @@ class Finalizer:
                 logger.debug("the end of job %s cannot be written yet: %s", attempt.job_id, error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LEDGER_PAUSE_SECONDS[1])
+
+
+def _nobody(_seconds: float) -> None:
+    """Nobody waits for it."""
 
 
 _lock = (

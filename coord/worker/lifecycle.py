@@ -54,7 +54,7 @@ class Lifecycle:
         self._hurry = asyncio.Event()
         self.running: RunningJobs | None = None
         self.fetcher: Fetcher | None = None
-        self._heartbeat: Heartbeat | None = None
+        self.heartbeat: Heartbeat | None = None
         self._executor: Executor | None = None
         self.registry: WorkerRegistry | None = None
         self._queued: QueuedJobs | None = None
@@ -75,10 +75,10 @@ class Lifecycle:
 
         In a burst what is due in the ledger is run first.
         """
-        if self.fetcher is not None and self.running is not None and self._heartbeat is not None:
+        if self.fetcher is not None and self.running is not None and self.heartbeat is not None:
             if burst:
                 await self._run_what_is_due()
-            self._heartbeat.board.stopping = True
+            self.heartbeat.board.stopping = True
             self.fetcher.drain()
             logger.info("This worker stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
             await self._ended(self._config.grace, hurry=True)
@@ -104,17 +104,17 @@ class Lifecycle:
         clock = RedisClock()
         registry = self.registry = WorkerRegistry(engine, config.queue, worker)
         freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
-        heartbeat = self._heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
+        heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
-        executor = self._executor = Executor(
-            config, running, Finalizer(config.session_maker, worker), self._context, worker_lock=lock_of(worker)
-        )
+        finalizer = Finalizer(config.session_maker, worker)
+        executor = self._executor = Executor(config, running, finalizer, self._context, worker_lock=lock_of(worker))
         stack.push_async_callback(executor.abandon)
         gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
         fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, gate, outage)
         leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)
         scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
+        finalizer.on_put_off = scheduler.expect
 
         def publish_end(ended: Iterable[UUID]) -> None:
             coordinator.publish(job_mapper, ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
     from coord.queue.keys import QueueKeys
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.25
 """Between two looks whether something has come due; less if it is known to come before."""
+EXPECTED_SECONDS = 0.02
+"""For what is expected to be there."""
 READ_SECONDS = 10.0
 """Between two looks into the ledger."""
 OVERLAP_SECONDS = 5.0
@@ -51,6 +54,11 @@ class Scheduler(Loop):
         self._until = None
         self._read_at = 0.0
         self.wake()
+
+    def expect(self, seconds: float) -> None:
+        """Something is being handed over that is due then."""
+        if seconds < NEAR_SECONDS:
+            asyncio.get_running_loop().call_later(seconds + EXPECTED_SECONDS, self.wake)
 
     async def round(self) -> float:
         if not self._is_leader():
