@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
 
-from coord.embedded import PostgreSQL, Valkey
+from coord.dev.embedded import PostgreSQL, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

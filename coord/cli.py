@@ -6,8 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from coord import dev
-from coord.jobs import schema
+from coord.dev import command as dev
+from coord.jobs import migrations
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "dev": Command("run an API, its workers, PostgreSQL and Valkey together", dev.configure, dev.run),
-    "schema": Command("print or apply the DDL of the ledger's tables", schema.configure, schema.run),
+    "schema": Command("print or apply the DDL of the ledger's tables", migrations.configure, migrations.run),
 }
 
 

@@ -9,28 +9,28 @@ from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 
-from coord.hints.bell import Bell
-from coord.hints.changes import Changes, written_to
-from coord.hints.channels import Channels
-from coord.hints.outage import Outage
-from coord.jobs.feed import hand_over
-from coord.postgresql.engine import engine_of, prepare
-from coord.target import key_of, mapper_of
+from coord.database.engine import engine_of, prepare
+from coord.database.target import key_of, mapper_of
+from coord.notify.bell import Bell
+from coord.notify.changes import Changes, written_to
+from coord.notify.channels import Channels
+from coord.notify.outage import Outage
+from coord.queue.handover import hand_over
 from coord.waiting.settings import check_declared
 from coord.waiting.subscription import RowSubscription
 from coord.waiting.watcher import MAX_WAITERS, Watcher
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
     from contextlib import AbstractContextManager
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.hints.changes import Changed
-    from coord.hints.subscriber import Listener
-    from coord.postgresql.schemas import Schemas
+    from coord.database.schemas import Schemas
+    from coord.notify.changes import Changed
+    from coord.notify.subscriber import Listener
     from coord.waiting.settings import Declared
 
 
@@ -133,6 +133,11 @@ class Coordinator:
         if self._bell is not None:
             self._bell.listen(channel, listener)
 
+    def publish(self, mapper: Mapper[Any], ids: Iterable[object]) -> None:
+        """Notify of rows that this process has changed otherwise than by a session, and committed."""
+        if self._bell is not None:
+            self._bell.ring([self.channels.row(mapper, (), (id_,)) for id_ in ids])
+
     async def _rest(self) -> None:
         if self._watcher is not None:
             await self._watcher.rest()
@@ -150,7 +155,7 @@ class Coordinator:
         if self._bell is None or self._loop is None:
             return
         try:
-            heard = [change for change, job in changes.items() if job is None or job.attempt > 1]
+            heard = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
             rings = self.channels.of_changes(session, heard)  # nobody waits for a job that is new
             jobs = [job for job in changes.values() if job is not None]
             packets = hand_over(jobs, self._namespace) if jobs else {}

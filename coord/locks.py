@@ -15,11 +15,11 @@ from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
 from coord.cancellation import cleaned_up, interruptible
+from coord.database.acquisition import Acquisition, acquire, literal
+from coord.database.engine import engine_of
+from coord.database.transaction import connection_in_use, end_transaction, holding_lock, is_joined, turn
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
-from coord.postgresql.acquisition import Acquisition, acquire, literal
-from coord.postgresql.engine import engine_of
-from coord.postgresql.transaction import connection_in_use, end_transaction, holding_lock, is_joined
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -135,8 +135,9 @@ async def _held(
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_joined(session)
     try:
-        left = await _connected(session, binding, limit)
-        await interruptible(session.run_sync(_acquire, binding, plan, None if left is None else max(least, left)))
+        async with turn(session):
+            left = await _connected(session, binding, limit)
+            await interruptible(session.run_sync(_acquire, binding, plan, None if left is None else max(least, left)))
     except BaseException:
         if not joins:
             await cleaned_up(end_transaction(session))
@@ -148,7 +149,8 @@ async def _held(
         if not joins and session.sync_session.get_transaction() is not transaction:
             raise RuntimeError("The lock was lost before its block ended: the transaction was ended inside the block.")
         if not joins:
-            await interruptible(session.commit())
+            async with turn(session):
+                await interruptible(session.commit())
     except BaseException:
         if not joins:
             await cleaned_up(session.rollback())

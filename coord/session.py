@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the annotation
 
 from coord.cancellation import cleaned_up, interruptible, settled
-from coord.postgresql.engine import engine_of, prepare
-from coord.postgresql.transaction import is_owned, own
+from coord.database.engine import engine_of, prepare
+from coord.database.transaction import is_owned, own
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coord.process import end, spawn
+from coord.dev.process import end, spawn
 from demo.report import LOG, starting
 
 if TYPE_CHECKING:

@@ -22,9 +22,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.schema import CreateSchema
 
 import coord.waiting.watcher
-from coord.embedded import PostgreSQL, Valkey
-from coord.postgresql.engine import prepare
-from coord.postgresql.function import create_lock_function
+from coord.database.engine import prepare
+from coord.database.lock_function import create_lock_function
+from coord.dev.embedded import PostgreSQL, Valkey
 from tests.models import Base
 from tests.pooler import create_engine
 

@@ -12,8 +12,8 @@ from sqlalchemy import event
 
 from coord import Job, create_ledger, enqueue
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.feed import Message
-from coord.jobs.ledger import Ledger
+from coord.jobs.model import Ledger
+from coord.queue.message import Message
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -65,7 +65,7 @@ def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0,
         job_id=job_id,
         message=replace(Message.of(job), **changes),
         session_maker=session_maker,
-        attempts=10,
+        max_attempts=10,
         worker_lock=WORKER_LOCK,
         idle_limit=idle_limit,
     )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coord.server import free_port
+from coord.dev.server import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

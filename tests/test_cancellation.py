@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 import coord.cancellation
 from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wait_for_row_change
 from coord.cancellation import cleaned_up, interruptible
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.proxy import Proxy
@@ -82,7 +82,7 @@ async def test_who_goes_on_after_a_cancelled_statement_does_not_commit_what_has_
 async def test_a_lock_is_refused_in_its_own_words_though_its_holders_cannot_be_asked_about(
     sessions: async_sessionmaker[AsyncSession], observer: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coord.postgresql.acquisition._HOLDERS", "SELECT 1/0 WHERE true")
+    monkeypatch.setattr("coord.database.acquisition._HOLDERS", "SELECT 1/0 WHERE true")
     async with create_db_context(sessions)() as session:
         await session.execute(text("INSERT INTO users (name) VALUES ('Ada')"))
         with pytest.raises(LockTimeoutError) as caught:
@@ -109,7 +109,7 @@ async def test_a_backend_terminated_while_it_waits_is_a_lost_connection(
         with pytest.raises(DBAPIError) as caught:
             await waiting
     assert caught.value.connection_invalidated
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
 
 
 @pytest.mark.usefixtures("locked")

@@ -11,7 +11,7 @@ from sqlalchemy import Delete, Update, func, inspect, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Mapped, Session, foreign, relationship
 
-from coord.hints.changes import Changes, collect
+from coord.notify.changes import Changes, collect
 from tests.models import Base, Document, Item, User, table_of
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from coord.hints.changes import Change
+    from coord.notify.changes import Change
 
 pytestmark = pytest.mark.usefixtures("tables")
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import yaml
+from coord.worker.keeper import HEALTHY
+from coord.worker.shutdown import LAST
 from sqlalchemy import URL, make_url
 
-import coord.dev
+import coord.dev.command
 from coord.http.limits import WAIT
-from coord.worker.keeper import HEALTHY
 from coord.worker.settings import worker_settings
-from coord.worker.shutdown import LAST
 from tests.serving import eventually
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running
 from worker.environment import DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
@@ -67,7 +67,7 @@ def test_a_servers_port_is_published_where_the_application_looks_for_it(service:
 
 def test_the_apis_port_is_the_one_of_coord_dev() -> None:
     parser = argparse.ArgumentParser()
-    coord.dev.configure(parser)
+    coord.dev.command.configure(parser)
     assert SERVICES["api"]["ports"] == [f"127.0.0.1:{parser.get_default('port')}:8000"]
 
 
@@ -118,7 +118,7 @@ def test_a_stop_leaves_requests_and_jobs_the_time_they_may_take() -> None:
     assert WAIT < uvicorns < seconds(SERVICES["api"]["stop_grace_period"])
     grace = inspect.signature(worker_settings).parameters["grace"].default
     assert grace + LAST < seconds(SERVICES["worker"]["stop_grace_period"])
-    assert grace + LAST < coord.dev.WORKER_GRACE
+    assert grace + LAST < coord.dev.command.WORKER_GRACE
 
 
 def test_the_programs_are_the_ones_that_are_documented() -> None:

@@ -31,7 +31,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 import coord
 import coord.cli
 from coord import LockMode, create_ledger, enqueue, job_transaction, lock_tables, wait_for_row_change, worker_settings
-from coord.postgresql.engine import CONNECTION_CHECK
+from coord.database.engine import CONNECTION_CHECK
 from coord.waiting.watcher import MAX_WAITERS
 from tests.project import Dev
 from tests.serving import served
@@ -97,6 +97,7 @@ async def namespace(
             "Order": Order,
             "Stock": Stock,
             "session_maker": session_maker,
+            "engine": session_maker.kw["bind"],
             "database_url": database,
             "redis_url": redis_url,
             "fulfil_order": fulfil_order,

@@ -17,13 +17,13 @@ import asyncpg
 import pytest
 import redis
 
-from coord import server as server_module
-from coord.embedded import PostgreSQL, ServerError, Valkey
+from coord.dev import server as server_module
+from coord.dev.embedded import PostgreSQL, ServerError, Valkey
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from coord.server import Server
+    from coord.dev.server import Server
 
 FAST = {"fsync": "off"}
 
@@ -210,7 +210,7 @@ def test_a_server_outlives_the_thread_that_started_it(server: Server) -> None:
 PARENT = """
 import sys, threading, time
 from pathlib import Path
-from coord.embedded import PostgreSQL, Valkey
+from coord.dev.embedded import PostgreSQL, Valkey
 servers = [PostgreSQL(Path(sys.argv[1]) / "postgresql"), Valkey(Path(sys.argv[1]) / "valkey")]
 threads = [threading.Thread(target=server.start) for server in servers]
 [thread.start() for thread in threads]

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from coord import get_transaction
-from coord.postgresql.engine import prepare
+from coord.database.engine import prepare
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

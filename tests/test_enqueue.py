@@ -33,8 +33,8 @@ from coord import (
     set_result,
     task_options,
 )
-from coord.jobs.ledger import jobs
-from coord.transient import is_transient
+from coord.jobs.model import jobs
+from coord.retryable import is_retryable
 from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
 from tests.models import User
 from tests.serving import eventually
@@ -78,7 +78,7 @@ async def test_a_job_exists_once_its_transaction_has_committed(
     assert json.loads(row["arguments"]) == [[5], {"name": "x"}]
     assert (row["attempts"], row["timeout"], row["unique_key"], row["finished_at"]) == (None, None, None, None)
     assert abs(row["created_at"] - datetime.now(UTC)) < timedelta(seconds=5)
-    assert row["due_at"] <= datetime.now(UTC)
+    assert row["scheduled_at"] <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize("unique_key", [None, "k"])
@@ -158,7 +158,7 @@ async def test_the_job_is_readable_after_the_commit_and_after_the_session(engine
     assert made.id == joined.id
     assert (made.joined, joined.joined) == (False, True)
     assert made.created_at == joined.created_at
-    assert made.due_at == joined.due_at
+    assert made.scheduled_at == joined.scheduled_at
 
 
 async def test_the_caller_may_change_what_it_has_given_afterwards(
@@ -246,7 +246,7 @@ async def test_under_repeatable_read_a_job_is_made_joined_or_refused_as_retryabl
         there = await committed(session_maker, options)
         with pytest.raises(DBAPIError) as caught:
             await enqueue(session, options)
-        assert is_transient(caught.value)
+        assert is_retryable(caught.value)
         await session.rollback()
         assert (await enqueue(session, options)).id == there.id
 
@@ -266,12 +266,12 @@ async def test_a_missing_ledger_is_said_and_how_to_make_it(database_url: str) ->
 
 
 async def test_an_unfinished_job_of_the_same_key_is_joined(session_maker: SessionMaker, observer: Connection) -> None:
-    options = task_options(a_task, unique_key="k", attempts=3, timeout=5)
+    options = task_options(a_task, unique_key="k", max_attempts=3, timeout=5)
     made = await committed(session_maker, options, 1, name="ä\0")
     joined = await committed(session_maker, task_options(a_task, unique_key="k"), 1, name="ä\0")
     assert not made.joined
     assert joined.joined
-    assert (joined.id, joined.attempts, joined.timeout) == (made.id, 3, 5.0)
+    assert (joined.id, joined.max_attempts, joined.timeout) == (made.id, 3, 5.0)
     assert await count(observer) == 1
 
 
@@ -426,8 +426,8 @@ async def test_a_delay_is_seconds_from_now_or_a_time(session_maker: SessionMaker
         (tomorrow, tomorrow),
     ):
         job = await committed(session_maker, task_options(a_task, delay=delay))
-        due = await observer.fetchval("SELECT due_at FROM coord_jobs WHERE id = $1", job.id)
-        assert job.due_at == due
+        due = await observer.fetchval("SELECT scheduled_at FROM coord_jobs WHERE id = $1", job.id)
+        assert job.scheduled_at == due
         assert timedelta(0) <= due - expected < timedelta(seconds=2)
 
 
@@ -437,7 +437,7 @@ async def test_a_time_in_the_past_is_now(session_maker: SessionMaker, delay: Any
         delay = datetime.min.replace(tzinfo=timezone(timedelta(hours=14)))
     before = datetime.now(UTC)
     job = await committed(session_maker, task_options(a_task, delay=delay))
-    assert before <= job.due_at <= datetime.now(UTC)
+    assert before <= job.scheduled_at <= datetime.now(UTC)
 
 
 @pytest.mark.parametrize(
@@ -502,7 +502,7 @@ async def test_options_of_the_wrong_kind_are_refused_at_once(options: dict[str, 
 
 async def test_options_reach_the_ledger(session_maker: SessionMaker, observer: Connection) -> None:
     options = task_options(
-        a_task, unique_key="k", queue="slow & rare", attempts=3, timeout=timedelta(minutes=2), delay=60
+        a_task, unique_key="k", queue="slow & rare", max_attempts=3, timeout=timedelta(minutes=2), delay=60
     )
     job = await committed(session_maker, options)
     row = await observer.fetchrow("SELECT queue, attempts, timeout, unique_key FROM coord_jobs WHERE id = $1", job.id)

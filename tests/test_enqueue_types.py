@@ -55,7 +55,7 @@ async def calls(session: AsyncSession) -> None:
     await enqueue(fulfil, 5)  # refused
     await enqueue(session, fulfil, 5, delay=5)  # refused
 
-    options = task_options(fulfil, unique_key="k", delay=timedelta(1), queue="q", attempts=3, timeout=2.5)
+    options = task_options(fulfil, unique_key="k", delay=timedelta(1), queue="q", max_attempts=3, timeout=2.5)
     await enqueue(session, options, 5, fast=True)
     await enqueue(session, options, "5")  # refused
     await enqueue(session, options)  # refused
@@ -66,7 +66,7 @@ async def calls(session: AsyncSession) -> None:
     await enqueue(session, task_options(fulfil, retries=5), 5)  # refused
 
     await enqueue(session, "fulfil", "anything", at=all)
-    await enqueue(session, task_options("fulfil", attempts=1), "anything", at=all)
+    await enqueue(session, task_options("fulfil", max_attempts=1), "anything", at=all)
     await enqueue(session, func(fulfil, name="other"), "anything", at=all)
     wrong: str = await enqueue(session, "fulfil")  # refused
 

@@ -13,7 +13,7 @@ from coord import create_ledger
 from coord.http import admin, events, handling, limits
 from coord.http.idempotency import DAY, LONGEST
 from coord.http.problem import KINDS
-from coord.jobs.operations import MOST
+from coord.jobs.queries import MOST
 from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
 from tests.raw import call

@@ -19,7 +19,7 @@ import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
 from coord.http.stages import Stages
-from coord.jobs.ledger import Worker, new_id
+from coord.jobs.model import Worker, new_id
 from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
 from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
 from tests.raw import Call, call

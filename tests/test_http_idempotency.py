@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads t
 from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, task_options
 from coord.http import Idempotency, idempotency, problem_handlers
 from coord.http.idempotency import IdempotencyError, _sent
-from coord.jobs.ledger import keys
+from coord.jobs.model import keys
 from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
 from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
 from tests.serving import eventually, served

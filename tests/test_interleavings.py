@@ -14,7 +14,7 @@ from sqlalchemy import select, text
 
 import coord.waiting.watcher
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
-from coord.hints.subscriber import Subscriber
+from coord.notify.subscriber import Subscriber
 from coord.waiting.reader import Reader
 from tests.models import Account
 from tests.serving import all_given_back

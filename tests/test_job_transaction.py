@@ -25,7 +25,7 @@ from coord import (
 )
 from coord.jobs.attempt import ATTEMPT
 from coord.jobs.transaction import CLASS
-from coord.transient import is_transient
+from coord.retryable import is_retryable
 from tests.ledger import WORKER_LOCK, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.proxy import Proxy
@@ -401,7 +401,7 @@ async def test_a_transaction_that_does_nothing_is_ended_and_its_locks_with_it(
             await session.flush()
             async with asyncio.timeout(5), observer.transaction():
                 await observer.execute("LOCK TABLE coord_jobs, users")  # held by the transaction until it is ended
-    assert is_transient(caught.value)
+    assert is_retryable(caught.value)
     assert (await state(observer), await users(observer)) == ("queued", 0)
 
 

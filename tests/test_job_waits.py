@@ -486,11 +486,12 @@ async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the
 
 
 async def test_a_wait_for_a_job_counts_as_one(session_maker: SessionMaker, user: int, job: Job) -> None:
-    async with Coordinator(session_maker, max_waiters=2), session_maker() as one, session_maker() as session:
-        tasks = [waiting(each, User, user, job=job, timeout=0.5) for each in (one, session)]
+    async with Coordinator(session_maker, max_waiters=2), AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(3)]
+        tasks = [waiting(session, User, user, job=job, timeout=0.5) for session in sessions[:2]]
         await registered()
         with pytest.raises(TooManyWaitersError):
-            await wait_for_row_change(session, User, user, job=job)
+            await wait_for_row_change(sessions[2], User, user, job=job)
         for outcome in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(outcome, WaitTimeoutError)
 

@@ -18,8 +18,8 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
+import coord.database.acquisition
 import coord.locks
-import coord.postgresql.acquisition
 from coord import (
     DeadlockError,
     LockMode,
@@ -53,7 +53,7 @@ HELD = """SELECT mode FROM pg_locks JOIN pg_class ON pg_class.oid = relation
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each promise holds both ways: where the ledger's function is installed, and where it is not."""
     if request.param == "plain statements":
-        monkeypatch.setattr(coord.postgresql.acquisition, "lock_function", lambda _: None)
+        monkeypatch.setattr(coord.database.acquisition, "lock_function", lambda _: None)
     return str(request.param)
 
 

@@ -12,8 +12,8 @@ from sqlalchemy import make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from coord import create_db_context, enqueue, job_transaction, lock_tables
-from coord.postgresql.engine import prepare
-from coord.transient import is_transient
+from coord.database.engine import prepare
+from coord.retryable import is_retryable
 from tests.ledger import committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import User
 from tests.proxy import Proxy
@@ -82,7 +82,7 @@ async def test_in_the_middle_of_a_transaction_it_is_lost_wherever_that_surfaces(
             await terminate(observer)
             with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is, it is transient
                 await what(session)
-            assert is_transient(caught.value), repr(caught.value)
+            assert is_retryable(caught.value), repr(caught.value)
         async with AsyncSession(engine) as session:
             assert await session.scalar(text("SELECT count(*) FROM users")) == 0
 
@@ -105,7 +105,7 @@ async def test_a_job_whose_pooled_connections_have_died_applies_its_effect_at_it
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
 
 
-async def test_under_load_every_error_of_terminated_backends_is_transient(
+async def test_under_load_every_error_of_terminated_backends_is_retryable(
     database_url: str, observer: Connection
 ) -> None:
     errors: list[BaseException] = []
@@ -131,7 +131,7 @@ async def test_under_load_every_error_of_terminated_backends_is_transient(
             await eventually(_more_than(errors, already), within=20)
         stop.set()
         await asyncio.wait(workers)
-    assert [error for error in errors if not is_transient(error)] == []
+    assert [error for error in errors if not is_retryable(error)] == []
 
 
 def _more_than(errors: list[BaseException], count: int) -> Any:
@@ -156,7 +156,7 @@ async def test_a_primary_that_was_demoted_is_left_and_its_errors_are_transient(
         with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is, it is transient
             async with context() as session:
                 session.add(User(name="refused"))
-        assert is_transient(caught.value), repr(caught.value)
+        assert is_retryable(caught.value), repr(caught.value)
         async with context() as session:
             session.add(User(name="elsewhere"))
             assert await session.scalar(text("SELECT pg_backend_pid()")) != pid
@@ -171,6 +171,6 @@ async def test_a_transaction_that_is_read_only_by_its_own_wish_is_no_server_that
         await session.execute(text("SET TRANSACTION READ ONLY"))
         with pytest.raises(Exception, match="read-only") as caught:
             await session.execute(text("INSERT INTO users (name) VALUES ('never')"))
-        assert not is_transient(caught.value)
+        assert not is_retryable(caught.value)
         assert isinstance(caught.value.__cause__, BaseException)
         assert asyncpg.ReadOnlySQLTransactionError.sqlstate == "25006"

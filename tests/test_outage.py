@@ -8,7 +8,7 @@ import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoPermissionError, ResponseError
 
-from coord.hints.outage import Outage
+from coord.notify.outage import Outage
 
 AWAY = RedisConnectionError("nobody there")
 REFUSED = NoPermissionError("No permissions to access a channel")

@@ -62,7 +62,7 @@ def defined_in(tree: ast.AST) -> set[str]:
             case ast.Name(id=name, ctx=ast.Store()) | ast.arg(arg=name):
                 found.add(name)
             case ast.Assign(targets=[ast.Name(id="__slots__")], value=value):
-                found |= {each.value for each in ast.walk(value) if isinstance(each, ast.Constant)}
+                found |= {str(each.value) for each in ast.walk(value) if isinstance(each, ast.Constant)}
     return found
 
 

@@ -11,10 +11,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-import coord.hints.publisher
-from coord.embedded import Valkey
-from coord.hints.client import close_client, own_client
-from coord.hints.publisher import Publisher, notice
+import coord.notify.publisher
+from coord.dev.embedded import Valkey
+from coord.notify.client import close_client, own_client
+from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ async def test_what_is_under_way_when_a_connection_is_lost_is_sent_again(scene: 
 async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.hints.publisher, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(coord.notify.publisher, "ANSWER_TIMEOUT_SECONDS", 0.2)
     scene.publish(1)
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)

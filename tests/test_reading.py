@@ -17,7 +17,7 @@ from tests.models import Document, User
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
-    from coord.target import Key
+    from coord.database.target import Key
 
 LIMIT, USUAL_LIMIT = 0.1, reader.READ_LIMIT
 MODELS = pytest.mark.parametrize(("model", "key"), [(User, (1,)), (Document, (UUID(int=1),))])

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import coord.worker.reconciler
 import pytest
 from arq.constants import default_queue_name
-from sqlalchemy import insert, update
-
-import coord.worker.reconciler
-from coord.hints.channels import Channels
 from coord.jobs.feed import Message
-from coord.jobs.ledger import jobs, workers
 from coord.worker.census import NEVER, Seen
 from coord.worker.keeper import Identity
 from coord.worker.reconciler import Reconciler
+from sqlalchemy import insert, update
+
+from coord.jobs.model import jobs, workers
+from coord.notify.channels import Channels
 from tests.ledger import a_task, ledger
 from tests.workers import given, office, opened, script
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,21 @@ import pytest
 from arq.worker import Retry, RetryJob, func
 from sqlalchemy import text
 
-import coord.worker.endings
+import coord.worker.failure
 from coord import LockTimeoutError, cancel_job, job_transaction, lock_tables, task_options
-from coord.worker.endings import backoff
+from coord.queue.keys import RANK_SHIFT
+from coord.queue.message import Message
+from coord.worker.failure import backoff
 from tests.ledger import ledger
 from tests.models import User
+from tests.serving import eventually
 from tests.workers import Office, fragile_postgresql, given, office, opened, prepared, until, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from coord import Job
-    from coord.embedded import PostgreSQL
+    from coord.dev.embedded import PostgreSQL
 
 pytestmark = pytest.mark.usefixtures("tables")
 
@@ -50,12 +54,12 @@ async def test_a_job_is_done_in_the_commit_of_its_effect(office: Office) -> None
 
 async def test_a_plain_function_is_done_when_it_returns(office: Office) -> None:
     async def task(ctx: dict[str, Any]) -> str:
-        return "what nobody keeps"
+        return "what it was for"
 
     async with working(office, [task]):
         row = await office.final(await office.enqueue(task))
         await office.nothing_left_in_redis()
-    assert (row.state, row.attempt, row.result) == ("done", 1, None)
+    assert (row.state, row.attempt, row.result) == ("done", 1, "what it was for")
     assert row.started_at <= row.finished_at
 
 
@@ -102,8 +106,8 @@ async def test_whatever_a_task_raises_is_recorded_and_the_worker_lives(
         row = await office.final(await office.enqueue(task))
         assert row.state == "failed"
         assert row.error.startswith(type(error).__name__)
-        assert len(row.error) <= coord.worker.endings.LINE
-        assert "raise error" in row.traceback[-coord.worker.endings.TEXT :] or len(str(row.traceback)) > 10_000
+        assert len(row.error) <= coord.worker.failure.MAX_LINE
+        assert "raise error" in row.traceback[-coord.worker.failure.MAX_TRACEBACK :] or len(str(row.traceback)) > 10_000
         await office.nothing_left_in_redis()
         assert worker.lives
 
@@ -136,14 +140,84 @@ async def test_a_task_that_awaits_what_was_cancelled_has_failed(office: Office) 
     assert (row.state, row.error) == ("failed", "RuntimeError: the task has cancelled itself")
 
 
-async def test_arguments_that_do_not_fit_are_a_failure(office: Office) -> None:
-    async def task(ctx: dict[str, Any]) -> None:
-        """It takes none."""
+def _result(kind: str) -> Any:
+    return {"nothing": None, "JSON": {"a": [1, 2.5, None]}, "no JSON": object(), "changed by JSON": (1, 2)}[kind]
 
-    async with working(office, [func(task, name="task")]):
-        rows = [await office.final(await office.enqueue("task", **given)) for given in ({"ctx": 1}, {"other": 1})]
-    assert [row.state for row in rows] == ["failed"] * 2
-    assert all(row.error.startswith("TypeError: ") for row in rows)
+
+@pytest.mark.parametrize("applied", [False, True])
+@pytest.mark.parametrize("kind", ["nothing", "JSON", "no JSON", "changed by JSON"])
+async def test_what_a_task_returns_is_kept_if_it_is_json(office: Office, kind: str, applied: bool) -> None:
+    async def task(ctx: dict[str, Any]) -> Any:
+        if applied:
+            async with job_transaction(ctx) as session:
+                await apply(session, ctx)
+        return _result(kind)
+
+    async with working(office, [task]) as worker:
+        job = await office.enqueue(task)
+        await office.final(job)
+        await until(lambda: not len(worker.running))
+    row = await office.row(job)
+    assert (row.state, row.result) == ("done", _result(kind) if kind == "JSON" else None)
+
+
+@pytest.mark.parametrize("error", ["statement", "transient", "commit", "swallowed flush"])
+async def test_a_task_that_returns_although_its_block_did_not_commit_has_failed(office: Office, error: str) -> None:
+    """Lost effects are not done, whatever the task catches; what passes by itself is tried again."""
+
+    async def task(ctx: dict[str, Any]) -> None:
+        try:
+            async with job_transaction(ctx) as session:
+                await apply(session, ctx)
+                if error == "transient" and ctx["job_try"] == 1:
+                    raise ConnectionResetError("lost")
+                if error == "statement":
+                    await session.execute(text("SELECT 1 / 0"))
+                if error == "commit":
+                    await session.execute(text("CREATE TEMPORARY TABLE t (i int UNIQUE DEFERRABLE INITIALLY DEFERRED)"))
+                    await session.execute(text("INSERT INTO t VALUES (1), (1)"))
+                if error == "swallowed flush":
+                    session.add_all([User(id=1), User(id=1)])
+                    with contextlib.suppress(Exception):
+                        await session.flush()
+        except Exception:
+            logging.getLogger(__name__).debug("whatever", exc_info=True)
+
+    async with working(office, [task]):
+        job = await office.enqueue(task)
+        row = await office.final(job)
+    if error == "transient":
+        assert (row.state, row.attempt, await office.effects(job)) == ("done", 2, [2])
+    else:
+        assert (row.state, await office.effects(job)) == ("failed", [])
+        assert row.error
+        assert row.traceback
+
+
+@pytest.mark.parametrize("arguments", [((), {"other": 1}), ((1, 2), {}), ((), {})], ids=["name", "many", "few"])
+async def test_arguments_that_a_tasks_version_refuses_go_back_until_one_takes_them(
+    office: Office, arguments: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def old(ctx: dict[str, Any], name: str) -> None:
+        raise AssertionError("it cannot be called so")
+
+    async def new(ctx: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Takes anything."""
+
+    args, kwargs = arguments
+    async with working(office, [func(old, name="task")]):
+        job = await office.enqueue("task", *args, **kwargs)
+
+        async def was_refused() -> bool:
+            return (await office.row(job)).unknown_seconds > 0
+
+        await eventually(was_refused)
+        row = await office.row(job)
+        assert (row.state, row.attempt) == ("queued", 1)
+        assert "does not take these arguments" in row.error
+        async with working(office, [func(new, name="task")]):
+            assert (await office.final(job, within=20)).attempt == 1
+    assert "does not take these arguments" in caplog.text
 
 
 class Turns:
@@ -188,7 +262,7 @@ def passing() -> list[BaseException]:
 async def test_what_passes_by_itself_is_tried_again_and_each_attempt_counted(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.worker.endings, "PAUSE", (0.02, 30.0))
+    monkeypatch.setattr(coord.worker.failure, "PAUSE_SECONDS", (0.02, 30.0))
     turns = Turns(*passing(), None)
     async with working(office, [named(turns)]):
         job = await office.enqueue("task")
@@ -199,14 +273,14 @@ async def test_what_passes_by_itself_is_tried_again_and_each_attempt_counted(
     assert {type(number) for number in turns.tries} == {int}, "what redis-py makes of a count is not what arq reads"
     assert row.error.startswith("ExceptionGroup: lost")
     assert await office.effects(job) == [attempts]
-    limits = [coord.worker.endings.PAUSE[0] * 2**number for number in range(len(turns.pauses))]
+    limits = [coord.worker.failure.PAUSE_SECONDS[0] * 2**number for number in range(len(turns.pauses))]
     assert all(limit / 2 <= pause < limit + 0.5 for limit, pause in zip(limits, turns.pauses, strict=True)), (
         turns.pauses
     )
 
 
 def test_the_pause_grows_to_its_limit_and_is_never_the_same_for_all() -> None:
-    shortest, longest = coord.worker.endings.PAUSE
+    shortest, longest = coord.worker.failure.PAUSE_SECONDS
     assert {backoff(1) for _ in range(50)} != {backoff(1)}
     assert all(shortest / 2 <= backoff(1) <= shortest for _ in range(50))
     assert all(longest / 2 <= backoff(attempt) <= longest for attempt in (20, 1_000, 10**6))
@@ -220,7 +294,7 @@ async def test_the_last_attempt_that_fails_is_the_end(office: Office, given: str
         limits["function"] = None  # type: ignore[assignment]
     turns = Turns(*[ConnectionResetError("lost")] * 5)
     async with working(office, [named(turns, max_tries=limits["function"])], max_tries=limits["worker"]):
-        row = await office.final(await office.enqueue(task_options("task", attempts=2 if given == "job" else None)))
+        row = await office.final(await office.enqueue(task_options("task", max_attempts=2 if given == "job" else None)))
         await office.nothing_left_in_redis()
     assert (row.state, row.attempt, turns.tries) == ("failed", 2, [1, 2])
     assert row.error == "ConnectionResetError: lost (attempt 2 of 2)"
@@ -249,7 +323,7 @@ async def test_arqs_retry_waits_as_long_as_it_says(office: Office) -> None:
 async def test_arqs_retry_comes_to_an_end_too(office: Office) -> None:
     turns = Turns(*[Retry()] * 5)
     async with working(office, [named(turns)]):
-        row = await office.final(await office.enqueue(task_options("task", attempts=2)))
+        row = await office.final(await office.enqueue(task_options("task", max_attempts=2)))
         await office.nothing_left_in_redis()
     assert (row.state, turns.tries) == ("failed", [1, 2])
 
@@ -340,7 +414,7 @@ async def test_a_running_job_that_is_cancelled_ends_at_once_and_rolls_back(offic
         await cancelled(office, job)
         row = await office.final(job, within=2)
         await asyncio.wait_for(ended.wait(), 2)
-        await until(lambda: not worker.claimed)
+        await until(lambda: not len(worker.running))
         await office.nothing_left_in_redis()
         assert worker.lives
     assert (row.state, row.attempt) == ("cancelled", 1)
@@ -365,11 +439,9 @@ async def test_a_job_cancelled_after_its_effect_was_applied_is_done(office: Offi
         await office.nothing_left_in_redis()
 
 
-async def redelivered(office: Office, job: Job, *, claimed: bool = False) -> None:
-    """By somebody who does not know that it was delivered before; Redis may still know who claims it."""
+async def redelivered(office: Office, job: Job) -> None:
+    """By somebody who does not know that it was delivered before."""
     async with office.redis.pipeline(transaction=True) as pipe:
-        if not claimed:
-            pipe.delete(f"arq:in-progress:{job.id}")
         given(pipe, job)
         await pipe.execute()
 
@@ -398,12 +470,13 @@ async def test_every_job_delivered_twice_applies_its_effect_once(office: Office)
             go.set()
             for job in jobs:
                 assert (await office.final(job)).state == "done"
-            await until(lambda: not one.claimed and not two.claimed)
+            await until(lambda: not len(one.running) and not len(two.running))
             await office.nothing_left_in_redis()
     assert [await office.effects(job) for job in jobs] == [[1]] * 20
 
 
-async def test_a_job_that_runs_is_not_begun_again_because_it_was_handed_over_again(office: Office) -> None:
+async def test_a_job_that_runs_elsewhere_is_not_begun_again_for_an_old_message(office: Office) -> None:
+    """As an old file of Redis' would bring back."""
     ran: list[str] = []
     go = asyncio.Event()
 
@@ -418,13 +491,23 @@ async def test_a_job_that_runs_is_not_begun_again_because_it_was_handed_over_aga
     async with working(office, tasks, max_jobs=1):
         job = await office.enqueue("task")
         await until(lambda: ran)
-        async with working(office, tasks):
-            await redelivered(office, job, claimed=True)
+
+        async def is_named() -> bool:
+            return any(str(job.id) in row.jobs for row in await office.workers())
+
+        await eventually(is_named)
+        async with working(office, tasks) as second:
+            lifecycle = second.worker.ctx["coord.lifecycle"]
+            await until(lambda: (job.id, 1) in lifecycle.registry.held_elsewhere)
+            await office.put(Message.of(job).text(), score=100 * RANK_SHIFT + 1)
+            await office.waiting(0)
             for _ in range(3):
                 await office.final(await office.enqueue("other"))
             go.set()
             assert (await office.final(job)).state == "done"
-            await office.nothing_left_in_redis()
+            await office.put(Message.of(job).text(), score=100 * RANK_SHIFT + 1)
+            await office.waiting(0)
+            await office.final(await office.enqueue("other"))
     assert ran == [str(job.id)]
 
 
@@ -442,7 +525,7 @@ async def test_a_job_delivered_again_after_its_end_applies_nothing(office: Offic
         await office.nothing_left_in_redis()
         await redelivered(office, job)
         await until(lambda: len(ran) == 2)
-        await until(lambda: not worker.claimed)
+        await until(lambda: not len(worker.running))
         await office.nothing_left_in_redis()
         assert await office.row(job) == before
     assert await office.effects(job) == [1]
@@ -523,7 +606,7 @@ async def test_jobs_get_over_a_crash_of_postgresql_wherever_they_are(fragile: Po
     async with prepared(fragile, redis_url) as office, working(office, [func(task, name="task")], max_jobs=4) as worker:
         places = ["before", "in it", "locking", "waiting", "queued"]
         jobs = [await office.enqueue("task", place) for place in places]
-        await until(lambda: there == {"before", "in it", "locking"} and len(worker.claimed) == 4)
+        await until(lambda: there == {"before", "in it", "locking"} and len(worker.running) == 4)
         await asyncio.to_thread(fragile.restart, "immediate")
         go.set()
         async with opened(fragile.url, redis_url) as after:

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from sqlalchemy import make_url
 
-from coord.embedded import PostgreSQL
-from coord.jobs.ledger import Ledger
+from coord.dev.embedded import PostgreSQL
+from coord.jobs.model import Ledger
 from tests.raw import call
 from tests.serving import eventually
 from tests.shop import (

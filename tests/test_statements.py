@@ -23,7 +23,7 @@ from coord import (
     lock_tables,
     wait_for_row_change,
 )
-from coord.postgresql.engine import prepare
+from coord.database.engine import prepare
 from tests.ledger import committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.serving import eventually

@@ -249,7 +249,7 @@ async def test_no_value_that_was_flushed_is_a_change(session_maker: SessionMaker
         session.add(own)
         await session.commit()
         with pytest.raises(WaitTimeoutError):
-            await wait_for_row_change(session, Values, own.id, interval=0.02, timeout=0.03)
+            await wait_for_row_change(session, type(own), 1, interval=0.02, timeout=0.03)
 
 
 async def test_a_composite_is_no_change_and_is_current(session_maker: SessionMaker, observer: Connection) -> None:

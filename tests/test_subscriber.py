@@ -12,10 +12,10 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import NoPermissionError
 
-import coord.hints.subscriber
-from coord.embedded import Valkey
-from coord.hints.client import close_client, own_client
-from coord.hints.subscriber import BATCH, Subscriber
+import coord.notify.subscriber
+from coord.dev.embedded import Valkey
+from coord.notify.client import close_client, own_client
+from coord.notify.subscriber import BATCH, Subscriber
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ async def test_a_channel_that_is_refused_keeps_its_listener_waiting_for_a_moment
 async def test_a_redis_that_falls_silent_is_found_out_and_heard_again(
     server_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.hints.subscriber, "HEARTBEAT_SECONDS", 0.3)
+    monkeypatch.setattr(coord.notify.subscriber, "HEARTBEAT_SECONDS", 0.3)
     with Valkey(server_directory / "silent") as valkey:
         async with opened(valkey.url, valkey.url) as scene:
             listener = await scene.listen(b"channel")
@@ -186,7 +186,7 @@ async def test_a_redis_that_falls_silent_is_found_out_and_heard_again(
             os.kill(valkey.pid, signal.SIGSTOP)
             try:
                 await eventually(lambda: asyncio.sleep(0, not scene.subscriber.connected))
-                assert isinstance(scene.told[-1], TimeoutError)
+                assert any(isinstance(one, TimeoutError) for one in scene.told)
             finally:
                 os.kill(valkey.pid, signal.SIGCONT)
             await eventually(lambda: asyncio.sleep(0, scene.told[-1] is None))

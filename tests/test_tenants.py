@@ -120,8 +120,8 @@ def page(engine: AsyncEngine) -> dict[str, Any]:
 async def test_each_way_of_the_page_gives_each_tenant_its_own(
     database_url: str, observer: Connection, way: str, declared: bool
 ) -> None:
-    role = {"role": "tenant_role"} if way == "security" else {}
-    async with connected(database_url, **role) as engine:
+    opened = connected(database_url, role="tenant_role") if way == "security" else connected(database_url)
+    async with opened as engine:
         made = page(engine)
         if way == "map":
             sessions = {name: made["sessions_of"](name) for name in TENANTS}

@@ -9,7 +9,7 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import WaitTimeoutError, wait_for_row_change
-from coord.postgresql.transaction import connection_in_use, end_transaction, has_written
+from coord.database.transaction import connection_in_use, end_transaction, has_written
 from tests.models import User
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 import time
@@ -117,6 +118,39 @@ async def deadly(ctx: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+async def poison(ctx: dict[str, Any]) -> None:
+    """Kills its worker, when that has named it; the kernel would kill what else is in its container."""
+    note(ctx, "starts")
+    await asyncio.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def slow(ctx: dict[str, Any], seconds: float) -> None:
+    note(ctx, "starts")
+    await asyncio.sleep(seconds)
+    async with job_transaction(ctx) as session:
+        await effect(session, ctx)
+
+
+async def count(ctx: dict[str, Any], seconds: float) -> None:
+    """Holds the interpreter's lock for about so long."""
+    note(ctx, "starts")
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        sum(range(10**8))
+
+
+async def fork(ctx: dict[str, Any]) -> None:
+    """Has a child, which is told to end."""
+    note(ctx, "starts")
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    await asyncio.sleep(0.3)
+    child.terminate()
+    await asyncio.to_thread(child.join)
+    note(ctx, f"child ended with {child.exitcode}")
+
+
 async def plain(ctx: dict[str, Any], name: str) -> None:
     """A function that knows nothing of ledgers."""
     note(ctx, "starts")
@@ -138,6 +172,7 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
 
 
 TASKS: list[Any] = [quick, hold, hold_lock, hold_transaction, want_lock, fail, block, sleep, linger, plain, loop]
+TASKS += [poison, slow, count, fork]
 TASKS.append(func(deadly, max_tries=2))
 
 Settings = worker_settings(
@@ -145,7 +180,7 @@ Settings = worker_settings(
     session_maker=session_maker,
     redis=os.environ["COORD_REDIS_URL"],
     grace=float(os.environ.get("COORD_TEST_GRACE", "20")),
-    idle_limit=float(os.environ.get("COORD_TEST_IDLE_LIMIT", "8")),
+    idle_limit=float(os.environ.get("COORD_TEST_IDLE_LIMIT", "60")),
     max_jobs=int(os.environ.get("COORD_TEST_MAX_JOBS", "10")),
     on_startup=on_startup,
     on_shutdown=on_shutdown,

@@ -8,22 +8,23 @@ import os
 import signal
 import sys
 import tempfile
+import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from arq.connections import ArqRedis
-from arq.constants import default_queue_name, job_key_prefix
 from arq.worker import Worker, create_worker
 from redis.asyncio import ConnectionPool
 from sqlalchemy import select, text
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, Job, create_ledger, enqueue, worker_settings
-from coord.embedded import PostgreSQL
-from coord.jobs.feed import Message, queue_bell
-from coord.jobs.ledger import jobs, workers
-from coord.worker.scripts import TAKE
+from coord.dev.embedded import PostgreSQL
+from coord.jobs.model import jobs, workers
+from coord.queue.keys import RANK_SHIFT, QueueKeys
+from coord.queue.message import Message
 from tests.models import User, table_of
 from tests.serving import eventually
 from tests.shop import ROOT, Command
@@ -34,18 +35,25 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Row
 
-    from coord.worker.redis import WorkerRedis
+    from coord.worker.running import RunningJobs
     from tests.ledger import SessionMaker
 
 
 EFFECTS = "CREATE TABLE IF NOT EXISTS effects (job uuid, attempt int, pid int)"
 
 
+KEYS = QueueKeys()
+
+
 def given(pipe: Any, *jobs: Job) -> None:
     """Hand jobs over as a coordinator does, by whoever has the pipeline."""
     for job in jobs:
-        pipe.set(f"{job_key_prefix}{job.id}", Message.of(job).text())
-        pipe.zadd(default_queue_name, {str(job.id): 0})
+        pipe.zadd(KEYS.feed, {Message.of(job).text(): fresh()})
+
+
+def fresh() -> int:
+    """The score of a job that is due now; the test's servers share its clock."""
+    return 100 * RANK_SHIFT + time.time_ns() // 1_000_000
 
 
 class Office:
@@ -75,13 +83,12 @@ class Office:
         async with self.session_maker() as session:
             return [*await session.scalars(statement, {"job": job.id})]
 
-    async def take(self, job: Job, worker: UUID | str) -> None:
-        """Have a worker claim a job without being told, as when the connection breaks before the answer comes."""
+    async def lose(self, job: Job) -> None:
+        """Have it popped by somebody who dies before he has told anybody."""
         async with self.redis.pipeline(transaction=True) as pipe:
             given(pipe, job)
-            pipe.execute_command("EVAL", TAKE, 1, default_queue_name, str(worker), 60_000, 1)
-            *_, answer = await pipe.execute()
-        assert answer[1] == str(job.id).encode()
+            pipe.zrem(KEYS.feed, Message.of(job).text())
+            assert (await pipe.execute())[1] == 1
 
     async def workers(self) -> Sequence[Row[Any]]:
         async with self.session_maker() as session:
@@ -97,29 +104,23 @@ class Office:
         found: Row[Any] = await eventually(ended, within=within, message=f"{job} has not ended within {within} s")
         return found
 
-    async def listeners(self) -> int:
-        """How many workers hear the queue's bell: each can be told to stop from then on."""
-        (_, count), *_ = await self.redis.pubsub_numsub(queue_bell(default_queue_name))
-        return int(count)
-
-    async def put(self, id_: str | bytes, text: str | bytes, score: float = 1) -> None:
+    async def put(self, message: str | bytes, score: float = 1) -> None:
         """A message for workers, from whoever can write to Redis."""
-        raw = id_ if isinstance(id_, bytes) else id_.encode()
-        await self.redis.set(b"arq:job:" + raw, text)
-        await self.redis.zadd(default_queue_name, {raw: score})
-        await self.redis.publish(queue_bell(default_queue_name), b"")
+        await self.redis.zadd(KEYS.feed, {message: score})
 
-    async def queued(self, count: int, within: float = 5.0) -> None:
-        """Return when so many jobs are in the queue in Redis, those that run included."""
+    async def waiting(self, count: int, within: float = 5.0) -> None:
+        """Return when so many jobs wait in Redis, for their time or for a slot."""
 
         async def are() -> bool:
-            return int(await self.redis.zcard(default_queue_name)) == count
+            return int(await self.redis.zcard(KEYS.feed)) + int(await self.redis.zcard(KEYS.soon)) == count
 
         await eventually(are, within=within)
 
     async def left_in_redis(self) -> list[str]:
-        """Keys, but for what says that workers live."""
-        return sorted(key.decode() for key in await self.redis.keys("*") if b"health-check" not in key)
+        """Keys, but for what says that workers live, what they took a moment ago, and what counts Redis' age."""
+        own = (KEYS.epoch, KEYS.taken)
+        keys = [key.decode() for key in await self.redis.keys("*")]
+        return sorted(key for key in keys if "health" not in key and key not in own)
 
     async def nothing_left_in_redis(self, within: float = 5.0) -> None:
         async def nothing() -> bool:
@@ -192,46 +193,46 @@ async def prepared(server: PostgreSQL, redis_url: str) -> AsyncIterator[Office]:
 class Working:
     """A worker of this process."""
 
-    def __init__(self, worker: Worker, redis: WorkerRedis) -> None:
+    def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.redis = redis
-        self.running = asyncio.create_task(worker.async_run())
+        self.task = asyncio.create_task(worker.async_run())
 
     @property
     def lives(self) -> bool:
-        return not self.running.done()
+        return not self.task.done()
 
     @property
-    def claimed(self) -> set[str]:
-        assert self.redis.pickup is not None
-        return {claim.id for claim in self.redis.pickup.claims.all()}
+    def running(self) -> RunningJobs:
+        found: RunningJobs = self.worker.ctx["coord.lifecycle"].running
+        return found
 
     async def started(self, within: float = 10.0) -> None:
         async def begun() -> bool:
-            if self.running.done():
-                self.running.result()
-            return self.redis.pickup is not None
+            if self.task.done():
+                self.task.result()
+            return "coord.lifecycle" in self.worker.ctx
 
         await eventually(begun, within=within)
 
     async def stop(self) -> None:
-        """As arq's own `run` ends. Its `close` gives up when a job was cancelled before it had begun."""
-        for step in (self.worker.close(), self.running):
-            with contextlib.suppress(asyncio.CancelledError):
-                await step
-        await until(lambda: self.redis.pickup is None)
+        """As arq's own `run` ends when it is told to."""
+        self.task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.task
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # arq closes its client so
+            await self.worker.close()
 
 
 @contextlib.asynccontextmanager
 async def working(
     office: Office, functions: Sequence[Any], *, engine: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Working]:
-    """A worker of this process that has begun its shift, with an engine of its own."""
+    """A worker of this process that takes jobs, with an engine of its own."""
     database_url = settings.pop("database_url", office.database_url)
     own = create_async_engine(database_url, **{"pool_size": 15, "max_overflow": 5, **(engine or {})})
     options = {"redis": office.redis_url, "handle_signals": False, **settings}
-    made: Any = worker_settings(functions, session_maker=async_sessionmaker(own, expire_on_commit=False), **options)
-    found = Working(create_worker(made), made.redis_pool)
+    made = worker_settings(functions, session_maker=async_sessionmaker(own, expire_on_commit=False), **options)
+    found = Working(create_worker(made))
     try:
         await found.started()
         yield found
@@ -304,14 +305,13 @@ async def process(
     module: str = "tests.worker_app.Settings",
     **variables: str,
 ) -> AsyncIterator[Process]:
-    """A worker as a process of its own, which has begun its shift."""
+    """A worker as a process of its own, which takes jobs."""
     environment = {
         "COORD_DATABASE_URL": office.database_url,
         "COORD_REDIS_URL": office.redis_url,
         "COORD_TEST_NOTES": str(notes.directory),
         "COORD_TEST_GRACE": "1",
     }
-    heard = await office.listeners()
     found = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -326,16 +326,9 @@ async def process(
     )
     running = Process(found)
 
-    async def begun() -> bool:
-        nonlocal heard
-        assert found.returncode is None, running.lines
-        listening = await office.listeners()
-        heard = min(heard, listening)  # one that was killed just before may still have counted
-        return listening > heard and found.pid in [row.pid for row in await office.workers()]
-
     try:
         if started:
-            await eventually(begun, within=20, message=f"it has not begun its shift, but said {running.lines}")
+            await running.says("Takes jobs")
         yield running
     finally:
         if found.returncode is None:

@@ -12,8 +12,8 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
 
 from coord.http.problem import problems
-from coord.jobs import operations
-from coord.jobs.ledger import JobState  # noqa: TC001
+from coord.jobs import queries
+from coord.jobs.model import JobState  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -35,7 +35,7 @@ class JobDetails(BaseModel):
     arguments: list[Any]
     unique_key: str | None
     created_at: AwareDatetime
-    due_at: AwareDatetime
+    scheduled_at: AwareDatetime
     started_at: AwareDatetime | None
     finished_at: AwareDatetime | None
     error: str | None
@@ -84,23 +84,23 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     ) -> list[JobDetails]:
         """Jobs, the newest first; `before` is the last of the page before."""
-        found = await operations.list_jobs(session, state=state, task=task, before=before, limit=limit)
+        found = await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
         return [JobDetails.model_validate(job) for job in found]
 
     @router.get("/{job_id}/details", responses=problems(401, 404, 422))
     async def job_details(job_id: UUID, session: AsyncSession = database) -> JobDetails:
-        return JobDetails.model_validate(await operations.get_job(session, job_id))
+        return JobDetails.model_validate(await queries.get_job(session, job_id))
 
     @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
     async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
         """`cancelled`, or `running` while its worker is asked to, or what the job has already come to."""
-        return StateAnswer(state=await operations.cancel_job(session, job_id))
+        return StateAnswer(state=await queries.cancel_job(session, job_id))
 
     @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422))
     async def retry_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
         """Have a failed or cancelled job run again."""
         try:
-            return StateAnswer(state=(await operations.retry_job(session, job_id)).state)
+            return StateAnswer(state=(await queries.retry_job(session, job_id)).state)
         except ValueError as error:
             raise HTTPException(409, "only a failed or cancelled job can be run again") from error
 

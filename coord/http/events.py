@@ -10,12 +10,12 @@ from fastapi import Depends, Header
 from sqlalchemy import inspect
 
 from coord.cancellation import uninterrupted
+from coord.database.engine import engine_of, prepare
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.disconnect import ended
 from coord.http.stages import BEAT, JobStage, Stages
 from coord.http.stopping import signalled
-from coord.jobs.ledger import Job
-from coord.postgresql.engine import engine_of, prepare
+from coord.jobs.model import Job
 from coord.waiting.wait import watch_row
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from coord.errors import CoordError, JobCancelledError, JobFailedError
 from coord.http.methods import allowed
 from coord.http.problem import CONTENTION, DATABASE_AWAY, ERRORS, INVALID, phrase, problem, problem_of, public_reason
-from coord.transient import STATES, is_transient
+from coord.retryable import STATES, is_retryable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -83,7 +83,7 @@ async def _coord(_: Request, error: Exception) -> Response:
 
 
 async def _database(_: Request, error: Exception) -> Response:
-    if not _of_the_database(error) or not (is_transient(error) or isinstance(error, OSError)):
+    if not _of_the_database(error) or not (is_retryable(error) or isinstance(error, OSError)):
         raise error
     cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
     if getattr(cause, "sqlstate", None) in STATES:

@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 
 from coord.durations import seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY
-from coord.jobs.enqueueing import enqueue
-from coord.jobs.ledger import Job, jobs, keys
+from coord.jobs.enqueue import enqueue
+from coord.jobs.model import Job, jobs, keys
 from coord.session import get_transaction
 
 if TYPE_CHECKING:

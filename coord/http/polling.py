@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Mapper
 
-    from coord.target import M
+    from coord.database.target import M
 
 _TAGS = re.compile(r'(?:^|,)[ \t]*(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?=,|$)')
 IF_NONE_MATCH = Header(alias="If-None-Match", description="The tags of what the client has, or `*`.")

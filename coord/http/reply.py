@@ -9,13 +9,13 @@ from uuid import UUID
 from fastapi import Header, Request, Response
 from fastapi.responses import JSONResponse
 
+from coord.database.transaction import end_transaction
 from coord.errors import WaitTimeoutError
 from coord.http.disconnect import while_connected
 from coord.http.limits import ARRIVAL, WAIT, Arrival
 from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER
-from coord.jobs.operations import get_job
-from coord.postgresql.transaction import end_transaction
+from coord.jobs.queries import get_job
 from coord.waiting.job_wait import job_id_of
 from coord.waiting.reader import is_passing
 from coord.waiting.wait import wait_for_row_change
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.target import M
     from coord.durations import Seconds
-    from coord.jobs.ledger import Job, JobState
-    from coord.target import M
+    from coord.jobs.model import Job, JobState
 
 LOOK = 0.5
 """Seconds for a last look at the job, when the client has waited long enough."""

@@ -7,15 +7,15 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from coord.jobs import operations
-from coord.jobs.ledger import JobState
+from coord.jobs import queries
+from coord.jobs.model import JobState
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.jobs.ledger import Job
+    from coord.jobs.model import Job
 
 logger = logging.getLogger("coord.http")
 
@@ -67,6 +67,6 @@ class Stages:
         self._stale = now + FRESH
         try:
             async with self._session_maker() as session:
-                self._running = {(beat.id, beat.attempt) for beat in await operations.heartbeats(session)}
+                self._running = {(beat.id, beat.attempt) for beat in await queries.heartbeats(session)}
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
             logger.debug("The workers' heartbeats cannot be read: %s", error)

@@ -1,13 +1,13 @@
 """Jobs: a ledger in PostgreSQL that says what is to be done and what is done, and a feed in Redis that brings it about.
 
-ledger.py       Job, the heartbeats, and wishes to cancel, as tables
-schema.py       making and upgrading them
+model.py        Job, the heartbeats, and wishes to cancel, as tables
+migrations.py   making and upgrading them
 arguments.py    what a task is given, as JSON
 options.py      task_options
-enqueueing.py   enqueue: a row in the caller's transaction
+enqueue.py      enqueue: a row in the caller's transaction
 feed.py         a job as Redis holds it, under arq's keys
 attempt.py      one attempt, as a task's ctx carries it
 transaction.py  job_transaction: claim, fence, effect and completion in one commit
-operations.py   looking at jobs, cancelling and retrying them
-trace.py        the trace a job belongs to
+queries.py      looking at jobs, cancelling and retrying them
+tracing.py      the trace a job belongs to
 """

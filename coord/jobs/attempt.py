@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.jobs.feed import Message
+    from coord.queue.message import Message
 
 ATTEMPT = "coord.attempt"
 """Where it is in arq's `ctx` and in its session's `info`."""
@@ -22,14 +22,19 @@ class Attempt:
     job_id: UUID
     message: Message
     session_maker: async_sessionmaker[AsyncSession]
-    attempts: int
-    """How many there are in all, if the ledger does not say."""
+    max_attempts: int
+    """How many may count, if the ledger does not say."""
     worker_lock: int
     """The second half of the advisory lock of its worker."""
     idle_limit: float
     """Seconds that its transaction may do nothing."""
     began: datetime = field(default_factory=lambda: datetime.now(UTC))
     entered: bool = False
+    """Whether it has come to its `job_transaction`."""
+    claimed: bool = False
+    """Whether that has claimed the job: what fails before has done nothing."""
+    failure: BaseException | None = None
+    """What has rolled it back, whether or not the task lets it through."""
     applied: bool = False
     """Whether its transaction has committed."""
     progress: Any = None

@@ -17,7 +17,8 @@ Task = Callable[Concatenate[Any, P], Awaitable[Any]]
 
 LONGEST_NAME, LONGEST_KEY = 500, 2_000
 """Bytes of a task's or queue's name, and of a unique key; PostgreSQL refuses an index entry of a third of a page."""
-MOST_ATTEMPTS = 1_000_000
+MAX_ATTEMPTS = 1_000_000
+MAX_PRIORITY = 100
 LONGEST = 100 * 365 * 86_400
 """Seconds; clocks, calendars and Redis agree on what is nearer than that."""
 
@@ -30,7 +31,8 @@ class TaskOptions(Generic[P]):
     unique_key: str | None = None
     delay: float | datetime | None = None
     queue: str | None = None
-    attempts: int | None = None
+    max_attempts: int | None = None
+    priority: int = 0
     timeout: float | None = None
 
     @property
@@ -46,8 +48,9 @@ def task_options(
     unique_key: str | None = None,
     delay: Seconds | datetime | None = None,
     queue: str | None = None,
-    attempts: int | None = None,
+    max_attempts: int | None = None,
     timeout: Seconds | None = None,
+    priority: int = 0,
 ) -> TaskOptions[...]: ...
 @overload
 def task_options(
@@ -56,8 +59,9 @@ def task_options(
     unique_key: str | None = None,
     delay: Seconds | datetime | None = None,
     queue: str | None = None,
-    attempts: int | None = None,
+    max_attempts: int | None = None,
     timeout: Seconds | None = None,
+    priority: int = 0,
 ) -> TaskOptions[P]: ...
 def task_options(
     task: Any,
@@ -65,14 +69,16 @@ def task_options(
     unique_key: str | None = None,
     delay: Seconds | datetime | None = None,
     queue: str | None = None,
-    attempts: int | None = None,
+    max_attempts: int | None = None,
     timeout: Seconds | None = None,
+    priority: int = 0,
 ) -> TaskOptions[Any]:
     """`task` for `enqueue`, with options.
 
     `unique_key`: while a job of this task with this key is unfinished, enqueueing gives that job. `delay`: seconds from
-    now, or an aware time, before which it does not start. `queue`: another than the default one. `attempts`: how many
-    at most, the first included. `timeout`: seconds an attempt may take.
+    now, or an aware time, before which it does not start. `queue`: another than the default one. `max_attempts`: how
+    many at most, the first included. `timeout`: seconds an attempt may take. `priority`: -100 to 100; of
+    the jobs that are due, those of a higher one are taken first.
 
         job = await enqueue(session, task_options(fulfil_order, unique_key=f"order {order_id}"), order_id)
 
@@ -82,18 +88,23 @@ def task_options(
     limit = None if timeout is None else _span("timeout", timeout)
     if limit == 0:
         raise ValueError("timeout is more than 0 seconds")
-    if attempts is not None and (
-        not isinstance(attempts, int) or isinstance(attempts, bool) or not 1 <= attempts <= MOST_ATTEMPTS
-    ):
-        raise ValueError(f"attempts is a whole number, 1 to {MOST_ATTEMPTS}, not {attempts!r}")
+    if max_attempts is not None and not _is_whole(max_attempts, 1, MAX_ATTEMPTS):
+        raise ValueError(f"max_attempts is a whole number, 1 to {MAX_ATTEMPTS}, not {max_attempts!r}")
+    if not _is_whole(priority, -MAX_PRIORITY, MAX_PRIORITY):
+        raise ValueError(f"priority is a whole number, -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}")
     return TaskOptions(
         task,
         None if unique_key is None else _text("unique_key", unique_key, LONGEST_KEY),
         None if delay is None else _delay(delay),
         None if queue is None else _text("queue", queue, LONGEST_NAME),
-        attempts,
+        max_attempts,
+        priority,
         limit,
     )
+
+
+def _is_whole(value: object, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def name_of(task: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
@@ -10,16 +10,16 @@ from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
-from coord.hints.changes import collect
+from coord.database.engine import last_failure
+from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.ledger import JobState, execute, is_queued, job_mapper, jobs
-from coord.postgresql.engine import last_failure
-from coord.postgresql.transaction import connections_in_use
+from coord.jobs.model import JobState, execute, is_queued, job_mapper, jobs
+from coord.notify.changes import collect
 from coord.session import closed
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncIterator, Iterator, Mapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
@@ -30,7 +30,7 @@ CONNECTION_CHECK = 1.0
 CONNECTION_TRIES = 3
 """Connections that one attempt may find dead before its first statement."""
 APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
-IDLE_LIMIT = 8.0
+IDLE_LIMIT = 60.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
 
@@ -45,8 +45,8 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     The first statement claims, fences and completes: it marks the job done if this attempt is the one that may run it,
     with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
     what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
-    `idle_in_transaction_session_timeout` 8 s (`worker_settings(idle_limit=…)`): between two statements the task may not
-    do anything else for longer. While it is open nobody else writes the job's row.
+    `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may
+    not do anything else for longer. While it is open nobody else writes the job's row.
 
         async def fulfil_order(ctx, order_id):
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
@@ -61,27 +61,38 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
     attempt.enter()
-    session, transaction = await _claimed(attempt)
-    failure, returned = None, False
+    with _noted(attempt):
+        session, transaction = await _claimed(attempt)
+        failure, returned = None, False
+        try:
+            async with leaving(transaction):
+                try:
+                    yield session
+                    returned = True
+                finally:
+                    failure = _swallowed(session)
+            if not attempt.applied:  # SQLAlchemy leaves the block without a word
+                raise InvalidRequestError(APPLIED_NOTHING)
+        except InvalidRequestError as error:
+            error.__cause__ = error.__cause__ or failure
+            raise
+        except DBAPIError:
+            if returned and failure is not None:  # the commit is refused in other words than what had failed before
+                raise InvalidRequestError(APPLIED_NOTHING) from failure
+            raise
+        finally:
+            del session.info[ATTEMPT]
+            await closed(session)
+
+
+@contextmanager
+def _noted(attempt: Attempt) -> Iterator[None]:
+    """What keeps the effect from being applied, whether or not the task lets it through."""
     try:
-        async with leaving(transaction):
-            try:
-                yield session
-                returned = True
-            finally:
-                failure = _swallowed(session)
-        if not attempt.applied:  # SQLAlchemy leaves the block without a word
-            raise InvalidRequestError(APPLIED_NOTHING)
-    except InvalidRequestError as error:
-        error.__cause__ = error.__cause__ or failure
+        yield
+    except BaseException as error:
+        attempt.failure = error
         raise
-    except DBAPIError:
-        if returned and failure is not None:  # the commit is refused in other words than what had failed before
-            raise InvalidRequestError(APPLIED_NOTHING) from failure
-        raise
-    finally:
-        del session.info[ATTEMPT]
-        await closed(session)
 
 
 async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransaction]:
@@ -182,6 +193,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
     except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
+    attempt.claimed = bool(claimed)
     if not claimed:
         raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
     collect(session.sync_session, (job_mapper, (attempt.job_id,)))

@@ -8,26 +8,29 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import inspect
 from sqlalchemy.orm.attributes import set_committed_value
 
-from coord.target import EAGER, M, column_names
+from coord.database.target import EAGER, M, column_names
 from coord.waiting.baseline import own_copy
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import InstanceState, Mapper
 
     from coord.waiting.own import OwnReader
 
 
-async def adopt(reader: OwnReader[M], row: M, *, alone: bool, limit: float) -> M:
+async def adopt(waiting: AsyncSession, row: M, *, alone: bool, reader: Callable[[], OwnReader[M]], limit: float) -> M:
     """The session's own instance of the detached `row`, without a query where there is nothing else to be loaded.
 
     `alone` is whether nobody else was handed this instance, so that it may be the one.
     """
-    session = reader.session.sync_session
+    session = waiting.sync_session
     state: InstanceState[M] = inspect(row)
     assert state.key is not None
     own: M | None = session.identity_map.get(state.key)
     if _has_more_than_columns(state.mapper, own):
-        return await reader.refreshed(own, limit=limit)
+        return await reader().refreshed(own, limit=limit)
     if own is not None or not alone:
         for name in column_names(state.mapper):
             state.dict[name] = own_copy(state.dict[name])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Mapper
 
-    from coord.target import Target
+    from coord.database.target import Target
 
 Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""

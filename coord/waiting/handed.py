@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import inspect
 
+from coord.database.target import M, column_names
 from coord.errors import RowNotFoundError
-from coord.target import M, column_names
 from coord.waiting.baseline import difference, own_copy
 from coord.waiting.poller import Poller
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from coord.target import Key, Target
+    from coord.database.target import Key, Target
     from coord.waiting.baseline import Baseline, Difference
     from coord.waiting.poller import Due
     from coord.waiting.reader import Reader
@@ -52,7 +52,10 @@ class HandedWaiter(Waiter[M]):
         """
         if self.row is None and self.error is None and not self.over:
             self._go_on()  # who asks again was not content with what was read
-            await self._sleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
+            try:
+                await self._asleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
+            finally:
+                self._awake()
         row, self.row = self.row, None
         if row is None and self.error is not None:
             raise self.error

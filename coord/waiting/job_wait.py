@@ -7,16 +7,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from coord.database.target import Target
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
-from coord.jobs.ledger import Job, JobState, job_mapper
-from coord.target import Target
+from coord.jobs.model import Job, JobState, job_mapper
 from coord.waiting.handed import HandedWaiter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
-    from coord.postgresql.schemas import Schemas
+    from coord.database.schemas import Schemas
     from coord.waiting.waiter import Waiter
     from coord.waiting.watcher import Watcher
 

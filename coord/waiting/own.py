@@ -11,10 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import undefer
 
 from coord.cancellation import interruptible, uninterrupted
+from coord.database.schemas import schemas_of
+from coord.database.target import EAGER, M
+from coord.database.transaction import end_transaction, turn
 from coord.errors import RowNotFoundError
-from coord.postgresql.schemas import schemas_of
-from coord.postgresql.transaction import end_transaction
-from coord.target import EAGER, M
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_LIMIT
 from coord.waiting.statements import entity_with_identity, parameters_of
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import InstanceState, Mapper, Session
 
-    from coord.jobs.ledger import Job
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
+    from coord.jobs.model import Job
     from coord.waiting.settings import Settings
 
 T = TypeVar("T")
@@ -55,6 +55,8 @@ class OwnReader(Generic[M]):
     ended afterwards: its connection is free between two reads. Of a session that is bound to one connection no read is
     ever cancelled, and its end is awaited, so that nothing runs there when the wait is over.
     """
+
+    __slots__ = ("_bound", "_schemas", "_settings", "_turns", "_unguarded", "session", "target")
 
     def __init__(
         self,
@@ -165,9 +167,14 @@ class OwnReader(Generic[M]):
             return OwnRow(row and row[1], row and tuple(row[2:]), job and job[1])
 
     async def _bounded(self, work: Coroutine[Any, Any, T], limit: float) -> T:
-        if self._bound:
-            return await uninterrupted(work)
-        return await interruptible(work, limit=limit)
+        if not self._bound:
+            return await interruptible(work, limit=limit)
+
+        async def in_turn() -> T:
+            async with turn(self.session):
+                return await work
+
+        return await uninterrupted(in_turn())
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:

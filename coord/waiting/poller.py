@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from coord.target import ColumnNames, Key
+    from coord.database.target import ColumnNames, Key
     from coord.waiting.reader import Reader
     from coord.waiting.subscription import RowSubscription
     from coord.waiting.waiter import Waiter

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import ColumnNames, Key, Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import ColumnNames, Key, Target
     from coord.waiting.settings import Settings
 
     Found = dict[Key, Sequence[Any]]

@@ -9,7 +9,7 @@ from sqlalchemy import ARRAY, Integer, Table, and_, bindparam, cast, column, fun
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 
-from coord.target import EAGER
+from coord.database.target import EAGER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, Select
     from sqlalchemy.orm import Mapper
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import ColumnNames, Key
+    from coord.database.schemas import Schemas
+    from coord.database.target import ColumnNames, Key
 
 _QUOTE = asyncpg_dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
 

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
     from sqlalchemy.types import TypeEngine
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import ColumnNames, Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import ColumnNames, Target
 
 _DIALECT = asyncpg_dialect()  # type: ignore[no-untyped-call]
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper
 
-    from coord.hints.bell import Bell
-    from coord.hints.channels import Channels
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Key
+    from coord.database.schemas import Schemas
+    from coord.database.target import Key
+    from coord.notify.bell import Bell
+    from coord.notify.channels import Channels
     from coord.waiting.poller import Poller
 
 

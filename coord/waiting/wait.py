@@ -8,12 +8,12 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from coord.cancellation import interruptible
+from coord.database.schemas import schemas_in_use
+from coord.database.target import Target
+from coord.database.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.errors import UncommittedChangesError
-from coord.postgresql.schemas import schemas_in_use
-from coord.postgresql.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.target import Target
-from coord.waiting.baseline import baseline_of
+from coord.waiting.baseline import baseline_of, database_values
 from coord.waiting.job_wait import job_id_of, job_waiter
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.waits import Wait
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.target import M
     from coord.durations import Seconds
-    from coord.jobs.ledger import Job
-    from coord.target import M
+    from coord.jobs.model import Job
     from coord.waiting.waits import RowWait
 
 
@@ -125,7 +125,9 @@ async def _states(session: AsyncSession, row: RowWait[M], limit: float | None) -
         deadline = None if limit is None else began + limit
         await _release(session, row.waiter.target, began, deadline)
         row.waiter.begin_step()
-        yield await row.changed(began, deadline)
+        own = await row.changed(began, deadline)
+        row.waiter.baseline = database_values(own, row.waiter.target)  # it may be newer than what ended the wait
+        yield own
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any, Generic, Self
 
+from coord.database.target import M
 from coord.errors import WaitTimeoutError
-from coord.target import M
 
 if TYPE_CHECKING:
-    from coord.target import Target
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline
     from coord.waiting.deadlines import Alarm
     from coord.waiting.poller import Poller
@@ -68,19 +68,25 @@ class Waiter(Generic[M]):
         return self
 
     def __exit__(self, *_error: object) -> None:
+        self.leave()
+
+    def leave(self) -> None:
         self._poller.remove(self)
 
-    async def _sleep(self, until: float | None) -> None:
-        """Until woken; `until` is when to be `overdue`, on the loop's clock."""
+    def _asleep(self, until: float | None) -> asyncio.Future[None]:
+        """To be awaited, and `_awake` called whatever comes of it; `until` is when to be `overdue`, on the loop's time.
+
+        No coroutine of its own, which every waiter would have to keep.
+        """
         self._signal = asyncio.get_running_loop().create_future()
         if until is not None:
             self._alarm = self._poller.deadlines.set(until, self)
-        try:
-            await self._signal
-        finally:
-            if self._alarm is not None:
-                self._poller.deadlines.cancel(self._alarm)
-            self._signal = self._alarm = None
+        return self._signal
+
+    def _awake(self) -> None:
+        if self._alarm is not None:
+            self._poller.deadlines.cancel(self._alarm)
+        self._signal = self._alarm = None
 
     def wake(self) -> None:
         if self._signal is not None and not self._signal.done():

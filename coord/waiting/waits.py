@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, Protocol
+from typing import TYPE_CHECKING, Any, Generic, Self
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from coord.database.engine import engine_of
+from coord.database.target import M
 from coord.errors import RowNotFoundError
-from coord.jobs.ledger import JobState
-from coord.postgresql.engine import engine_of
-from coord.target import M
+from coord.jobs.model import JobState
 from coord.waiting.adoption import adopt
-from coord.waiting.baseline import database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
 from coord.waiting.own import OwnReader
@@ -28,40 +26,19 @@ from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline, Difference
     from coord.waiting.own import OwnRow
     from coord.waiting.settings import Settings
 
 ADOPTION_LIMIT = 5.0
 """Seconds that the session may take to load what belongs to a row that ends a wait without a deadline."""
-
-
-class RowWait(Protocol[M]):
-    """What `wait_for_row_change` and `watch_row` wait with."""
-
-    reads_job: bool
-    """Whether the session reads the job by itself from the beginning."""
-
-    @property
-    def waiter(self) -> HandedWaiter[M] | WokenWaiter[M]:
-        """Its place among the waiters."""
-
-    async def changed(
-        self,
-        began: float,
-        deadline: float | None,
-        *,
-        until: Callable[[M], bool] | None = None,
-        job_id: UUID | None = None,
-    ) -> M:
-        """The session's own instance, once there is news of which `until` is true, or the job is done."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,39 +57,46 @@ class Wait(Generic[M]):
         settings = None if isinstance(session.bind, AsyncConnection) else watcher.settings_of(session)
         return cls(session, target, schemas, settings, watcher)
 
-    @contextmanager
     def registered(
         self, baseline: Baseline, *, interval: float, fresh: bool, patient: bool = False
-    ) -> Iterator[RowWait[M]]:
-        """A place among the waiters until the block ends."""
-        own = OwnReader(self.session, self.target, self.schemas, self.settings, self.watcher.turns)
-        register = partial(
-            self.watcher.register,
+    ) -> _Handed[M] | _Woken[M]:
+        """A place among the waiters from now until its block ends."""
+        bound = isinstance(self.session.bind, AsyncConnection)
+        make: Any = partial(HandedWaiter, fresh=fresh)
+        if self.settings is None:
+            make = partial(WokenWaiter, fresh=fresh, solo=bound)
+        waiter = self.watcher.register(
             self.target,
             self.schemas,
             baseline,
             settings=self.settings,
             interval=interval,
             patient=patient,
+            make=make,
         )
-        if self.settings is not None:
-            with register(make=partial(HandedWaiter[M], fresh=fresh)) as handed:
-                yield _Handed(handed, own)
-        else:
-            solo = isinstance(self.session.bind, AsyncConnection)
-            known = bool(baseline)
-            with register(make=partial(WokenWaiter[M], fresh=fresh, solo=solo)) as woken:
-                yield _Woken(woken, own, reads_job=solo, known=known)
+        if self.settings is None:
+            return _Woken(waiter, self.own_reader(), reads_job=bound, known=bool(baseline))
+        return _Handed(waiter, self)
+
+    def own_reader(self) -> OwnReader[M]:
+        return OwnReader(self.session, self.target, self.schemas, self.settings, self.watcher.turns)
 
 
 class _Handed(Generic[M]):
     """Takes the rows of the shared read."""
 
+    __slots__ = ("_wait", "waiter")
     reads_job = False
 
-    def __init__(self, waiter: HandedWaiter[M], own: OwnReader[M]) -> None:
+    def __init__(self, waiter: HandedWaiter[M], wait: Wait[M]) -> None:
         self.waiter = waiter
-        self._own = own
+        self._wait = wait
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.waiter.leave()
 
     async def changed(
         self,
@@ -126,9 +110,8 @@ class _Handed(Generic[M]):
         row = await waiter.changed(began, deadline)
         while not waiter.concluded and not (until(row) if until else await self._is_news()):
             row = await waiter.changed(began, deadline)
-        own = await adopt(self._own, row, alone=waiter.alone, limit=_limit(deadline))
-        waiter.baseline = database_values(own, waiter.target)
-        return own
+        limit = _limit(deadline)
+        return await adopt(self._wait.session, row, alone=waiter.alone, reader=self._wait.own_reader, limit=limit)
 
     async def _is_news(self) -> bool:
         """Whether PostgreSQL says so as well where Python cannot tell; the row is then read once more."""
@@ -155,12 +138,20 @@ class _Handed(Generic[M]):
 class _Woken(Generic[M]):
     """Reads by itself, when it is woken."""
 
+    __slots__ = ("_known", "_own", "reads_job", "waiter")
+
     def __init__(self, waiter: WokenWaiter[M], own: OwnReader[M], *, reads_job: bool, known: bool) -> None:
         self.waiter = waiter
         self.reads_job = reads_job
         self._own = own
         self._known = known
         """Whether the session has read the row before."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.waiter.leave()
 
     async def changed(
         self,
@@ -194,9 +185,8 @@ class _Woken(Generic[M]):
         waiter = self.waiter
         assert found.row is not None
         waiter.on_news(inspect(found.row).dict, found.identity)
-        own = await adopt(self._own, found.row, alone=True, limit=_limit(deadline))
-        waiter.baseline = database_values(own, waiter.target)
-        return own
+        own = self._own
+        return await adopt(own.session, found.row, alone=True, reader=lambda: own, limit=_limit(deadline))
 
     async def _read(self, began: float, deadline: float | None, job_id: UUID | None) -> OwnRow[M] | None:
         """None if the database is away, and it is to be tried again."""
@@ -242,6 +232,9 @@ class _Woken(Generic[M]):
             return RowNotFoundError(f"{target} was deleted")
         hint = "; if the session saw it under settings of its transaction, name these in Coordinator(read_settings=...)"
         return RowNotFoundError(f"{target} not found{hint * self._known}")
+
+
+RowWait = _Handed[M] | _Woken[M]
 
 
 def _limit(deadline: float | None) -> float:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.orm import Mapper
 
-    from coord.postgresql.schemas import Schemas
-    from coord.target import Target
+    from coord.database.schemas import Schemas
+    from coord.database.target import Target
     from coord.waiting.baseline import Baseline
     from coord.waiting.poller import Poller
     from coord.waiting.settings import Declared, Settings

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.exc import DBAPIError
 
-from coord.target import M
+from coord.database.target import M
 from coord.waiting.baseline import difference, own_copy
 from coord.waiting.poller import Poller
 from coord.waiting.statements import has_identity
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Mapper
 
-    from coord.target import Key, Target
+    from coord.database.target import Key, Target
     from coord.waiting.baseline import Baseline, Difference
     from coord.waiting.poller import Due
 
@@ -88,7 +88,10 @@ class WokenWaiter(Waiter[M]):
                 raise self.timed_out(began)
             until = deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline
             own = loop.time() + self.interval if self.solo and not self.last else None
-            await self._sleep(min((each for each in (until, own) if each is not None), default=None))
+            try:
+                await self._asleep(min((each for each in (until, own) if each is not None), default=None))
+            finally:
+                self._awake()
         self.due, self._expected = False, self.then
 
     def overdue(self, when: float) -> None:

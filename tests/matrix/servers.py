@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import redis
 
-from coord.process import Owner
-from coord.server import HOST, Server
+from coord.dev.process import Owner
+from coord.dev.server import HOST, Server
 from tests.matrix.environment import HOME, NotToBeRun
 
 if TYPE_CHECKING:

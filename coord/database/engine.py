@@ -1,0 +1,140 @@
+"""What coord asks of the engine it is given: PostgreSQL through asyncpg, no orphaned statements, honest commits."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.exc import InterfaceError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+
+from coord.retryable import SHUTDOWNS, sqlstate_of
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import Dialect, ExceptionContext
+
+logger = logging.getLogger("coord.engine")
+
+CONNECTION_CHECK = "250ms"
+"""How soon a backend notices, in the middle of a statement, that its client has gone."""
+READ_ONLY = "25006"
+"""PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
+
+_FAILURE = "coord.failure"
+
+
+def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
+    """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
+    bind = (source() if isinstance(source, async_sessionmaker) else source).bind
+    engine = bind.engine if isinstance(bind, AsyncConnection) else bind
+    if not isinstance(engine, AsyncEngine):
+        message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
+        raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
+    require_asyncpg(engine.dialect)
+    return engine
+
+
+def source_of(session: AsyncSession) -> AsyncEngine | AsyncConnection:
+    """What reads for this session go through: its engine, or the one connection it is bound to."""
+    engine = engine_of(session)
+    return session.bind if isinstance(session.bind, AsyncConnection) else engine
+
+
+def require_asyncpg(dialect: Dialect) -> None:
+    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
+        raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
+
+
+def prepare(engine: AsyncEngine) -> None:
+    """Have the engine's connections end what their client abandoned, be given up when lost, and commit honestly.
+
+    Sets `client_connection_check_interval` on each new connection (PostgreSQL 14 and later, where the platform can
+    tell; section 19.3 of its manual). Repeating the call changes nothing.
+    """
+    sync_engine = engine.sync_engine
+    if not event.contains(sync_engine, "connect", _set_connection_check):
+        event.listen(sync_engine, "connect", _set_connection_check)
+        event.listen(sync_engine, "handle_error", _on_error)
+        event.listen(sync_engine, "checkin", _forget_failure)
+
+
+def _set_connection_check(dbapi_connection: Any, _record: Any) -> None:
+    dbapi_connection.run_async(_execute_set)
+
+
+async def _execute_set(driver: asyncpg.Connection) -> None:
+    try:
+        await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
+    except asyncpg.PostgresError as error:
+        logger.debug("client_connection_check_interval cannot be set here: %s", error)
+
+
+def _on_error(context: ExceptionContext) -> None:
+    """Give a connection up that nothing can be expected of, and remember the failure of one that goes on."""
+    connection, error = context.connection, context.original_exception
+    if connection is None or connection.invalidated or connection.closed or not isinstance(error, Exception):
+        return
+    if context.is_disconnect or _is_lost(connection, error):
+        context.is_disconnect = True
+        if isinstance(error, asyncpg.InternalClientError):  # which SQLAlchemy passes on as it is
+            lost = InterfaceError(context.statement, None, error, connection_invalidated=True)
+            raise lost from error
+    else:
+        note_failure(connection, context.sqlalchemy_exception or error)
+
+
+def _is_lost(connection: Connection, error: Exception) -> bool:
+    """Whether the server has gone or is another one now, also where the driver says something else.
+
+    Between the server's farewell and the end of its TCP connection asyncpg answers with errors of its own state.
+    """
+    driver: Any = connection.connection.driver_connection
+    if driver.is_closed() or isinstance(error, asyncpg.InternalClientError):
+        return True
+    state = sqlstate_of(error)
+    return state in SHUTDOWNS or (state == READ_ONLY and _is_read_only(driver))
+
+
+def _is_read_only(driver: asyncpg.Connection) -> bool:
+    """A replica, or a primary that was demoted; PostgreSQL 14 and later report both settings as they change."""
+    settings = driver.get_settings()
+    return "on" in (getattr(settings, name, None) for name in ("in_hot_standby", "default_transaction_read_only"))
+
+
+def note_failure(connection: Connection, error: BaseException) -> None:
+    """Have the next commit make sure that PostgreSQL has not given the transaction up.
+
+    Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
+    """
+    connection.info[_FAILURE] = error
+    event.listen(connection, "commit", _refuse_failed)
+
+
+def _forget_failure(_dbapi_connection: Any, record: Any) -> None:
+    """Or whatever its traceback refers to would live as long as the pooled connection."""
+    record.info.pop(_FAILURE, None)
+
+
+def last_failure(connection: Connection) -> BaseException | None:
+    """What the last statement that failed in the connection's transaction has raised."""
+    is_gone = connection.closed or connection.invalidated
+    error: BaseException | None = None if is_gone else connection.info.get(_FAILURE)
+    return error
+
+
+def _refuse_failed(connection: Connection) -> None:
+    """PostgreSQL answers COMMIT in a failed transaction with a ROLLBACK and no error; make it an error.
+
+    Only after a statement has failed does this cost a round trip. Inside a savepoint that was rolled back it passes.
+    """
+    if connection.invalidated or connection.info.pop(_FAILURE, None) is None:
+        return
+    try:
+        connection.exec_driver_sql("SELECT 1")
+    except BaseException:
+        # SQLAlchemy takes the transaction for over, and would give the connection back in it.
+        connection.invalidate()
+        raise

@@ -1,0 +1,56 @@
+"""The `schema_translate_map` that a session's statements are under."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import event
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.orm import Session
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.orm import SessionTransaction
+
+Schemas = tuple[tuple[str | None, str | None], ...]
+
+_SCHEMAS = "coord.schemas"
+"""In a session's `info`: those of its last transaction, by engine, if that had any."""
+
+
+@event.listens_for(Session, "after_begin")
+def _note_schemas(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    known = session.info.get(_SCHEMAS, {})
+    known.pop(connection.engine, None)
+    if schemas := _schemas(connection.get_execution_options()):
+        session.info[_SCHEMAS] = {**known, connection.engine: schemas}
+
+
+def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:
+    """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
+    options: Mapping[str, Any] = getattr(session, "execution_options", {})
+    if "schema_translate_map" not in options:
+        bind = _bind_of(session, **bind_arguments)
+        options = {} if bind is None else bind.get_execution_options()
+    return _schemas(options)
+
+
+def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
+    """Those of the session's transaction, or of its last one; before its first statement `schemas_of` it."""
+    bind = _bind_of(session, **bind_arguments)
+    known: dict[Engine, Schemas] = session.info.get(_SCHEMAS, {})
+    found = None if bind is None else known.get(bind.engine)
+    return schemas_of(session, **bind_arguments) if found is None else found
+
+
+def _bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:
+    try:
+        return session.get_bind(**bind_arguments)
+    except UnboundExecutionError:
+        return None
+
+
+def _schemas(options: Mapping[str, Any]) -> Schemas:
+    return tuple((options.get("schema_translate_map") or {}).items())

@@ -1,0 +1,130 @@
+"""Enqueue: one ledger row in the caller's transaction, and nothing else until that has committed."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, overload
+
+from sqlalchemy import JSON, DateTime, Interval, Text, bindparam, cast, func, select
+from sqlalchemy.dialects.postgresql import insert as insert_into
+
+from coord.cancellation import interruptible
+from coord.database.engine import engine_of
+from coord.database.transaction import turn
+from coord.errors import UniqueKeyConflictError
+from coord.jobs.arguments import as_it_arrives, to_json
+from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
+from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.tracing import current_trace
+from coord.notify.changes import collect
+from coord.queue.keys import DEFAULT_QUEUE
+
+if TYPE_CHECKING:
+    from arq.worker import Function
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+_given = (
+    "id",
+    "task",
+    "queue",
+    "scheduled_at",
+    "max_attempts",
+    "timeout",
+    "unique_key",
+    "priority",
+    "created_at",
+    "trace",
+)
+# The text itself, which was made to see that it can be: the claim compares it.
+_text = cast(bindparam("text", type_=Text), JSON)
+_now = func.statement_timestamp()
+"""By PostgreSQL's clock, whatever this process's says."""
+_moment = func.greatest(func.coalesce(bindparam("moment", type_=DateTime(timezone=True)), _now), _now)
+_times = {"created_at": _now, "scheduled_at": _moment + bindparam("delay", type_=Interval)}
+_values: dict[str, Any] = {name: bindparam(name) for name in _given} | {"arguments": _text, **_times}
+_stored = (jobs.c.created_at, jobs.c.scheduled_at, func.extract("epoch", jobs.c.scheduled_at - _now).label("due_in"))
+_unfinished = is_queued & jobs.c.unique_key.is_not(None)
+_insert = insert_into(jobs).values(_values)
+_insert_stored = _insert.returning(*_stored)
+_insert_unique = _insert.on_conflict_do_nothing(
+    index_elements=[jobs.c.task, jobs.c.unique_key], index_where=_unfinished
+).returning(*_stored)
+_find_unique = select(jobs).where(
+    _unfinished, jobs.c.task == bindparam("task"), jobs.c.unique_key == bindparam("unique_key")
+)
+
+
+@overload
+async def enqueue(session: AsyncSession, task: str | Function, *args: Any, **kwargs: Any) -> Job: ...
+@overload
+async def enqueue(session: AsyncSession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs) -> Job: ...
+async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
+    """Have `task(ctx, *args, **kwargs)` run once this session's transaction has committed; the caller commits.
+
+    Writes one row of the ledger in the caller's transaction (in its savepoint, if it is in one): rolled back, there is
+    no job; committed, there is one, whatever happens to this process or to Redis next. Nothing pending is flushed. The
+    job is handed to a worker right after the commit by this process's `Coordinator`, else within five seconds by a
+    worker's reconciler. Delivery is at least once; see `job_transaction` for effects that apply once.
+
+        job = await enqueue(session, fulfil_order, order_id)
+        await session.commit()
+
+    Returns a copy of the row in no session, whose `id` is readable after the commit too. A task may be given by its
+    name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
+    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
+    """
+    engine_of(session)
+    options = task if isinstance(task, TaskOptions) else TaskOptions(task)
+    text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
+    values = _new(options)
+    given = values | _due(options) | {"text": text}
+    async with turn(session):
+        if options.unique_key is None:
+            stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
+        else:
+            found = await interruptible(session.run_sync(_join, given, text))
+            if isinstance(found, Job):
+                return found
+            stored = found
+    made = {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1, "deaths": 0}
+    job = Job(**values, **made, created_at=stored.created_at, scheduled_at=stored.scheduled_at)
+    job.due_in = float(stored.due_in)
+    collect(session.sync_session, (job_mapper, (job.id,)), job)
+    return job
+
+
+def _new(options: TaskOptions[Any]) -> dict[str, Any]:
+    return {
+        "id": new_id(),
+        "task": options.name,
+        "queue": options.queue or DEFAULT_QUEUE,
+        "max_attempts": options.max_attempts,
+        "timeout": options.timeout,
+        "unique_key": options.unique_key,
+        "priority": options.priority,
+        "trace": current_trace(),
+    }
+
+
+def _due(options: TaskOptions[Any]) -> dict[str, Any]:
+    if isinstance(options.delay, datetime):
+        return {"moment": options.delay, "delay": timedelta()}
+    return {"moment": None, "delay": timedelta(seconds=options.delay or 0)}
+
+
+def _join(session: Session, values: dict[str, Any], text: str) -> Job | Row[Any]:
+    """The unfinished job with the same unique key; or what was stored of the new one."""
+    # Looked for first: to an insert, a job that runs just now is a conflict to wait for.
+    while (found := execute(session, _find_unique, values).mappings().one_or_none()) is None:
+        stored = execute(session, _insert_unique, values).one_or_none()
+        if stored is not None:
+            return stored
+    job = Job(**found)
+    if to_json(job.arguments) != text:
+        raise UniqueKeyConflictError(
+            f"{job} is unfinished under the unique key {job.unique_key!r} with the arguments {job.arguments}"
+        )
+    job.joined = True
+    return job

@@ -1,0 +1,295 @@
+"""The ledger: a job exists because its row is committed, and is done because its row says so with its effect."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import (
+    DDL,
+    JSON,
+    CheckConstraint,
+    DateTime,
+    Double,
+    Enum,
+    Index,
+    Text,
+    TypeDecorator,
+    cast,
+    event,
+    false,
+    func,
+    inspect,
+    literal_column,
+    text,
+    type_coerce,
+)
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
+
+from coord.jobs.arguments import to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy.orm import Session
+
+
+class JobState(StrEnum):
+    """A job's state. `running` is never stored: it is what the heartbeat of a living worker says of a queued job."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+_QUEUED = text("state = 'queued'")
+_Time = DateTime(timezone=True)
+# Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
+_STORE_JOBS = """ALTER TABLE %(fullname)s SET (
+    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_analyze_scale_factor = 0.02)"""
+_STORE_WORKERS = "ALTER TABLE %(fullname)s SET (fillfactor = 50, autovacuum_vacuum_threshold = 200)"
+
+
+class _Json(TypeDecorator[Any]):
+    """PostgreSQL's `json`, which keeps a text as it is; written and read by coord's rules and not the engine's."""
+
+    impl = JSON
+    cache_ok = True
+
+    def bind_processor(self, dialect: Any) -> Callable[[Any], str | None]:
+        return lambda value: None if value is None else to_json(value)
+
+    def result_processor(self, dialect: Any, coltype: Any) -> Callable[[str | None], Any]:
+        return lambda stored: None if stored is None else json.loads(stored)
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return type_coerce(cast(column, Text), self)
+
+
+class Ledger(DeclarativeBase):
+    """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
+
+
+class Job(Ledger):
+    """One call of a task, from the commit that made it on. What `enqueue` returns is a snapshot, in no session."""
+
+    __tablename__ = "coord_jobs"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    """Ordered by time, so that new rows lie together."""
+    task: Mapped[str] = mapped_column(Text)
+    queue: Mapped[str] = mapped_column(Text)
+    """The sorted set in Redis that it is handed to."""
+    arguments: Mapped[Any] = mapped_column(_Json)
+    """`[args, kwargs]`, as text: an attempt that was given others applies nothing."""
+    state: Mapped[JobState] = mapped_column(
+        Enum(JobState, native_enum=False, values_callable=lambda states: [*states], length=9),
+        server_default=JobState.QUEUED,
+    )
+    attempt: Mapped[int] = mapped_column(server_default="1")
+    """The number of the attempt that may apply its effect; each one that ends without it raises the number."""
+    max_attempts: Mapped[int | None]
+    """How many attempts may count; None leaves it to the worker."""
+    uncounted: Mapped[int] = mapped_column(server_default="0")
+    """Attempts that were begun and do not count: a neighbour killed their worker, PostgreSQL was away."""
+    deaths: Mapped[int] = mapped_column(server_default="0")
+    """Workers that died while they ran it and nobody more suspect; with one or more the job is a suspect."""
+    hand_backs: Mapped[int] = mapped_column(server_default="0")
+    """How often a worker that was told to stop has given it back unfinished."""
+    unknown_seconds: Mapped[float] = mapped_column(Double, server_default="0")
+    """Seconds that it was put off for by workers that do not know its task, or refuse its arguments."""
+    priority: Mapped[int] = mapped_column(server_default="0")
+    """-100 to 100; of the jobs that are due, those of a higher one are taken first."""
+    one_at_a_time: Mapped[str | None] = mapped_column(Text)
+    """Of the jobs with the same one only one is run at a time."""
+    timeout: Mapped[float | None]
+    """Seconds an attempt may take; None leaves it to the worker."""
+    unique_key: Mapped[str | None] = mapped_column(Text)
+    scheduled_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    """Before which it does not start, by PostgreSQL's clock."""
+    created_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    started_at: Mapped[datetime | None] = mapped_column(_Time)
+    """When the attempt that ended it began, by the worker's clock."""
+    finished_at: Mapped[datetime | None] = mapped_column(_Time)
+    """Of a job done in a `job_transaction`, when that began: nothing is written between its effect and its commit."""
+    error: Mapped[str | None] = mapped_column(Text)
+    """The last failure in one line, also of a job that was done afterwards."""
+    traceback: Mapped[str | None] = mapped_column(Text)
+    result: Mapped[Any] = mapped_column(_Json, nullable=True)
+    trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
+    """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
+
+    due_in = 0.0
+    """Seconds until it is due, as whoever made the snapshot has learned it: not by comparing clocks."""
+    joined = False
+    """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
+
+    __table_args__ = (
+        CheckConstraint("state IN ('queued', 'done', 'failed', 'cancelled')", name="coord_jobs_state"),
+        Index("coord_jobs_queued", "id", postgresql_where=_QUEUED),
+        Index("coord_jobs_due", "queue", "scheduled_at", "id", postgresql_where=_QUEUED),
+        Index(
+            "coord_jobs_one_at_a_time",
+            "queue",
+            "one_at_a_time",
+            "id",
+            postgresql_where=text("state = 'queued' AND one_at_a_time IS NOT NULL"),
+        ),
+        Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
+        Index(
+            "coord_jobs_unique",
+            "task",
+            "unique_key",
+            unique=True,
+            postgresql_where=text("state = 'queued' AND unique_key IS NOT NULL"),
+        ),
+    )
+
+    def __repr__(self) -> str:
+        return f"<Job {self.id} {self.task} {self.state}>"
+
+
+class Worker(Ledger):
+    """A living worker's heartbeat, and the jobs it runs: the one place that says so, since their rows are locked."""
+
+    __tablename__ = "coord_workers"
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    queue: Mapped[str] = mapped_column(Text)
+    host: Mapped[str] = mapped_column(Text)
+    pid: Mapped[int]
+    started_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    beat_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    beats: Mapped[int] = mapped_column(server_default="1")
+    jobs: Mapped[dict[str, Any]] = mapped_column(_Json)
+    """By job id: `{"attempt": 1, "progress": …}`."""
+    tasks: Mapped[dict[str, str]] = mapped_column(_Json, server_default="{}")
+    """What it can run: the signature of each task by its name."""
+    stopping: Mapped[bool] = mapped_column(server_default=false())
+    """Whether it was told to stop: if it dies now, no job is to blame."""
+    dead: Mapped[bool] = mapped_column(server_default=false())
+    """Whether its heartbeat has seen it die."""
+
+
+class Queue(Ledger):
+    """What concerns a whole queue."""
+
+    __tablename__ = "coord_queues"
+    __table_args__ = {"postgresql_with": {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}}  # noqa: RUF012
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    paused_at: Mapped[datetime | None] = mapped_column(_Time)
+    """Since when workers take nothing of it."""
+    leader: Mapped[UUID | None]
+    """The worker that looks after what others have lost or left."""
+    leader_until: Mapped[datetime | None] = mapped_column(_Time)
+
+
+class AttemptRecord(Ledger):
+    """An attempt that did not succeed; the one that does costs no row of its own."""
+
+    __tablename__ = "coord_attempts"
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    worker: Mapped[UUID | None]
+    host: Mapped[str | None] = mapped_column(Text)
+    pid: Mapped[int | None]
+    began: Mapped[datetime | None] = mapped_column(_Time)
+    """By the worker's clock."""
+    ended: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    outcome: Mapped[str] = mapped_column(Text)
+    error: Mapped[str | None] = mapped_column(Text)
+    traceback: Mapped[str | None] = mapped_column(Text)
+
+
+class Schedule(Ledger):
+    """What has become of a periodic task: its last slot and the job that was made for it."""
+
+    __tablename__ = "coord_schedules"
+
+    name: Mapped[str] = mapped_column(Text, primary_key=True)
+    queue: Mapped[str] = mapped_column(Text)
+    slot: Mapped[datetime | None] = mapped_column(_Time)
+    job_id: Mapped[UUID | None]
+    seen_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    """When a worker last had it in its settings."""
+
+
+class Cancellation(Ledger):
+    """A wish to cancel a job whose row its worker has locked; gone with the job's end."""
+
+    __tablename__ = "coord_cancellations"
+
+    job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    requested_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+
+
+class IdempotencyKey(Ledger):
+    """A key that a client has sent with a request, and the job it was for."""
+
+    __tablename__ = "coord_idempotency_keys"
+    __table_args__ = (Index("coord_idempotency_keys_expiry", "expires_at"),)
+
+    scope: Mapped[str] = mapped_column(Text, primary_key=True)
+    """A digest of who sent it, and by which route."""
+    key: Mapped[str] = mapped_column(Text, primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(Text)
+    """A digest of what was asked for."""
+    job_id: Mapped[UUID | None]
+    expires_at: Mapped[datetime] = mapped_column(_Time)
+
+
+Ledger.registry.configure()  # or the first snapshot would come before SQLAlchemy has
+job_mapper: Mapper[Job] = inspect(Job)
+jobs = Job.metadata.tables[Job.__tablename__]
+"""For statements that are no business of the unit of work's."""
+is_queued = jobs.c.state == literal_column("'queued'")
+"""Written out, since a parameter would hide from PostgreSQL that a partial index will do (section 11.8)."""
+workers = Worker.metadata.tables[Worker.__tablename__]
+queues = Queue.metadata.tables[Queue.__tablename__]
+attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
+cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
+keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
+
+_UNTRANSLATED = {"schema_translate_map": None}
+"""The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
+MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
+
+
+# Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
+event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
+event.listen(workers, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
+
+
+def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
+    """In the session's transaction, on the bind that it has for jobs, and wherever it takes the application's tables.
+
+    Nothing pending is flushed. Always to be called by `session.run_sync`, as SQLAlchemy's own statements are.
+    """
+    connection = session.connection(bind_arguments={"mapper": job_mapper, "clause": statement})
+    try:
+        return connection.execute(statement, values, execution_options=_UNTRANSLATED)
+    except ProgrammingError as error:
+        if getattr(error.orig, "sqlstate", None) == "42P01":
+            error.add_note(MISSING)
+        raise
+
+
+def new_id() -> UUID:
+    """A UUID of version 7 (RFC 9562, section 6.2): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    chance = int.from_bytes(os.urandom(8)) >> 2
+    return UUID(int=milliseconds << 80 | 0x7 << 76 | (rest << 12) // 1_000_000 << 64 | 0x2 << 62 | chance)

@@ -1,0 +1,218 @@
+"""What can be done about jobs from outside: look, cancel, run again. None of it ever waits for a job that runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import bindparam, case, delete, func, inspect, select, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import IntegrityError
+
+from coord.errors import RowNotFoundError, UniqueKeyConflictError
+from coord.jobs.arguments import as_it_arrives
+from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.model import (
+    Cancellation,
+    Job,
+    JobState,
+    cancellations,
+    execute,
+    is_queued,
+    job_mapper,
+    jobs,
+    workers,
+)
+from coord.notify.changes import collect
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncSession
+    from sqlalchemy.orm import Session
+
+MOST = 1_000
+"""Jobs in one answer of `list_jobs`."""
+DEAD = 10.0
+"""Seconds since its heartbeat after which nothing is said of a worker: its jobs run elsewhere by then."""
+AGAIN = (JobState.FAILED, JobState.CANCELLED)
+
+
+class Beat(NamedTuple):
+    """What a worker's heartbeat says of one job."""
+
+    id: UUID
+    attempt: int
+    progress: Any
+    worker: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobReport:
+    """A job as it is now; whether it runs, and how far it is, as its worker's last heartbeat says (2 s)."""
+
+    id: UUID
+    task: str
+    queue: str
+    state: JobState
+    attempt: int
+    arguments: Sequence[Any]
+    unique_key: str | None
+    created_at: datetime
+    scheduled_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    error: str | None
+    """The last failure, in one line."""
+    traceback: str | None
+    result: Any
+    progress: Any
+    worker: UUID | None
+
+
+async def get_job(session: AsyncSession, job_id: UUID) -> JobReport:
+    """The job; `RowNotFoundError` if the ledger does not have it, or not any more. Joins the session's transaction."""
+    found = (await session.run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
+    if found is None:
+        raise _not_found(job_id)
+    return _report(found, [] if found.state.is_final else await heartbeats(session))
+
+
+async def list_jobs(
+    session: AsyncSession,
+    *,
+    state: JobState | str | None = None,
+    task: str | None = None,
+    before: UUID | None = None,
+    limit: int = 100,
+) -> list[JobReport]:
+    """Jobs, the newest first; `before` is the last one of the answer before. Joins the session's transaction.
+
+    `state` is that of the reports, "running" among them. Raises `ValueError` for an unknown one, or a `limit` that is
+    not 1 to 1,000.
+    """
+    if not isinstance(limit, int) or not 1 <= limit <= MOST:
+        raise ValueError(f"limit is a whole number, 1 to {MOST}, not {limit!r}")
+    wanted = None if state is None else JobState(state)
+    beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
+    statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
+    held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+    match wanted:
+        case JobState.RUNNING:
+            statement = statement.where(is_queued, held)
+        case JobState.QUEUED:
+            statement = statement.where(is_queued, ~held)
+        case JobState():  # written out, as in is_queued
+            statement = statement.where(jobs.c.state == bindparam(None, wanted, literal_execute=True))
+    if task is not None:
+        statement = statement.where(jobs.c.task == task)
+    if before is not None:
+        statement = statement.where(jobs.c.id < before)
+    found = (await session.run_sync(execute, statement)).all()
+    return [_report(row, beats) for row in found]
+
+
+async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
+    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for nobody.
+
+    `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
+    back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
+    """
+    return await session.run_sync(_cancel, job_id)
+
+
+async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
+    """Have a failed or cancelled job run again, with an attempt more; the caller commits.
+
+    Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
+    another unfinished one with its unique key, `RowNotFoundError`.
+    """
+    return await session.run_sync(_retry, job_id)
+
+
+def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
+    """Say how far the task is, in JSON: `get_job` tells it, from the next heartbeat on, as long as the job runs.
+
+    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
+    """
+    attempt = ctx.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
+    _, attempt.progress = as_it_arrives("progress", value)
+
+
+def _cancel(session: Session, job_id: UUID) -> JobState:
+    free = select(jobs.c.id).where(jobs.c.id == job_id, is_queued).with_for_update(skip_locked=True)
+    values = {"state": JobState.CANCELLED, "finished_at": func.now()}
+    end = update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)
+    ended = execute(session, end).mappings().one_or_none()
+    running = ended is None
+    if running:
+        state = execute(session, select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+        if state is None:
+            raise _not_found(job_id)
+        if state is not JobState.QUEUED:
+            return JobState(state)
+        # Until its worker has ended it.
+        execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
+    collect(session, (job_mapper, (job_id,)), None if ended is None else Job(**ended))
+    collect(session, (inspect(Cancellation), None))
+    return JobState.RUNNING if running else JobState.CANCELLED
+
+
+def _retry(session: Session, job_id: UUID) -> Job:
+    found = execute(session, select(jobs).where(jobs.c.id == job_id)).one_or_none()
+    if found is None:
+        raise _not_found(job_id)
+    # Looked for first: an update would wait for a job that runs just now, this one or one with its key.
+    conflict = UniqueKeyConflictError(f"another unfinished job has the unique key of {Job(**found._mapping)}")
+    same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
+    if found.state in AGAIN and found.unique_key is not None and execute(session, same_key).first() is not None:
+        raise conflict
+    used = jobs.c.attempt - jobs.c.uncounted
+    more = case((jobs.c.max_attempts <= used, used + 1), else_=jobs.c.max_attempts)
+    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "max_attempts": more, "scheduled_at": func.now()}
+    again = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(AGAIN))
+    again = again.values(
+        values | {"finished_at": None, "started_at": None, "deaths": 0, "hand_backs": 0, "unknown_seconds": 0}
+    )
+    try:
+        with session.connection().begin_nested():
+            row = execute(session, again.returning(jobs)).mappings().one_or_none()
+    except IntegrityError as error:
+        raise conflict from error
+    if row is None:
+        raise ValueError(f"Job {job_id} is {found.state}; only a failed or cancelled one can be run again")
+    execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
+    job = Job(**row)
+    collect(session, (job_mapper, (job_id,)), job)
+    return job
+
+
+def _not_found(job_id: UUID) -> RowNotFoundError:
+    return RowNotFoundError(f"Job({job_id}) not found")
+
+
+async def heartbeats(session: AsyncSession) -> list[Beat]:
+    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
+    found = (await session.run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
+    return [
+        Beat(UUID(job_id), told["attempt"], told.get("progress"), worker.id)
+        for worker in found
+        for job_id, told in worker.jobs.items()
+    ]
+
+
+def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
+    queued = row.state is JobState.QUEUED
+    beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
+    own = ("id", "task", "queue", "attempt", "arguments", "unique_key", "created_at", "scheduled_at", "started_at")
+    rest = ("finished_at", "error", "traceback", "result")
+    return JobReport(
+        **{name: getattr(row, name) for name in own + rest},
+        state=row.state if beat is None else JobState.RUNNING,
+        progress=None if beat is None else beat.progress,
+        worker=None if beat is None else beat.worker,
+    )

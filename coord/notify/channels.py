@@ -1,0 +1,73 @@
+"""How rows and tables are called on the bell."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Table, inspect
+
+from coord.database.schemas import schemas_of
+from coord.jobs.model import Cancellation
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from sqlalchemy.orm import Mapper, Session
+
+    from coord.database.schemas import Schemas
+    from coord.database.target import Key
+    from coord.notify.changes import Change
+
+MANY = 100
+"""Rows of one table in one transaction from which its table's bell is rung instead."""
+LONGEST = 200
+"""Bytes of a key's name; longer ones are hashed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Channels:
+    """Names under one namespace and database, so that what shares a Redis with others does not wake them."""
+
+    namespace: str
+    database: str
+
+    def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
+        """The bell of the table; classes that inherit share their base's, and with it the meaning of a key."""
+        return _table(self.namespace, self.database, mapper, schemas)
+
+    def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
+        parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
+        name = "/".join(parts).encode(errors="surrogatepass")
+        if len(name) > LONGEST:
+            name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
+        return self.table(mapper, schemas) + b":" + name
+
+    @property
+    def cancellations(self) -> bytes:
+        """Heard by workers: a job was cancelled, perhaps one that runs."""
+        return self.table(inspect(Cancellation), ())
+
+    def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
+        schemas = schemas_of(session)
+        crowded = _crowded(changes) if len(changes) > MANY else ()
+        return [
+            self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
+            for mapper, key in changes
+        ]
+
+
+@lru_cache(maxsize=256)
+def _table(namespace: str, database: str, mapper: Mapper[Any], schemas: Schemas) -> bytes:
+    table = mapper.base_mapper.local_table
+    schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
+    schema = dict(schemas).get(schema, schema)
+    return f"{namespace}:{database}:{schema or ''}.{name}".encode()
+
+
+def _crowded(changes: Collection[Change]) -> set[Mapper[Any]]:
+    rows = Counter(mapper for mapper, key in changes if key is not None)
+    return {mapper for mapper, count in rows.items() if count > MANY}

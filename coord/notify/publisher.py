@@ -1,0 +1,133 @@
+"""The publisher: one task that sends Redis what has gathered, in one pipeline, whenever the last one is answered."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+
+    from redis.asyncio import Redis
+
+    from coord.notify.client import Command, Commands
+
+    Batch = Mapping[Hashable, Commands]
+    """Commands by what they are about, in order; of two about the same the later ones count."""
+
+ANSWER_TIMEOUT_SECONDS = 2.0
+"""After which commands are dropped that Redis has not answered."""
+GAP_SECONDS = 0.004
+"""Between pipelines while several publish at once: most of what one costs, it costs however much is in it."""
+PAUSE_SECONDS = 0.1
+"""Until Redis is tried again; what is published meanwhile is sent then."""
+
+
+class Publisher:
+    """Sends commands to one Redis. Who publishes never waits for it, and is told nothing.
+
+    What comes while an answer is awaited goes out together, so that the more comes, the more of it is sent at once.
+    Who publishes alone is not kept waiting.
+    `on_result` is called with None when Redis has carried a pipeline out, else with what kept it from that.
+    """
+
+    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
+        self._redis = redis
+        self._on_result = on_result
+        self._pending: dict[Hashable, Commands] = {}
+        self._sent: dict[Hashable, Commands] = {}
+        """What was sent together, until all of it is answered."""
+        self._calls = 0
+        """How often `publish` was called for what is pending."""
+        self._is_proven = False
+        """Whether Redis has answered since the last failure."""
+        self._wanted = asyncio.Event()
+        self._idle = asyncio.Event()
+        """Whether all that was published is answered or dropped."""
+        self._idle.set()
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Publisher]:
+        """Publish until the block ends; what has been published by then is still sent."""
+        task = asyncio.create_task(self._run(), name="coord publisher")
+        try:
+            yield self
+            with suppress(TimeoutError):
+                async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                    await self._idle.wait()
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+    def publish(self, batch: Batch) -> None:
+        """Send the commands soon, together with whatever else there is by then."""
+        _add(self._pending, batch)
+        self._calls += 1
+        if self._pending:
+            self._idle.clear()
+            self._wanted.set()
+
+    def holds(self, key: Hashable) -> bool:
+        """Whether commands about this are still to be sent, or Redis has not answered them."""
+        return key in self._pending or key in self._sent
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await self._wanted.wait()
+            self._wanted.clear()
+            while self._pending:
+                gap, self._calls = GAP_SECONDS * (self._calls > 1), 0
+                next_at = loop.time() + gap
+                await self._send()
+                await asyncio.sleep(next_at - loop.time())
+            self._idle.set()
+
+    async def _send(self) -> None:
+        self._sent, self._pending = self._pending, {}
+        try:
+            refusal = await self._execute([command for commands in self._sent.values() for command in commands])
+        except Exception as error:  # noqa: BLE001 - these are hints, and whatever is wrong the next ones are tried
+            await self._failed(error)
+            return
+        self._is_proven, self._sent = True, {}
+        self._on_result(refusal)
+
+    async def _execute(self, commands: Commands) -> Exception | None:
+        """The first error that Redis has answered; it carries out the other commands all the same."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for command in commands:
+            pipeline.execute_command(*command)
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
+                answers = await pipeline.execute(raise_on_error=False)
+        except TimeoutError:
+            raise TimeoutError(f"Redis has not answered for {ANSWER_TIMEOUT_SECONDS:g} s") from None
+        return next((answer for answer in answers if isinstance(answer, Exception)), None)
+
+    async def _failed(self, error: Exception) -> None:
+        """A connection that was of use may have been closed for any reason: what it was sent is sent once again."""
+        if self._is_proven and isinstance(error, RedisConnectionError):
+            again, self._sent = self._sent, {}
+            _add(again, self._pending)
+            self._pending = again
+            self._is_proven = False
+            return
+        self._is_proven, self._sent, self._pending = False, {}, {}
+        self._on_result(error)
+        await asyncio.sleep(PAUSE_SECONDS)
+
+
+def notice(channel: bytes) -> Command:
+    """What tells a channel's subscribers that there is something to look at."""
+    return ("PUBLISH", channel, b"")
+
+
+def _add(batch: dict[Hashable, Commands], more: Batch) -> None:
+    """The later ones come last, or a notice would come before what it is about."""
+    for key, commands in more.items():
+        batch.pop(key, None)
+        batch[key] = commands

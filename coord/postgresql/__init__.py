@@ -1,7 +1,0 @@
-"""PostgreSQL by way of SQLAlchemy: what coord asks of both, by public names.
-
-engine.py       what is asked of an engine
-transaction.py  what a session's transaction is and holds
-schemas.py      under which schemas it works
-acquisition.py  how a lock is taken
-"""

@@ -1,0 +1,59 @@
+"""Handing jobs over: what is sent to Redis once the transaction that made, changed or ended them has committed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coord.queue.keys import QueueKeys, rank, soon_member
+from coord.queue.message import Message
+from coord.queue.scripts import NEAR_SECONDS, PUSH
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Iterable
+
+    from sqlalchemy import Row
+
+    from coord.jobs.model import Job
+    from coord.notify.client import Command, Commands
+
+
+BATCH = 100
+"""Jobs in one command."""
+
+
+def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Command | None:
+    """One command that hands jobs over, each with the seconds that remain until it is due; None for none.
+
+    What is due later than in a minute is left to the scheduler, which reads the ledger.
+    """
+    parts: list[str | int] = []
+    for job, seconds in jobs:
+        if seconds <= NEAR_SECONDS:
+            parts += [round(seconds * 1000), rank(job.priority), Message.of(job).text()]
+    return ("EVAL", PUSH, 2, keys.feed, keys.soon, *parts) if parts else None
+
+
+def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
+    """What gives new jobs, or new attempts of old ones, to the workers of their queues, and takes back what has ended.
+
+    By what each is about: one job, or the first of many.
+    """
+    commands: dict[Hashable, Commands] = {}
+    queues: dict[str, list[tuple[Job, float]]] = {}
+    for job in jobs:
+        if job.state.is_final:
+            commands[job.id] = withdrawn(QueueKeys(namespace, job.queue), job)
+        else:
+            queues.setdefault(job.queue, []).append((job, job.due_in))
+    for queue, waiting in queues.items():
+        for start in range(0, len(waiting), BATCH):
+            command = push(QueueKeys(namespace, queue), waiting[start : start + BATCH])
+            if command is not None:
+                commands[waiting[start][0].id] = (command,)
+    return commands
+
+
+def withdrawn(keys: QueueKeys, job: Job | Row[Any]) -> Commands:
+    """No worker need begin it."""
+    text = Message.of(job).text()
+    return [("ZREM", keys.feed, text), ("ZREM", keys.soon, soon_member(text, job.priority))]

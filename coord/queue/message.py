@@ -1,0 +1,103 @@
+"""A job as Redis holds it: JSON that is made from its row and from nothing else, so that two of the same are equal."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from coord.jobs.arguments import DEEPEST, depth_of, to_json
+from coord.jobs.options import LONGEST, name_of
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+    from coord.jobs.model import Job
+
+SHOWN_CHARACTERS = 80
+"""Of a message that is none, in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What a worker has to know to run one attempt of a job."""
+
+    id: UUID
+    attempt: int
+    task: str
+    args: list[Any]
+    kwargs: dict[str, Any]
+    timeout: float | None = None
+    """Seconds; None leaves it to the worker."""
+    deaths: int = 0
+    trace: dict[str, str] | None = None
+
+    @classmethod
+    def of(cls, job: Job | Row[Any]) -> Message:
+        args, kwargs = job.arguments
+        return cls(job.id, job.attempt, job.task, args, kwargs, job.timeout, job.deaths, job.trace)
+
+    @classmethod
+    def read(cls, text: bytes) -> Message:
+        """`ValueError` if it is not one: whoever can write to Redis may have written anything."""
+        try:
+            found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+            message = cls(
+                id=UUID(found["id"]),
+                attempt=found["attempt"],
+                task=found["task"],
+                args=found["arguments"][0],
+                kwargs=found["arguments"][1],
+                timeout=found.get("timeout"),
+                deaths=found.get("deaths", 0),
+                trace=found.get("trace"),
+            )
+            message._check()
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"not a job: {text[:SHOWN_CHARACTERS]!r}") from error
+        return message
+
+    def text(self) -> str:
+        fields = {"id": str(self.id), "attempt": self.attempt, "task": self.task, "arguments": [self.args, self.kwargs]}
+        rest = {"timeout": self.timeout, "deaths": self.deaths, "trace": self.trace}
+        return to_json(fields | {name: value for name, value in rest.items() if value})
+
+    @property
+    def key(self) -> tuple[UUID, int]:
+        """Which attempt of which job."""
+        return self.id, self.attempt
+
+    @property
+    def arguments(self) -> str:
+        """As the ledger has them."""
+        return to_json([self.args, self.kwargs])
+
+    def _check(self) -> None:
+        """PostgreSQL is asked only about what a job may be."""
+        trace = {} if self.trace is None else self.trace
+        sound = (
+            isinstance(self.args, list)
+            and isinstance(self.kwargs, dict)
+            and depth_of([self.args, self.kwargs]) <= DEEPEST
+            and type(self.attempt) is int
+            and 0 < self.attempt < 2**31
+            and type(self.deaths) is int
+            and (self.timeout is None or 0 < self.timeout <= LONGEST)
+            and isinstance(trace, dict)
+            and all(isinstance(part, str) for part in trace.values())
+        )
+        if not isinstance(self.task, str) or name_of(self.task) != self.task or not sound:
+            raise ValueError("not of the types, or beyond the limits, of a job")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number

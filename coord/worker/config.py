@@ -1,0 +1,88 @@
+"""What a worker was told, checked."""
+
+from __future__ import annotations
+
+import inspect
+import socket
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coord.durations import seconds
+from coord.queue.keys import QueueKeys
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from arq.worker import Function
+    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from coord.worker.address import Address
+
+    Hook = Callable[[dict[Any, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hooks:
+    """The application's own, around each job."""
+
+    on_job_start: Hook | None = None
+    on_job_end: Hook | None = None
+    after_job_end: Hook | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """Durations are in seconds."""
+
+    session_maker: async_sessionmaker[AsyncSession]
+    address: Address
+    namespace: str
+    queue: str
+    tasks: Mapping[str, Function]
+    max_jobs: int
+    max_attempts: int
+    """Of a job that says nothing else, as its function does not."""
+    job_timeout: float
+    idle_limit: float
+    grace: float
+    keep: float
+    unknown_after: float | None
+    health_check_key: str
+    hooks: Hooks = field(default_factory=Hooks)
+
+    @property
+    def keys(self) -> QueueKeys:
+        return QueueKeys(self.namespace, self.queue)
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """Of the tasks, as workers register them."""
+        return {name: str(inspect.signature(task.coroutine)) for name, task in self.tasks.items()}
+
+    def attempts_of(self, task: str) -> int:
+        """How many a job of that task has, unless it says something else."""
+        known = self.tasks.get(task)
+        return (known and known.max_tries) or self.max_attempts
+
+
+def whole(name: str, value: object, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is a whole number, {least} or more, not {value!r}")
+    return value
+
+
+def text(name: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name} is a text, not {value!r}")
+    return value
+
+
+def positive(name: str, value: object) -> float:
+    number = seconds(name, value)
+    if number == 0:
+        raise ValueError(f"{name} is more than 0 seconds")
+    return number
+
+
+def health_check_key(keys: QueueKeys) -> str:
+    return keys.health(socket.gethostname())

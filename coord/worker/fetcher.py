@@ -1,0 +1,199 @@
+"""The loop that takes jobs out of a queue's feed and starts them, as many as there are slots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Self
+
+from redis.exceptions import RedisError, ResponseError
+
+from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
+from coord.queue.message import Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from redis.asyncio import Redis
+
+    from coord.notify.outage import Outage
+    from coord.queue.keys import QueueKeys
+    from coord.worker.executor import Executor
+    from coord.worker.freshness import Freshness
+    from coord.worker.running import RunningJobs
+
+    Command = tuple[Any, ...]
+    Popped = Sequence[tuple[bytes, float]]
+
+logger = logging.getLogger("arq.coord")
+
+BLOCK_SECONDS = 0.5
+"""How long a pop waits for something to come. It is never cancelled: what it brought would be lost for seconds."""
+IDLE_SECONDS = 0.5
+"""Between two looks whether the worker may take something."""
+BACKOFF_SECONDS = (0.1, 2.0)
+"""Before the second attempt to reach Redis, and before any later one at most."""
+LATER_MILLISECONDS = 500
+"""After which a job that cannot be run here now is offered again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What has to be true for a worker to take something."""
+
+    is_paused: Callable[[], bool]
+    is_credible: Callable[[], bool]
+    """Whether others know that this worker lives: they would give away what it takes."""
+
+    def is_open(self) -> bool:
+        return self.is_credible() and not self.is_paused()
+
+
+class Fetcher:
+    """One loop, one command at a time; what it says of the last pop goes out with the next."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: QueueKeys,
+        running: RunningJobs,
+        executor: Executor,
+        freshness: Freshness,
+        gate: Gate,
+        outage: Outage,
+    ) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._running = running
+        self._executor = executor
+        self._freshness = freshness
+        self._gate = gate
+        self._outage = outage
+        self._commands: list[Command] = []
+        """What is to be said with the next pop."""
+        self._draining = False
+        self._more = True
+        """Whether the feed may have more than was popped: then nothing is waited for."""
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._run(), name="coord fetcher")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Return when the last pop has been answered, and what it brought is pushed back."""
+        self.drain()
+        assert self._task is not None
+        await asyncio.wait([self._task])
+
+    def drain(self) -> None:
+        """Take nothing any more."""
+        self._draining = True
+        self._running.changed.set()
+
+    @property
+    def is_served(self) -> bool:
+        """Whether Redis gave what was asked for at last."""
+        return not self._outage.lasts
+
+    async def _run(self) -> None:
+        pause = BACKOFF_SECONDS[0]
+        while not self._draining or self._commands:
+            try:
+                await self._turn()
+                pause = BACKOFF_SECONDS[0]
+            except (RedisError, OSError) as error:
+                self._commands, self._more = [], True  # the reconciler finds what was to be pushed back
+                self._outage.report(error)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+                pause = min(2 * pause, BACKOFF_SECONDS[1])
+            except Exception:
+                logger.exception("The fetcher has failed, and goes on")
+                self._commands = []
+                await asyncio.sleep(pause)
+
+    async def _turn(self) -> None:
+        self._running.changed.clear()
+        free = 0 if self._draining or not self._gate.is_open() else self._running.free
+        if free <= 0 and not self._commands:
+            await self._idle()
+            return
+        asked = asyncio.get_running_loop().time()
+        popped = await self._exchange(free)
+        if free <= 0:
+            return
+        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if not self._more else 0.0):
+            if popped:
+                logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
+            return
+        self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
+        for message, raw, score in await self._sound(popped):
+            self._start(message, raw, score)
+
+    async def _idle(self) -> None:
+        """Until something ends here, or for a while; by then there may be more."""
+        try:
+            async with asyncio.timeout(IDLE_SECONDS):
+                await self._running.changed.wait()
+        except TimeoutError:
+            pass
+        self._more = True
+
+    async def _exchange(self, free: int) -> Popped:
+        """Say what there is to say, and pop for so many free slots."""
+        pipe = self._redis.pipeline(transaction=False)
+        commands, self._commands = self._commands, []
+        for command in commands:
+            pipe.execute_command(*command)
+        if free > 0 and self._more:
+            pipe.zpopmin(self._keys.feed, free)
+        elif free > 0:
+            pipe.bzpopmin(self._keys.feed, BLOCK_SECONDS)
+        answers = await pipe.execute(raise_on_error=False)
+        popped = answers.pop() if free > 0 else []
+        refused = next((answer for answer in (*answers, popped) if isinstance(answer, ResponseError)), None)
+        self._outage.report(refused)
+        if isinstance(popped, Exception):
+            raise popped
+        if isinstance(popped, tuple):  # of a blocking pop: the key, the member and its score
+            popped = [popped[1:]]
+        return popped or []
+
+    async def _sound(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
+        """Those that are messages, and of the old ones those that the ledger confirms."""
+        found = []
+        for raw, score in popped:
+            try:
+                found.append((Message.read(raw), raw, score))
+            except ValueError as error:
+                logger.error("Something in the feed was dropped, it is %s", error)
+        old = [message for message, _, score in found if self._freshness.is_old(due_of(score))]
+        if not old:
+            return found
+        try:
+            stale = await self._freshness.stale(old)
+        except Exception as error:  # noqa: BLE001 - PostgreSQL is away: so is what the jobs want to do
+            logger.debug("Old messages cannot be checked: %s", error)
+            self._commands += [self._later(raw, score) for _, raw, score in found]
+            await asyncio.sleep(BACKOFF_SECONDS[0])
+            return []
+        return [entry for entry in found if entry[0].key not in stale]
+
+    def _start(self, message: Message, raw: bytes, score: float) -> None:
+        if self._draining or not self._gate.is_open():
+            self._commands.append(("ZADD", self._keys.feed, "NX", repr(score), raw))
+            return
+        there = self._running.get(message.id)
+        if there is not None and there.message.attempt >= message.attempt:
+            return  # delivered twice
+        if there is not None or (message.deaths and self._running.has_suspect) or self._running.free <= 0:
+            self._commands.append(self._later(raw, score))
+            return
+        self._commands.append(("ZADD", self._keys.taken, self._freshness.now(), taken_member(*message.key)))
+        self._executor.start(message)
+
+    def _later(self, raw: bytes, score: float) -> Command:
+        due = self._freshness.now() + LATER_MILLISECONDS
+        return ("ZADD", self._keys.soon, due, soon_prefix(rank_of(score)).encode() + raw)

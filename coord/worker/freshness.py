@@ -1,0 +1,85 @@
+"""Whether what was popped may still be begun: by the time that has passed, and of what is old by the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select, tuple_
+
+from coord.jobs.model import is_queued, jobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+    from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord.queue.message import Message
+
+LATE_SECONDS = 0.75
+"""After which a popped job is not begun: it was on nobody's list meanwhile, and is handed over to another."""
+OLD_SECONDS = 10.0
+"""After which the ledger is asked whether a message still holds."""
+TICK_SECONDS = 0.25
+
+
+class RedisClock:
+    """Redis' time, reckoned from its last answer by this process's monotonic clock."""
+
+    def __init__(self) -> None:
+        self._offset: float | None = None
+
+    def set(self, seconds: float, microseconds: float, asked: float) -> None:
+        """As TIME has answered; `asked` is when it was, on the monotonic clock."""
+        self._offset = seconds + microseconds / 1e6 - (asked + time.monotonic()) / 2
+
+    def now(self) -> int | None:
+        """Milliseconds since 1970; None before Redis has ever said."""
+        return None if self._offset is None else round((time.monotonic() + self._offset) * 1000)
+
+
+class Freshness:
+    """`engine` commits each statement; `held` are the jobs that other workers say they run."""
+
+    def __init__(
+        self, engine: AsyncEngine, clock: RedisClock, held: Callable[[], Collection[tuple[UUID, int]]]
+    ) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._held = held
+        self._ticked = self._stalled = 0.0
+        """When the loop was last seen to go on, and to go on after a stall, on its clock."""
+
+    def tick(self) -> None:
+        """To be called every `TICK_SECONDS` by the event loop."""
+        now = asyncio.get_running_loop().time()
+        if self._ticked and now - self._ticked > TICK_SECONDS + LATE_SECONDS:
+            self._stalled = now
+        self._ticked = now
+
+    def now(self) -> int:
+        """By Redis' clock, in milliseconds; before it has ever said, by this process's."""
+        found = self._clock.now()
+        return round(time.time() * 1000) if found is None else found
+
+    def is_late(self, asked: float, *, waited: float) -> bool:
+        """Of what was asked for then, and may have been waited for so long in Redis."""
+        now = asyncio.get_running_loop().time()
+        stalled = self._stalled >= asked or now - max(self._ticked, asked) > TICK_SECONDS + LATE_SECONDS
+        return stalled or now - asked > waited + LATE_SECONDS
+
+    def is_old(self, due: float) -> bool:
+        """Of a message that was due then, in milliseconds by Redis' clock."""
+        now = self._clock.now()
+        return now is None or not now - due <= OLD_SECONDS * 1000  # also of what is no number
+
+    async def stale(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
+        """Those that the ledger does not want to be run, or that another worker runs."""
+        keys = [message.key for message in messages]
+        wanted = select(jobs.c.id, jobs.c.attempt).where(is_queued, tuple_(jobs.c.id, jobs.c.attempt).in_(keys))
+        async with self._engine.connect() as connection:
+            rows: Any = (await connection.execute(wanted)).all()
+        held = set(self._held())
+        return set(keys) - ({(row.id, row.attempt) for row in rows} - held)

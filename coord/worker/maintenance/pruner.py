@@ -1,0 +1,91 @@
+"""Pruning: ended jobs and expired keys leave the ledger, in batches small enough for nobody to notice."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import delete, func, select, tuple_
+
+from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys
+from coord.worker.maintenance.loops import Loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Delete, Select
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+SOON_SECONDS = 5.0
+"""Until the next pruning, when there was more than one may delete."""
+FOLLOWER_SECONDS = 1.0
+"""Between two looks whether this worker leads."""
+BATCH = 1_000
+BATCHES = 20
+"""At once, of each table; what is left waits for the next time."""
+
+
+class Pruner(Loop):
+    """Deletes jobs that ended `keep` seconds ago, keys that have expired, and wishes to cancel what has ended.
+
+    Only while this worker leads. `engine` commits each statement.
+    """
+
+    interval = 60.0
+    limit = 60.0
+
+    def __init__(self, engine: AsyncEngine, *, keep: float, is_leader: Callable[[], bool] = lambda: True) -> None:
+        super().__init__()
+        self._engine = engine
+        self._keep = timedelta(seconds=keep)
+        self._is_leader = is_leader
+
+    async def round(self) -> float | None:
+        if not self._is_leader():
+            return FOLLOWER_SECONDS
+        return SOON_SECONDS if await self.prune() >= BATCHES * BATCH else None
+
+    async def prune(self) -> int:
+        """How many rows it has deleted."""
+        ended = _ended(datetime.now(UTC) - self._keep)
+        return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled())])
+
+    async def _delete(self, batch: Delete) -> int:
+        deleted = 0
+        for _ in range(BATCHES):
+            async with self._engine.connect() as connection:
+                gone = (await connection.execute(batch)).rowcount
+            deleted += gone
+            if gone < BATCH:
+                break
+        return deleted
+
+
+def _ended(limit: datetime) -> Delete:
+    """Ids are ordered by time, so the primary key finds the eldest. What is known of their attempts goes with them."""
+    old = select(jobs.c.id).where(jobs.c.id < _first_id_of(limit), ~is_queued, jobs.c.finished_at < limit)
+    found = _some(old.order_by(jobs.c.id)).cte("old")  # or the plan may have the limit begin anew with each row
+    history = delete(attempts).where(attempts.c.job_id.in_(select(found.c.id))).cte("history")
+    return delete(jobs).where(jobs.c.id.in_(select(found.c.id))).add_cte(history)
+
+
+def _expired() -> Delete:
+    """A key that a request takes anew at this moment is skipped, as that has locked it."""
+    old = select(keys.c.scope, keys.c.key).where(keys.c.expires_at < func.now())
+    found = _some(old.order_by(keys.c.expires_at)).cte()
+    return delete(keys).where(tuple_(keys.c.scope, keys.c.key).in_(select(found.c.scope, found.c.key)))
+
+
+def _fulfilled() -> Delete:
+    joined = cancellations.outerjoin(jobs, jobs.c.id == cancellations.c.job_id)
+    over = select(cancellations.c.job_id).select_from(joined).where(jobs.c.id.is_(None) | ~is_queued).limit(BATCH)
+    return delete(cancellations).where(cancellations.c.job_id.in_(over))
+
+
+def _some(rows: Select[Any]) -> Select[Any]:
+    return rows.limit(BATCH).with_for_update(skip_locked=True)
+
+
+def _first_id_of(moment: datetime) -> UUID:
+    return UUID(int=int(moment.timestamp() * 1000) << 80)

@@ -1,0 +1,98 @@
+"""Who is alive: told by the heartbeats this worker has itself seen move, and by no clock but its own.
+
+A worker is taken for dead when its heartbeat has stood still while it was watched. A pause in the watching, say while
+PostgreSQL was away, begins it anew: nobody is dead because the watcher could not look.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import select
+
+from coord.jobs.model import queues, workers
+from coord.notify.outage import Outage
+from coord.worker.maintenance.loops import Loop
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+logger = logging.getLogger("arq.coord")
+
+DEAD_SECONDS = 6.0
+"""Without a heartbeat: two are missing, and then some."""
+BLINK_SECONDS = 3.0
+"""Between two looks, after which nothing can be said of the time between."""
+LONG_AGO = float("-inf")
+
+
+@dataclass(slots=True)
+class Seen:
+    """A worker as it was last seen."""
+
+    beats: int
+    since: float
+    """When this heartbeat was first seen."""
+    jobs: Mapping[str, Any]
+    died: bool = False
+    """Whether its heartbeat has seen it die."""
+
+
+class WorkerRegistry(Loop):
+    """The workers of one queue, and whether the queue is paused. `engine` commits each statement."""
+
+    interval = 0.5
+
+    def __init__(self, engine: AsyncEngine, queue: str, own: UUID) -> None:
+        super().__init__()
+        self._engine = engine
+        self._queue = queue
+        self._own = own
+        self._looked = LONG_AGO
+        self._outage = Outage(
+            logger, away="PostgreSQL is away, jobs cannot be looked after", back="PostgreSQL answers again"
+        )
+        self.seen: dict[UUID, Seen] = {}
+        self.dead: dict[UUID, Seen] = {}
+        self.is_paused = False
+
+    @property
+    def held_elsewhere(self) -> set[tuple[UUID, int]]:
+        """The jobs, and their attempts, that other workers taken for living say they run."""
+        others = (seen for id_, seen in self.seen.items() if id_ != self._own and id_ not in self.dead)
+        return {key for seen in others for key in named(seen.jobs)}
+
+    async def round(self) -> None:
+        now = time.monotonic()
+        statement = select(queues.c.paused_at, workers.c.id, workers.c.beats, workers.c.jobs, workers.c.dead)
+        both = queues.outerjoin(workers, workers.c.queue == queues.c.name)
+        async with self._engine.connect() as connection:
+            rows = (await connection.execute(statement.select_from(both).where(queues.c.name == self._queue))).all()
+        self._outage.report(None)
+        self.is_paused = any(row.paused_at is not None for row in rows)
+        self._note(now, [row for row in rows if row.id is not None])
+
+    def failed(self, error: Exception) -> None:
+        self._outage.report(error)
+
+    def _note(self, now: float, rows: Sequence[Any]) -> None:
+        watched = now - self._looked <= BLINK_SECONDS
+        seen = {}
+        for row in rows:
+            last = self.seen.get(row.id)
+            still = last is not None and last.beats == row.beats and watched
+            seen[row.id] = Seen(row.beats, last.since if still and last is not None else now, row.jobs, row.dead)
+        self._looked, self.seen = now, seen
+        dead = {id_: worker for id_, worker in seen.items() if worker.died or now - worker.since > DEAD_SECONDS}
+        self.dead = {id_: worker for id_, worker in dead.items() if id_ != self._own}
+
+
+def named(jobs: Mapping[str, Any]) -> set[tuple[UUID, int]]:
+    """What a heartbeat says is run."""
+    return {(UUID(job), told["attempt"]) for job, told in jobs.items()}

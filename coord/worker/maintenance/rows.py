@@ -1,0 +1,77 @@
+"""Queued jobs as maintenance reads them: first which there are, and then their rows, little at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Integer, cast, func, select, tuple_
+
+from coord.jobs.model import is_queued, jobs
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator, Sequence
+
+    from sqlalchemy import ColumnElement, Row
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+PAGE = 1_000
+"""Jobs whose ids are read at once."""
+MAX_ROWS, MAX_BYTES = 200, 1_000_000
+"""Of what is read at once with its arguments, which are counted as they are stored."""
+
+remaining = func.extract("epoch", jobs.c.scheduled_at - func.clock_timestamp()).label("remaining")
+"""Seconds until a job is due, by PostgreSQL's clock."""
+_size = cast(func.pg_column_size(jobs.c.arguments), Integer).label("size")
+_columns = [jobs.c[name] for name in ("id", "attempt", "task", "arguments", "timeout", "deaths", "trace", "priority")]
+_order = (jobs.c.scheduled_at, jobs.c.id)
+
+
+class QueuedJobs:
+    """Of one queue. `engine` commits each statement."""
+
+    def __init__(self, engine: AsyncEngine, queue: str) -> None:
+        self._engine = engine
+        self._in_queue = is_queued & (jobs.c.queue == queue)
+
+    async def ids(
+        self, *conditions: ColumnElement[bool], limit: int = PAGE, after: Row[Any] | None = None
+    ) -> Sequence[Row[Any]]:
+        """The eldest that fulfil the conditions, with their sizes; those after one of an earlier answer."""
+        statement = select(jobs.c.id, jobs.c.scheduled_at, _size).where(self._in_queue, *conditions)
+        if after is not None:
+            statement = statement.where(tuple_(*_order) > (after.scheduled_at, after.id))
+        return await self._all(statement.order_by(*_order).limit(limit))
+
+    async def pages(self, *conditions: ColumnElement[bool]) -> AsyncIterator[Sequence[Row[Any]]]:
+        """All of them, a page at a time."""
+        after: Row[Any] | None = None
+        while page := await self.ids(*conditions, after=after):
+            yield page
+            after = page[-1]
+
+    async def rows(self, found: Sequence[Row[Any]]) -> AsyncIterator[Sequence[Row[Any]]]:
+        """What makes messages of them, and the seconds that remain."""
+        for batch in _batches(found):
+            statement = select(*_columns, remaining).where(self._in_queue, jobs.c.id.in_([row.id for row in batch]))
+            yield await self._all(statement.order_by(*_order))
+
+    async def count(self, *conditions: ColumnElement[bool]) -> int:
+        rows = await self._all(select(func.count()).select_from(jobs).where(self._in_queue, *conditions))
+        return int(rows[0][0])
+
+    async def _all(self, statement: Any) -> Sequence[Row[Any]]:
+        async with self._engine.connect() as connection:
+            return (await connection.execute(statement)).all()
+
+
+def _batches(found: Sequence[Row[Any]]) -> Iterator[list[Row[Any]]]:
+    batch: list[Row[Any]] = []
+    size = 0
+    for row in found:
+        if batch and (len(batch) >= MAX_ROWS or size + row.size > MAX_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(row)
+        size += row.size
+    if batch:
+        yield batch

@@ -1,0 +1,75 @@
+"""Jobs that come near: from the ledger to Redis a minute before their time, and there into the feed when it is come."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, literal, select
+
+from coord.jobs.model import jobs
+from coord.queue.handover import push
+from coord.queue.scripts import MOVE, NEAR_SECONDS
+from coord.worker.maintenance.loops import Loop
+from coord.worker.maintenance.rows import QueuedJobs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from redis.asyncio import Redis
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord.queue.keys import QueueKeys
+
+POLL_SECONDS = 0.5
+"""Between two looks whether something has come due; less if it is known to come before."""
+READ_SECONDS = 10.0
+"""Between two looks into the ledger."""
+OVERLAP_SECONDS = 5.0
+"""Of what is read from the ledger: a transaction may commit later than it has said now()."""
+MOVED = 500
+
+
+class Scheduler(Loop):
+    """Every worker moves what is due; the leader reads the ledger. `engine` commits each statement."""
+
+    def __init__(self, engine: AsyncEngine, redis: Redis, keys: QueueKeys, is_leader: Callable[[], bool]) -> None:
+        super().__init__()
+        self._engine = engine
+        self._queued = QueuedJobs(engine, keys.queue)
+        self._redis = redis
+        self._keys = keys
+        self._is_leader = is_leader
+        self._read_at = 0.0
+        self._until: datetime | None = None
+        """Up to which time, by PostgreSQL's clock, the ledger was read."""
+
+    def start_over(self) -> None:
+        """Redis has forgotten what it was given."""
+        self._until = None
+        self._read_at = 0.0
+        self.wake()
+
+    async def round(self) -> float:
+        if not self._is_leader():
+            self._until = None
+        elif (now := time.monotonic()) >= self._read_at:
+            await self._read()
+            self._read_at = now + READ_SECONDS
+        wait = await self._redis.execute_command("EVAL", MOVE, 2, self._keys.feed, self._keys.soon, MOVED)  # type: ignore[no-untyped-call]
+        return min(POLL_SECONDS, wait / 1000 if wait >= 0 else POLL_SECONDS)
+
+    async def _read(self) -> None:
+        """What is due until a minute from now and was not due a minute after the last look."""
+        near = func.now() + literal(timedelta(seconds=NEAR_SECONDS))
+        since: Any = func.now() if self._until is None else self._until - timedelta(seconds=OVERLAP_SECONDS)
+        async with self._engine.connect() as connection:
+            until: datetime = (await connection.execute(select(near))).scalar_one()
+        async for page in self._queued.pages(jobs.c.scheduled_at > since, jobs.c.scheduled_at <= near):
+            async for rows in self._queued.rows(page):
+                command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
+                if command is not None:
+                    await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        self._until = until

@@ -1,0 +1,108 @@
+"""How arq's own client deals with a Redis that is away, or refuses: it waits, and its worker goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from arq.worker import Worker, async_check_health
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import (
+    ExecAbortError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from coord.notify.outage import Outage
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    T = TypeVar("T")
+
+logger = logging.getLogger("arq.coord")
+
+WAITED_OUT = (RedisConnectionError, RedisTimeoutError, OSError, ResponseError)
+"""For redis-py, which asks about no more than the class."""
+_PASSING = (RedisConnectionError, RedisTimeoutError, OSError, OutOfMemoryError, ReadOnlyError, NoPermissionError)
+_PASSING_CODES = ("BUSY ", "CLUSTERDOWN ", "LOADING ", "MASTERDOWN ", "MISCONF ", "NOREPLICAS ", "TRYAGAIN ")
+PAUSE_SECONDS = (0.1, 2.0)
+"""Before the second attempt, and before any later one at most."""
+
+
+def passes(error: BaseException) -> bool:
+    """Whether Redis may well answer otherwise later."""
+    if isinstance(error, ExecAbortError):
+        return True
+    return isinstance(error, _PASSING) or (isinstance(error, ResponseError) and str(error).startswith(_PASSING_CODES))
+
+
+class Patience(Retry):
+    """Retries as long as arq's main task lives, and not at all afterwards: arq's `close` asks Redis once more.
+
+    The main task is the first one that asks. What is watched is not watched any more after a reconnect: in an outage
+    a job of arq's own may be begun twice, as it may be anyway.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type]
+        self.closing: Callable[[], Awaitable[None]] = _nothing
+        """What is still to be done if arq cannot close for want of Redis."""
+        self._main: asyncio.Task[Any] | None = None
+        self._outage = Outage(
+            logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"
+        )
+
+    def __deepcopy__(self, _memo: Any) -> Patience:
+        """redis-py gives each connection a copy."""
+        return self
+
+    def belongs_to(self, main: asyncio.Task[Any] | None) -> None:
+        self._main = main
+
+    async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
+        """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
+        pause = PAUSE_SECONDS[0]
+        while True:
+            try:
+                answer = await do()
+            except WAITED_OUT as error:
+                if not passes(error) or self._is_over():
+                    await self._gave_up()
+                    await fail(error)  # type: ignore[arg-type]
+                    raise
+                self._outage.report(error)
+            else:
+                self._outage.report(None)
+                return answer
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, PAUSE_SECONDS[1])
+
+    async def _gave_up(self) -> None:
+        """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
+        if _is(asyncio.current_task(), Worker.close):
+            await self.closing()
+            raise SystemExit(0)
+
+    def _is_over(self) -> bool:
+        task = asyncio.current_task()
+        if self._main is None or self._main.get_loop() is not asyncio.get_running_loop():
+            self._main = task
+        return (self._main is not None and self._main.done()) or _is(task, async_check_health)
+
+
+async def _nothing() -> None:
+    """Nothing has been started."""
+
+
+def _is(task: asyncio.Task[Any] | None, function: Callable[..., Any]) -> bool:
+    """Whether the task is a call of that function of arq's: `--check` makes its client by a worker's settings."""
+    return task is not None and getattr(task.get_coro(), "__qualname__", "") == function.__qualname__
