@@ -32,9 +32,8 @@ test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; 
 
 coverage: $(READY) ## the suite, then how much of each package it ran and which lines not; TESTS="tests/test_locks.py" picks
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile -m "not alone" $(TESTS)
-	@$(BIN)/coverage combine --quiet
-	@$(BIN)/python -m tests.coverage
+	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile -m "not alone" $(TESTS); status=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/python -m tests.coverage && exit $$status
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
 	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
