@@ -42,7 +42,7 @@ PRIVATE_NAMES = {
 """Names of other libraries that they do not document, each used in one function; also on docs/architecture.md."""
 LOOK_PUBLIC = {"dispatch", "await_only", "await_fallback", "greenlet_spawn", "connection_class"}
 ASYNCPG_INSIDES = {"protocol", "connresource", "transaction", "prepared_stmt", "cursor", "connection", "pool"}
-FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace"}
+FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace", "_exit"}
 """Documented in spite of their underscore."""
 
 
