@@ -7,11 +7,11 @@ import logging
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func
+from sqlalchemy import func, inspect
 
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
-from coord.jobs.model import job_mapper, jobs, new_id
+from coord.jobs.model import Cancellation, job_mapper, jobs, new_id
 from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher, Gate
@@ -131,7 +131,7 @@ class Lifecycle:
         stack.push_async_callback(_resign, leader)
         for loop in loops:
             await stack.enter_async_context(loop)
-        coordinator.listen(coordinator.channels.cancellations, canceller)
+        coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         self._queued = QueuedJobs(engine, config.queue)
         await stack.enter_async_context(fetcher)
 
