@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
 from typing import Any
 
 from coord import worker_settings
@@ -9,6 +11,9 @@ from worker.database import MAX_JOBS, close_database, open_database, session_mak
 from worker.environment import redis_url
 from worker.fulfilment import fulfil_order
 from worker.startup import held_log
+
+if importlib.util.find_spec("uvloop") is not None:  # arq takes its event loop from the policy
+    asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
 
 log = held_log("arq.worker", "arq.connections")
 

@@ -1,21 +1,17 @@
-"""The worker: arq's own, on a Redis client that picks jobs up promptly, with a ledger to answer to.
+"""The worker: it takes jobs of the ledger out of a feed and runs them, inside arq's process, beside arq's own jobs.
 
 settings.py     worker_settings, what `arq module.Settings` runs
-shift.py        what is open while a worker runs
-redis.py        Redis as arq sees it
-pickup.py       claiming jobs, and saying how claims ended
-claims.py       what this worker has claimed
-messages.py     jobs as arq reads them
-scripts.py      the scripts that move arq's keys
-link.py         the connection they go by
+config.py       what it was told, checked
+lifecycle.py    what is open while a worker runs, and how it stops
+fetcher.py      the loop that takes jobs and starts them
+freshness.py    whether what was taken may still be begun
+executor.py     one attempt, from its start to any of its ends
+running.py      the jobs that run, and how many more may
+finalizer.py    those ends, as the ledger is told
+failure.py      what is kept of an error
+hooks.py        the application's own, around jobs
 address.py      where Redis is
-running.py      one attempt, from its start to any of its ends
-hooks.py        the application's own, around it
-endings.py      those ends, as the ledger is told
-keeper.py       the heartbeat, in a thread of its own
-census.py       who else lives
-reconciler.py   what Redis has lost
-rescue.py       what dead workers leave
-pruning.py      what the ledger forgets
-shutdown.py     SIGTERM
+patience.py     how arq's own client outlives an absence of Redis
+stopping.py     signals
+maintenance/    what it does beside its jobs
 """

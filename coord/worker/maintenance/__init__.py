@@ -9,5 +9,6 @@ reconciler.py  what Redis has lost
 scheduler.py   what comes near
 canceller.py   what is not wanted any more
 pruner.py      what the ledger forgets
+rows.py        queued jobs, as they read them
 loops.py       the shape that they share
 """
