@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from uuid import UUID
 
+    from redis.asyncio import Redis
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from coord.worker.config import WorkerConfig
 
 logger = logging.getLogger("arq.coord")
 
+AWAY, BACK = "Redis does not serve this worker, jobs wait", "Redis serves this worker again"
 CANCELLED_SECONDS = 5.0
 """For cancelled tasks to roll back, and for their jobs to be handed back."""
 ABANDONED_SECONDS = 1.0
@@ -89,15 +93,9 @@ class Lifecycle:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config, worker, keys = self._config, new_id(), self._config.keys
-        outage = Outage(
-            logger, away="Redis does not serve this worker, jobs wait", back="Redis serves this worker again"
-        )
-        maintenance = another(engine_of(config.session_maker))
-        stack.push_async_callback(maintenance.dispose)
+        outage = Outage(logger, away=AWAY, back=BACK)
+        maintenance, redis, feed = self._connections(stack)
         engine = maintenance.execution_options(isolation_level="AUTOCOMMIT")
-        redis, feed = config.address.client(), config.address.client()
-        for client in (redis, feed):
-            stack.push_async_callback(client.aclose)
         coordinator = Coordinator(config.session_maker, redis=redis, namespace=config.namespace)
         coordinator.outage = outage
         await stack.enter_async_context(coordinator)
@@ -134,6 +132,15 @@ class Lifecycle:
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         self._queued = QueuedJobs(engine, config.queue)
         await stack.enter_async_context(fetcher)
+
+    def _connections(self, stack: AsyncExitStack) -> tuple[AsyncEngine, Redis, Redis]:
+        """For maintenance in PostgreSQL, for that in Redis, and for the pops that block; closed with the stack."""
+        maintenance = another(engine_of(self._config.session_maker))
+        stack.push_async_callback(maintenance.dispose)
+        redis, feed = self._config.address.client(), self._config.address.client()
+        for client in (redis, feed):
+            stack.push_async_callback(client.aclose)
+        return maintenance, redis, feed
 
     async def _ended(self, limit: float, *, hurry: bool) -> None:
         """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
