@@ -51,7 +51,7 @@ class Worker:
     """Its heartbeat in the ledger: when, and what it names."""
 
 
-WORKERS = st.integers(0, 2)
+WORKERS = st.integers(0, 1)
 
 
 class QueueModel(RuleBasedStateMachine):
@@ -65,7 +65,7 @@ class QueueModel(RuleBasedStateMachine):
         self.jobs = 0
         self.feed: set[Key] = set()
         self.taken: dict[Key, float] = {}
-        self.workers = [Worker() for _ in range(3)]
+        self.workers = [Worker() for _ in range(2)]
         self.missing: dict[Key, float] = {}
         self.look: list[set[Key]] = []
 
@@ -84,6 +84,12 @@ class QueueModel(RuleBasedStateMachine):
             key = min(self.feed)
             self.feed.remove(key)
             worker.popped.append((key, self.now))
+
+    @rule(number=WORKERS)
+    def take_and_start(self, number: int) -> None:
+        """As it mostly goes."""
+        for step in (self.pop, self.read, self.say_what_was_taken):
+            step(number)
 
     @rule(number=WORKERS)
     def read(self, number: int) -> None:
@@ -167,16 +173,24 @@ class QueueModel(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([0.1, 0.5, 1.0, 2.5]))
     def wait(self, seconds: float) -> None:
-        """While a worker's heartbeat has signs of life, it names in time what runs."""
+        """While a worker's heartbeat has signs of life, it names in time what runs; and somebody reconciles."""
         until = self.now + seconds
         while self.now < until:
             self.now = round(self.now + 0.1, 3)
+            if not self.look:
+                self.look_in_one_go()
             for worker in self.workers:
                 named = frozenset() if worker.row is None else worker.row[1]
                 late = any(self.now - since >= NAMED - 0.1 for key, since in worker.running.items() if key not in named)
                 due = worker.row is None or self.now - worker.row[0] >= BEAT_SECONDS
                 if worker.lives and not worker.frozen and (late or due):
                     worker.row = (self.now, frozenset(worker.running))
+
+    def look_in_one_go(self) -> None:
+        self.look_at_the_ledger()
+        self.look_at_the_feed()
+        self.look_at_what_was_taken()
+        self.look_at_the_heartbeats()
 
     @precondition(lambda self: not self.look)
     @rule()
@@ -219,13 +233,9 @@ class QueueModel(RuleBasedStateMachine):
         for worker in self.workers:
             worker.blocked = worker.frozen = False
         for _ in range(40 + 4 * self.jobs):
-            for step in (self.rescue, self.look_at_the_ledger, self.look_at_the_feed):
-                if step == self.look_at_the_ledger:
-                    self.look = []
-                step()
-            self.look_at_what_was_taken()
-            self.look_at_the_heartbeats()
-            for number in range(3):
+            self.rescue()
+            self.look_in_one_go()
+            for number in range(2):
                 self.restart(number)
                 self.pop(number)
                 self.read(number)
@@ -237,5 +247,5 @@ class QueueModel(RuleBasedStateMachine):
 
 TestQueueModel = QueueModel.TestCase
 TestQueueModel.settings = settings(
-    max_examples=300, stateful_step_count=60, deadline=None, suppress_health_check=[*HealthCheck]
+    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck]
 )

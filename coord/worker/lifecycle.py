@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, inspect
+from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
@@ -65,6 +66,7 @@ class Lifecycle:
 
     async def start(self) -> None:
         """Return when jobs are taken; what has been opened is closed if that fails."""
+        _warn_of_small_pool(engine_of(self._config.session_maker).pool, self._config.max_jobs)
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -163,6 +165,16 @@ class Lifecycle:
             if not found and not len(self.running):
                 return
             await asyncio.sleep(BURST_SECONDS)
+
+
+def _warn_of_small_pool(pool: Any, max_jobs: int) -> None:
+    if isinstance(pool, QueuePool) and 0 < pool.size() < max_jobs:
+        logger.warning(
+            "The engine's pool keeps %d connections for %d jobs at a time, which will wait for them: pool_size=%d",
+            pool.size(),
+            max_jobs,
+            max_jobs,
+        )
 
 
 async def _resign(leader: Leader) -> None:

@@ -8,6 +8,7 @@ and last jobs are the last that it says.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import mmap
 import os
@@ -236,7 +237,8 @@ async def _beat(told: dict[str, Any], board: Board) -> None:
     beats = Beats(board, told, _engine(told), redis_of(told["redis"]), lambda line: print(line, flush=True))
     await beats.run(lambda: os.getppid() != told["pid"] or "eof" in told)
     if os.getppid() != told["pid"]:
-        await beats.last()
+        with contextlib.suppress(Exception):  # PostgreSQL may be gone as well: others find out by themselves
+            await beats.last()
 
 
 def _listen(told: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ RECENT_SECONDS = (1.0, 12.0)
 """Since jobs became due among which those without a coordinator are looked for; before that they are under way."""
 COUNT_SECONDS = 5.0
 """Between two comparisons of the numbers."""
-REST = 200
+REST = 100
 """Jobs of all the others that one look compares."""
 
 
