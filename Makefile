@@ -7,7 +7,7 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast test-matrix chaos bench-waiting bench-roundtrip bench-scaling check format pin clean
+.PHONY: help venv demo serve test test-fast test-matrix coverage chaos bench-waiting bench-roundtrip bench-scaling check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,11 @@ test-fast: $(READY) ## the suite without its slow tests
 
 test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; LEGS="oldest newest" picks, PART=core is quicker
 	@$(BIN)/python -m tests.matrix $(if $(LEGS),--only $(LEGS) --required) $(if $(PART),--part $(PART))
+
+coverage: $(READY) ## the suite, then how much of each package it ran and which lines not; TESTS="tests/test_locks.py" picks
+	@rm -rf .coverage
+	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile -m "not alone" $(TESTS); status=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/python -m tests.coverage && exit $$status
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
 	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
@@ -56,7 +61,7 @@ pin: $(BENCH) ## write what is installed to constraints.txt
 	@touch $(READY) $(BENCH)
 
 clean: ## delete the virtual environments, the caches and the data of coord dev
-	@rm -rf .venv .venv-matrix .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf .venv .venv-matrix .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes first: the one that Python 3.11 brings knows no dependency groups.

@@ -61,9 +61,13 @@ async def committed(session_maker: SessionMaker, task: Any = a_task, *args: Any,
 def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0, **changes: Any) -> dict[str, Any]:
     """What a task's ctx is when a worker has taken the job out of Redis; `changes` are what Redis says otherwise."""
     job_id = changes.pop("job_id", job.id)
+    message = replace(Message.of(job), **changes)
     attempt = Attempt(
         job_id=job_id,
-        message=replace(Message.of(job), **changes),
+        task=message.task,
+        number=message.attempt,
+        arguments=message.arguments,
+        timeout=message.timeout,
         session_maker=session_maker,
         max_attempts=10,
         worker_lock=WORKER_LOCK,

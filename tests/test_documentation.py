@@ -16,6 +16,7 @@ import re
 import signal
 import subprocess
 import sys
+import tokenize
 import warnings
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -46,6 +47,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [README, *DOCS]
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+FOR_WHO_CARRIES_ON = [CONTRIBUTING, *DECISIONS]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
 
@@ -229,7 +233,7 @@ async def test_the_project_in_the_readme_answers_with_the_workers_result(
     assert sorted(order["invoice_number"] for order in orders) == list(range(1, 21))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *FOR_WHO_CARRIES_ON], ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
         path = page.parent / target if target else page
@@ -240,10 +244,12 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 def test_the_readme_leads_to_every_page() -> None:
     linked = set(re.findall(r"\]\((docs/[^)]*)\)", README.read_text()))
-    assert linked == {f"docs/{page.name}" for page in DOCS}
+    assert linked == {f"docs/{page.name}" for page in DOCS} | {"docs/decisions/README.md"}
+    listed = set(re.findall(r"\]\((\d[^)]*)\)", (ROOT / "docs" / "decisions" / "README.md").read_text()))
+    assert listed == {page.name for page in DECISIONS} - {"README.md"}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, CONTRIBUTING], ids=lambda page: page.stem)
 def test_every_make_target_exists(page: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", page.read_text(), re.MULTILINE):
@@ -329,7 +335,48 @@ def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, ex
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
 def test_a_page_is_read_in_five_minutes(page: Path) -> None:
     prose, *_ = page.read_text().split("<!-- what follows is written by")
-    assert len(prose.splitlines()) <= 125
+    pictures = [match[0] for match in BLOCK.finditer(prose) if match[1] == "text"]
+    assert len(prose.splitlines()) - sum(len(picture.splitlines()) for picture in pictures) <= 125
+
+
+NAMED_FILE = re.compile(r"\b(?:coord|worker|api|tests|benchmarks)/[\w/]+(?:\.\w+|/)")
+
+
+@pytest.mark.parametrize("page", [CONTRIBUTING, *(page for page in DOCS if page.stem.startswith("architecture"))])
+def test_every_file_that_is_named_is_there(page: Path) -> None:
+    assert [name for name in NAMED_FILE.findall(page.read_text()) if not (ROOT / name).exists()] == []
+
+
+def test_each_flow_goes_through_ten_files_at_most() -> None:
+    pages = [page for page in DOCS if page.stem.startswith("architecture")]
+    flows = [block.text for page in pages for block in blocks(page, "text")]
+    assert len(flows) >= 4
+    for flow in flows:
+        assert 0 < len(set(NAMED_FILE.findall(flow))) <= 10
+
+
+def names_in_the_code() -> str:
+    """Names of the package and of the benchmarks, in lower case with an underscore before each of their words."""
+    paths = [path for package in ("coord", "benchmarks") for path in (ROOT / package).rglob("*.py")]
+    names = set()
+    for path in paths:
+        with path.open("rb") as source:
+            names |= {token.string for token in tokenize.tokenize(source.readline) if token.type == tokenize.NAME}
+    return " ".join("_" + re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().lstrip("_") for name in sorted(names))
+
+
+def test_every_word_of_the_glossary_is_in_the_code() -> None:
+    lines = [line for line in (ROOT / "docs" / "glossary.md").read_text().splitlines() if line.startswith("- ")]
+    words = [line.split("**")[1] for line in lines]
+    assert words == sorted(words)
+    assert all(re.fullmatch(r"- \*\*[a-z ]+\*\*: [^.]+\.", line) for line in lines), "one line, one sentence"
+    names = names_in_the_code()
+    assert [word for word in words if "_" + word.replace(" ", "_") not in names] == []
+
+
+def test_the_variables_of_the_suite_are_those_of_its_fixtures() -> None:
+    said = set(re.findall(r"COORD_TEST_[A-Z_]+", CONTRIBUTING.read_text()))
+    assert said == set(re.findall(r"COORD_TEST_[A-Z_]+", (ROOT / "tests" / "conftest.py").read_text()))
 
 
 def test_the_changelog_has_what_is_unreleased_by_kind() -> None:

@@ -289,7 +289,9 @@ GARBAGE = [
 ]
 
 
-@pytest.mark.parametrize("score", [fresh(), 0, float("inf"), float("-inf"), -5])
+@pytest.mark.parametrize(
+    "score", [fresh(), 0, float("inf"), float("-inf"), -5], ids=["fresh", "0", "inf", "-inf", "-5"]
+)
 async def test_what_is_no_message_is_dropped_with_one_line(
     office: Office, score: float, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from uuid import UUID
 
 import pytest
 
-from coord.jobs.model import new_id
 from coord.queue.keys import QueueKeys, due_of, rank, rank_of, soon_member
 from coord.queue.message import Message
 
 JOB = Message(
-    id=new_id(),
+    id=UUID("01a22890-2e16-7908-9134-dc9968b881d5"),
     attempt=3,
     task="a_task",
     args=[5, "ä\0\ud800", None, [{}]],
@@ -21,7 +21,7 @@ JOB = Message(
     deaths=2,
     trace={"traceparent": "00-1-2-03"},
 )
-BARE = Message(new_id(), 1, "a_task", [], {})
+BARE = Message(UUID("01a22890-2e16-7908-9134-dc9968b881d6"), 1, "a_task", [], {})
 
 
 def forged(**changes: Any) -> bytes:

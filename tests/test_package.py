@@ -42,7 +42,7 @@ PRIVATE_NAMES = {
 """Names of other libraries that they do not document, each used in one function; also on docs/architecture.md."""
 LOOK_PUBLIC = {"dispatch", "await_only", "await_fallback", "greenlet_spawn", "connection_class"}
 ASYNCPG_INSIDES = {"protocol", "connresource", "transaction", "prepared_stmt", "cursor", "connection", "pool"}
-FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace"}
+FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace", "_exit"}
 """Documented in spite of their underscore."""
 
 
@@ -157,6 +157,24 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
     layer = path.relative_to(ROOT).parts[0]
     above = LAYERS[LAYERS.index(layer) + 1 :]
     assert not imported(path) & {*above, "demo", "benchmarks", "tests"}
+
+
+PARTS = [
+    *("errors", "durations", "retryable", "cancellation", "database", "session", "locks", "notify", "jobs", "queue"),
+    *("waiting", "coordinator", "worker", "http", "dev", "cli"),
+]
+"""Of coord, bottom first: each imports only what comes before it, for type checking too."""
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "coord"], ids=name_of)
+def test_packages_import_in_one_order_without_circles(path: Path) -> None:
+    part = path.relative_to(ROOT / "coord").parts[0].removesuffix(".py")
+    if part == "__init__":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "coord":
+            names = [alias.name for alias in node.names] if node.module == "coord" else [node.module.split(".")[1]]
+            assert all(PARTS.index(name) <= PARTS.index(part) for name in names), f"line {node.lineno}"
 
 
 @pytest.mark.parametrize("modules", [["coord"], ["worker.settings"], ["api"]], ids=" ".join)

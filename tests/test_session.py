@@ -19,12 +19,12 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response  # noqa: TC002 - FastAPI reads the annotation
 
-from coord import create_db_context, create_db_dependency, get_transaction
+from coord import advisory_lock, create_db_context, create_db_dependency, get_transaction, lock_tables
 from tests.models import Item, User
 from tests.serving import eventually, served
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from asyncpg import Connection
 
@@ -348,6 +348,56 @@ async def test_a_maker_may_be_bound_after_the_dependency_is_made(
     async with asynccontextmanager(get_db)() as session:
         session.add(User(id=2))
     assert await observer.fetchval("SELECT count(*) FROM users") == 2
+
+
+async def add_in_a_transaction(session: AsyncSession) -> None:
+    async with get_transaction(session):
+        session.add(User(id=1))
+
+
+async def add_under_a_lock(session: AsyncSession) -> None:
+    async with lock_tables(session, [Item]):
+        session.add(User(id=1))
+
+
+async def add_under_an_advisory_lock(session: AsyncSession) -> None:
+    async with advisory_lock(session, "a name"):
+        session.add(User(id=1))
+
+
+@pytest.mark.parametrize("block", [add_in_a_transaction, add_under_a_lock, add_under_an_advisory_lock])
+@pytest.mark.parametrize("first", ["nothing", "a read", "a pending row"])
+@pytest.mark.parametrize("where", ["request", "context"])
+async def test_nothing_of_what_fails_stays_whatever_came_first(
+    session_maker: async_sessionmaker[AsyncSession],
+    observer: Connection,
+    block: Callable[[AsyncSession], Awaitable[None]],
+    first: str,
+    where: str,
+) -> None:
+    async def work(session: AsyncSession) -> None:
+        if first == "a read":
+            await session.get(User, 100)
+        if first == "a pending row":
+            session.add(Item(id=100))
+        await block(session)
+        raise HTTPException(409)
+
+    if where == "context":
+        with pytest.raises(HTTPException):
+            async with create_db_context(session_maker)() as session:
+                await work(session)
+    else:
+        app = FastAPI()
+
+        @app.post("/")
+        async def route(session: AsyncSession = Depends(create_db_dependency(session_maker))) -> None:  # noqa: B008
+            await work(session)
+
+        async with served(app) as client:
+            assert (await client.post("/")).status_code == 409
+    assert await observer.fetchval("SELECT count(*) FROM users") == 0
+    assert await observer.fetchval("SELECT count(*) FROM items") == 0
 
 
 async def test_a_middleware_that_tries_again_gets_a_session_for_each_try(

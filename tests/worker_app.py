@@ -25,7 +25,7 @@ session_maker = async_sessionmaker(engine, expire_on_commit=False)
 
 def note(ctx: dict[str, Any], what: str) -> None:
     """One write, so that lines of several processes do not mix."""
-    attempt = ctx[ATTEMPT].message.attempt if ATTEMPT in ctx else 0
+    attempt = ctx[ATTEMPT].number if ATTEMPT in ctx else 0
     file = os.open(NOTES / "notes", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         os.write(file, f"{ctx['job_id']} {attempt} {os.getpid()} {what}\n".encode())
@@ -40,7 +40,7 @@ async def allowed(name: str) -> None:
 
 async def effect(session: Any, ctx: dict[str, Any]) -> None:
     statement = text("INSERT INTO effects (job, attempt, pid) VALUES (:job, :attempt, :pid)")
-    attempt = ctx[ATTEMPT].message.attempt
+    attempt = ctx[ATTEMPT].number
     await session.execute(statement, {"job": ctx["job_id"], "attempt": attempt, "pid": os.getpid()})
 
 

@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 Schemas = tuple[tuple[str | None, str | None], ...]
 
 _SCHEMAS = "coord.schemas"
-"""In a session's `info`: those of its last transaction, by engine."""
+"""In a session's `info`: those of its last transaction, by engine, if that had any."""
 
 
 @event.listens_for(Session, "after_begin")
 def _note_schemas(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    session.info.setdefault(_SCHEMAS, {})[connection.engine] = _schemas(connection.get_execution_options())
+    known = session.info.get(_SCHEMAS, {})
+    known.pop(connection.engine, None)
+    if schemas := _schemas(connection.get_execution_options()):
+        session.info[_SCHEMAS] = {**known, connection.engine: schemas}
 
 
 def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from coord.queue.message import Message
-
 ATTEMPT = "coord.attempt"
 """Where it is in arq's `ctx` and in its session's `info`."""
 
@@ -20,7 +18,12 @@ ATTEMPT = "coord.attempt"
 @dataclass(slots=True, kw_only=True)
 class Attempt:
     job_id: UUID
-    message: Message
+    task: str
+    number: int
+    arguments: str
+    """As the ledger has them: the claim compares them."""
+    timeout: float | None
+    """Seconds that the ledger allows; None leaves it to the worker."""
     session_maker: async_sessionmaker[AsyncSession]
     max_attempts: int
     """How many may count, if the ledger does not say."""

@@ -14,10 +14,9 @@ from coord.database.transaction import turn
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
-from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.jobs.tracing import current_trace
 from coord.notify.changes import collect
-from coord.queue.keys import DEFAULT_QUEUE
 
 if TYPE_CHECKING:
     from arq.worker import Function

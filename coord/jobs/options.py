@@ -15,6 +15,8 @@ P = ParamSpec("P")
 
 Task = Callable[Concatenate[Any, P], Awaitable[Any]]
 
+DEFAULT_QUEUE = "default"
+
 LONGEST_NAME, LONGEST_KEY = 500, 2_000
 """Bytes of a task's or queue's name, and of a unique key; PostgreSQL refuses an index entry of a third of a page."""
 MAX_ATTEMPTS = 1_000_000

@@ -150,10 +150,10 @@ def ours(attempt: Attempt) -> dict[str, Any]:
     """The parameters of `is_ours`."""
     return {
         "job": attempt.job_id,
-        "task_name": attempt.message.task,
-        "number": attempt.message.attempt,
-        "given": attempt.message.arguments,
-        "limit": attempt.message.timeout,
+        "task_name": attempt.task,
+        "number": attempt.number,
+        "given": attempt.arguments,
+        "limit": attempt.timeout,
     }
 
 
@@ -195,5 +195,5 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
     attempt.claimed = bool(claimed)
     if not claimed:
-        raise JobSuperseded(f"attempt {attempt.message.attempt} of job {attempt.job_id} is not the one to apply it")
+        raise JobSuperseded(f"attempt {attempt.number} of job {attempt.job_id} is not the one to apply it")
     collect(session.sync_session, (job_mapper, (attempt.job_id,)))

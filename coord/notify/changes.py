@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
 
     from coord.database.target import Key
-    from coord.jobs.model import Job
 
     Change = tuple[Mapper[Any], Key | None]
     """A row by its key, or with None any row of the table."""
-    Changed = Mapping[Change, Job | None]
+    Changed = Mapping[Change, Any]
     """What has changed, and if that is the row of a job to be handed to a worker, the job."""
     Tell = Callable[[Session, Changed], None]
 
@@ -96,7 +95,7 @@ class Changes:
         """SQLAlchemy says so at a savepoint's release as well."""
         if session.in_nested_transaction():
             return
-        changes: dict[Change, Job | None] = {}
+        changes: dict[Change, Any] = {}
         for collected in session.info.pop((_CHANGES, self._dialect), {}).values():
             changes |= collected
         if changes:
@@ -117,7 +116,7 @@ class Changes:
             session.info.pop((_CHANGES, self._dialect), None)
 
 
-def collect(session: Session, change: Change, job: Job | None = None) -> None:
+def collect(session: Session, change: Change, job: Any = None) -> None:
     """Have it told after the outermost commit, if this process has a `Coordinator`; else there is nobody to tell."""
     if _observed and (dialect := written_to(session, change[0])) in _observed:
         _collected(session, dialect)[change] = job
@@ -150,10 +149,10 @@ def _names(mapper: Mapper[Any]) -> frozenset[str]:
     return frozenset((*mapper.column_attrs.keys(), *late))
 
 
-def _collected(session: Session, dialect: Dialect) -> dict[Change, Job | None]:
+def _collected(session: Session, dialect: Dialect) -> dict[Change, Any]:
     """Those of the innermost savepoint, or of the transaction outside any."""
     nested = session.get_nested_transaction()
-    changes: dict[Change, Job | None] = session.info.setdefault((_CHANGES, dialect), {}).setdefault(nested, {})
+    changes: dict[Change, Any] = session.info.setdefault((_CHANGES, dialect), {}).setdefault(nested, {})
     return changes
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Table, inspect
+from sqlalchemy import Table
 
 from coord.database.schemas import schemas_of
-from coord.jobs.model import Cancellation
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -45,11 +44,6 @@ class Channels:
         if len(name) > LONGEST:
             name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
         return self.table(mapper, schemas) + b":" + name
-
-    @property
-    def cancellations(self) -> bytes:
-        """Heard by workers: a job was cancelled, perhaps one that runs."""
-        return self.table(inspect(Cancellation), ())
 
     def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
         schemas = schemas_of(session)

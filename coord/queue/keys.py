@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from coord.jobs.options import DEFAULT_QUEUE
+
 if TYPE_CHECKING:
     from uuid import UUID
 
-DEFAULT_QUEUE = "default"
 NAMESPACE = "coord"
 TOP_PRIORITY = 100
 RANK_SHIFT = 2**42

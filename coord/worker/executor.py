@@ -56,7 +56,10 @@ class Executor:
         """Begin the attempt, or have the job go back if its task is not known here or refuses the arguments."""
         attempt = Attempt(
             job_id=message.id,
-            message=message,
+            task=message.task,
+            number=message.attempt,
+            arguments=message.arguments,
+            timeout=message.timeout,
             session_maker=self._config.session_maker,
             max_attempts=self._config.attempts_of(message.task),
             worker_lock=self._worker_lock,
@@ -94,7 +97,7 @@ class Executor:
 
     async def _refuse(self, attempt: Attempt, error: Exception) -> None:
         """Another worker may run it, or this one after its deployment."""
-        what = (attempt.message.task, str(error))
+        what = (attempt.task, str(error))
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s; job %s and others like it go back and stay queued", error, attempt.job_id)
@@ -195,13 +198,13 @@ class Executor:
     async def _ended_by(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
         if not asked and not is_retryable(error):
-            logger.error("%s: %s", attempt.message.task, one_line(error), exc_info=error)
+            logger.error("%s: %s", attempt.task, one_line(error), exc_info=error)
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
         state = await self._finalizer.again(attempt, error, pause=pause, counts=counts)
         if state is JobState.QUEUED:
-            logger.info("%s is tried again: %s", attempt.message.task, one_line(error))
+            logger.info("%s is tried again: %s", attempt.task, one_line(error))
             return "retried"
         return state
 
@@ -213,7 +216,7 @@ def _as_result(attempt: Attempt, result: Any) -> Any:
     try:
         return as_it_arrives("the result", result)[1]
     except TypeError as error:
-        logger.debug("%s: %s", attempt.message.task, error)
+        logger.debug("%s: %s", attempt.task, error)
         return None
 
 

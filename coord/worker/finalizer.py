@@ -152,7 +152,7 @@ class Finalizer:
     async def _record(self, session: AsyncSession, attempt: Attempt, outcome: str, found: Mapping[str, str]) -> None:
         """An attempt that did not succeed leaves a row."""
         who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
-        which = {"job_id": attempt.job_id, "number": attempt.message.attempt, "began": attempt.began}
+        which = {"job_id": attempt.job_id, "number": attempt.number, "began": attempt.began}
         values = {**which, **who, **found, "outcome": outcome}
         await session.run_sync(execute, insert(attempts).values(values).on_conflict_do_nothing())
 

@@ -7,12 +7,12 @@ import logging
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func
+from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
-from coord.jobs.model import job_mapper, jobs, new_id
+from coord.jobs.model import Cancellation, job_mapper, jobs, new_id
 from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher, Gate
@@ -33,10 +33,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from uuid import UUID
 
+    from redis.asyncio import Redis
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
     from coord.worker.config import WorkerConfig
 
 logger = logging.getLogger("arq.coord")
 
+AWAY, BACK = "Redis does not serve this worker, jobs wait", "Redis serves this worker again"
 CANCELLED_SECONDS = 5.0
 """For cancelled tasks to roll back, and for their jobs to be handed back."""
 ABANDONED_SECONDS = 1.0
@@ -91,15 +95,9 @@ class Lifecycle:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         config, worker, keys = self._config, new_id(), self._config.keys
-        outage = Outage(
-            logger, away="Redis does not serve this worker, jobs wait", back="Redis serves this worker again"
-        )
-        maintenance = another(engine_of(config.session_maker))
-        stack.push_async_callback(maintenance.dispose)
+        outage = Outage(logger, away=AWAY, back=BACK)
+        maintenance, redis, feed = self._connections(stack)
         engine = maintenance.execution_options(isolation_level="AUTOCOMMIT")
-        redis, feed = config.address.client(), config.address.client()
-        for client in (redis, feed):
-            stack.push_async_callback(client.aclose)
         coordinator = Coordinator(config.session_maker, redis=redis, namespace=config.namespace)
         coordinator.outage = outage
         await stack.enter_async_context(coordinator)
@@ -133,9 +131,18 @@ class Lifecycle:
         stack.push_async_callback(_resign, leader)
         for loop in loops:
             await stack.enter_async_context(loop)
-        coordinator.listen(coordinator.channels.cancellations, canceller)
+        coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         self._queued = QueuedJobs(engine, config.queue)
         await stack.enter_async_context(fetcher)
+
+    def _connections(self, stack: AsyncExitStack) -> tuple[AsyncEngine, Redis, Redis]:
+        """For maintenance in PostgreSQL, for that in Redis, and for the pops that block; closed with the stack."""
+        maintenance = another(engine_of(self._config.session_maker))
+        stack.push_async_callback(maintenance.dispose)
+        redis, feed = self._config.address.client(), self._config.address.client()
+        for client in (redis, feed):
+            stack.push_async_callback(client.aclose)
+        return maintenance, redis, feed
 
     async def _ended(self, limit: float, *, hurry: bool) -> None:
         """Return when no job runs any more, or the time is up, or somebody is in a hurry."""

@@ -11,7 +11,8 @@ from arq.worker import Worker, func
 
 from coord.database.engine import engine_of
 from coord.durations import seconds
-from coord.queue.keys import DEFAULT_QUEUE, NAMESPACE, QueueKeys
+from coord.jobs.options import DEFAULT_QUEUE
+from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
 from coord.worker.config import Hooks, WorkerConfig, health_check_key, positive, text, whole
 from coord.worker.hooks import guarded
