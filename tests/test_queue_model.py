@@ -7,8 +7,10 @@ names what runs, and how long the reconciler finds a job nowhere before it hands
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -56,6 +58,8 @@ WORKERS = st.integers(0, 1)
 
 class QueueModel(RuleBasedStateMachine):
     """The reconciler looks in four steps, between which anything else may happen."""
+
+    stale, missing_for = STALE, MISSING_SECONDS
 
     @initialize()
     def start(self) -> None:
@@ -109,7 +113,7 @@ class QueueModel(RuleBasedStateMachine):
         worker = self.workers[number]
         if worker.lives and not worker.blocked and not worker.frozen:
             for key, popped_at in worker.popped:
-                if self.now - popped_at <= STALE and key not in worker.running:
+                if self.now - popped_at <= self.stale and key not in worker.running:
                     worker.running[key] = self.now
                     worker.unsaid.add(key)
             worker.popped = []
@@ -126,7 +130,7 @@ class QueueModel(RuleBasedStateMachine):
         """As a worker does that stops, or whose queue is paused."""
         worker = self.workers[number]
         if worker.lives and not worker.blocked and not worker.frozen and worker.popped:
-            self.feed |= {key for key, popped_at in worker.popped if self.now - popped_at <= STALE}
+            self.feed |= {key for key, popped_at in worker.popped if self.now - popped_at <= self.stale}
             worker.popped = []
 
     @rule(number=WORKERS)
@@ -227,7 +231,7 @@ class QueueModel(RuleBasedStateMachine):
         self.look = []
         self.missing = {key: self.missing.get(key, self.now) for key in absent}
         for key, since in list(self.missing.items()):
-            if self.now - since >= MISSING_SECONDS:
+            if self.now - since >= self.missing_for:
                 self.feed.add(key)
                 del self.missing[key]
 
@@ -255,6 +259,25 @@ class QueueModel(RuleBasedStateMachine):
                 self.finish(number, again=False)
             self.wait(0.5)
         assert not self.ledger, "lost"
+
+
+@pytest.mark.parametrize(
+    ("bound", "value", "blocked", "seconds"),
+    [("missing_for", 0.4, False, 0.5), ("stale", 60.0, True, 2.5), ("stale", 60.0, False, 2.5)],
+)
+def test_without_either_bound_a_job_would_run_twice(bound: str, value: float, blocked: bool, seconds: float) -> None:
+    """The model sees what the bounds are for."""
+    for is_kept in (True, False):
+        model = QueueModel()
+        model.start()
+        if not is_kept:
+            setattr(model, bound, value)
+        model.enqueue(handed_over=True)
+        model.pop_and_be_held_up(0, blocked=blocked, seconds=seconds)
+        model.take_and_start(1)
+        model.go_on(0)
+        with nullcontext() if is_kept else pytest.raises(AssertionError):
+            model.nothing_runs_twice_on_workers_taken_for_living()
 
 
 TestQueueModel = QueueModel.TestCase

@@ -235,7 +235,7 @@ def main(file: int) -> None:
 
 async def _beat(told: dict[str, Any], board: Board) -> None:
     beats = Beats(board, told, _engine(told), redis_of(told["redis"]), lambda line: print(line, flush=True))
-    await beats.run(lambda: os.getppid() != told["pid"] or "eof" in told)
+    await beats.run(lambda: os.getppid() != told["pid"] or "end" in told)
     if os.getppid() != told["pid"]:
         with contextlib.suppress(Exception):  # PostgreSQL may be gone as well: others find out by themselves
             await beats.last()
@@ -244,9 +244,7 @@ async def _beat(told: dict[str, Any], board: Board) -> None:
 def _listen(told: dict[str, Any]) -> None:
     for line in sys.stdin.buffer:
         told |= json.loads(line)
-        if "end" in told:
-            os._exit(0)
-    told["eof"] = True
+    told["end"] = True
 
 
 def _engine(told: dict[str, Any]) -> Any:
