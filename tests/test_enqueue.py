@@ -10,6 +10,7 @@ from collections import OrderedDict, namedtuple
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from enum import StrEnum
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -76,7 +77,7 @@ async def test_a_job_exists_once_its_transaction_has_committed(
     assert row["id"] == job.id
     assert (row["task"], row["queue"], row["state"], row["attempt"]) == ("a_task", "default", "queued", 1)
     assert json.loads(row["arguments"]) == [[5], {"name": "x"}]
-    assert (row["attempts"], row["timeout"], row["unique_key"], row["finished_at"]) == (None, None, None, None)
+    assert (row["max_attempts"], row["timeout"], row["unique_key"], row["finished_at"]) == (None, None, None, None)
     assert abs(row["created_at"] - datetime.now(UTC)) < timedelta(seconds=5)
     assert row["scheduled_at"] <= datetime.now(UTC)
 
@@ -435,7 +436,7 @@ async def test_a_delay_is_seconds_from_now_or_a_time(session_maker: SessionMaker
 async def test_a_time_in_the_past_is_now(session_maker: SessionMaker, delay: Any) -> None:
     if delay == datetime.min:
         delay = datetime.min.replace(tzinfo=timezone(timedelta(hours=14)))
-    before = datetime.now(UTC)
+    before = datetime.now(UTC) - timedelta(milliseconds=1)
     job = await committed(session_maker, task_options(a_task, delay=delay))
     assert before <= job.scheduled_at <= datetime.now(UTC)
 
@@ -453,12 +454,12 @@ async def test_a_time_in_the_past_is_now(session_maker: SessionMaker, delay: Any
         {"delay": timedelta.max},
         {"delay": datetime.max.replace(tzinfo=UTC)},
         {"delay": datetime.max.replace(tzinfo=timezone(timedelta(hours=-14)))},
-        {"attempts": 0},
-        {"attempts": -1},
-        {"attempts": True},
-        {"attempts": 2.0},
-        {"attempts": 10**9},
-        {"attempts": 10**30},
+        {"max_attempts": 0},
+        {"max_attempts": -1},
+        {"max_attempts": True},
+        {"max_attempts": 2.0},
+        {"max_attempts": 10**9},
+        {"max_attempts": 10**30},
         {"timeout": 0},
         {"timeout": -1},
         {"timeout": math.nan},
@@ -488,7 +489,7 @@ async def test_options_that_make_no_sense_are_a_value_error_at_once(options: dic
         {"delay": True},
         {"timeout": "5s"},
         {"timeout": False},
-        {"attempts": "3"},
+        {"max_attempts": "3"},
         {"queue": 5},
         {"unique_key": 5},
         {"unique_key": b"k"},
@@ -505,7 +506,9 @@ async def test_options_reach_the_ledger(session_maker: SessionMaker, observer: C
         a_task, unique_key="k", queue="slow & rare", max_attempts=3, timeout=timedelta(minutes=2), delay=60
     )
     job = await committed(session_maker, options)
-    row = await observer.fetchrow("SELECT queue, attempts, timeout, unique_key FROM coord_jobs WHERE id = $1", job.id)
+    row = await observer.fetchrow(
+        "SELECT queue, max_attempts, timeout, unique_key FROM coord_jobs WHERE id = $1", job.id
+    )
     assert tuple(row) == ("slow & rare", 3, 120.0, "k")
 
 
@@ -585,10 +588,28 @@ ODD = [
     {},
     {"": {"\0": [None]}},
     {"b": 1, "a": 2},
-    OrderedDict(b=1, a=2),
-    Colour.RED,
     nested(90),
 ]
+
+
+@pytest.mark.parametrize(
+    "argument", [OrderedDict(b=1, a=2), Colour.RED, [Colour.RED], {"a": Colour.RED}, HTTPStatus.OK]
+)
+async def test_what_would_arrive_as_another_type_is_refused_before_any_sql(
+    session_maker: SessionMaker, observer: Connection, argument: Any
+) -> None:
+    """However equal it may be to what it would arrive as."""
+    async with session_maker() as session:
+        with pytest.raises(TypeError, match="would arrive as"):
+            await enqueue(session, a_task, argument)
+        assert not session.in_transaction()
+
+
+async def test_arguments_above_a_mebibyte_are_refused_before_any_sql(session_maker: SessionMaker) -> None:
+    async with session_maker() as session:
+        with pytest.raises(TypeError, match="at most 1048576 bytes"):
+            await enqueue(session, a_task, "x" * (1 << 20))
+        await enqueue(session, a_task, "x" * ((1 << 20) - 100))
 
 
 @pytest.mark.parametrize("argument", ODD, ids=lambda value: repr(value)[:20])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 
 from sqlalchemy import JSON, DateTime, Interval, Text, bindparam, cast, func, select
@@ -38,6 +38,8 @@ _given = (
 )
 # The text itself, which was made to see that it can be: the claim compares it.
 _text = cast(bindparam("text", type_=Text), JSON)
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+"""What is due before is due now; the driver does not know every time that Python does."""
 _now = func.statement_timestamp()
 """By PostgreSQL's clock, whatever this process's says."""
 _moment = func.greatest(func.coalesce(bindparam("moment", type_=DateTime(timezone=True)), _now), _now)
@@ -111,7 +113,7 @@ def _new(options: TaskOptions[Any]) -> dict[str, Any]:
 
 def _due(options: TaskOptions[Any]) -> dict[str, Any]:
     if isinstance(options.delay, datetime):
-        return {"moment": options.delay, "delay": timedelta()}
+        return {"moment": max(options.delay, _LONG_AGO), "delay": timedelta()}
     return {"moment": None, "delay": timedelta(seconds=options.delay or 0)}
 
 
