@@ -19,7 +19,7 @@ from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, t
 from coord.http import Idempotency, idempotency, problem_handlers
 from coord.http.idempotency import IdempotencyError, _sent
 from coord.jobs.ledger import keys
-from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
+from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job, user  # noqa: F401
 from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
@@ -255,7 +255,7 @@ async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -
     """Also those of one router that was included twice, and of two methods."""
     app = FastAPI(exception_handlers=problem_handlers())
     get_db = create_db_dependency(session_maker)
-    dependency = idempotency(required=True)
+    dependency = idempotency(caller=user, required=True)
     router = APIRouter()
 
     @router.api_route("/things/{number}", methods=["POST", "PUT"])
@@ -280,7 +280,7 @@ async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -
 async def test_a_request_that_needs_no_job_has_its_key_checked(session_maker: SessionMaker) -> None:
     app = FastAPI(exception_handlers=problem_handlers())
     get_db = create_db_dependency(session_maker)
-    dependency = idempotency()
+    dependency = idempotency(caller=user)
 
     @app.post("/things/{number}")
     async def act(
@@ -301,7 +301,7 @@ async def test_a_key_whose_job_could_not_be_enqueued_was_not_used(
 ) -> None:
     """Although the handler returns a 4xx, which commits, as does what else it has written."""
     app = FastAPI(exception_handlers=problem_handlers())
-    get_db, dependency = create_db_dependency(session_maker), idempotency()
+    get_db, dependency = create_db_dependency(session_maker), idempotency(caller=user)
     task, arguments = task_options(a_task, unique_key="u"), [object() if why is TypeError else 2, 2, 2]
 
     @app.post("/things")

@@ -18,7 +18,7 @@ from coord.jobs.ledger import JobState  # noqa: TC001
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-SHORTEST_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 _bearer = HTTPBearer(auto_error=False)
 
 
@@ -56,8 +56,8 @@ def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
 
     Raises `ValueError` for a token of less than 16 characters.
     """
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters")
+    if token is not None and len(token) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"a token has at least {MIN_TOKEN_LENGTH} characters")
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
         offered = b"" if given is None else given.credentials.encode("latin-1")  # the bytes that were sent

@@ -1,38 +1,88 @@
-"""When the server is told to stop: it waits for its streams, so they must hear of it before it says so itself."""
+"""SIGTERM and SIGINT: a server waits for its open requests before it says that it stops, so these look for themselves.
+
+Nothing has to be set up, and a mounted application, whose lifespan no server runs, learns of the signal as well.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    Stopped = asyncio.Future[None]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class _StopSignals:
+    """Handles the signals while anybody observes them, beside whoever else does."""
+
+    def __init__(self) -> None:
+        self._observers: set[Stopped] = set()
+        self._received = False
+        self._handlers: dict[int, Any] = {}
+        """Those that were there before."""
+
+    def add(self, observer: Stopped) -> None:
+        if not self._observers:
+            self._received = False
+            self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            handle = self._handler(self._handlers)
+            for number in SIGNALS:
+                signal.signal(number, handle)
+            self._installed = handle
+        self._observers.add(observer)
+        if self._received:
+            observer.set_result(None)
+
+    def discard(self, observer: Stopped) -> None:
+        self._observers.discard(observer)
+        if not self._observers:
+            for number, handler in self._handlers.items():
+                if signal.getsignal(number) is self._installed:  # else somebody else has set another meanwhile
+                    signal.signal(number, handler)
+
+    def _handler(self, before: dict[int, Any]) -> Any:
+        def handle(number: int, frame: Any) -> None:
+            self._received = True
+            for observer in [*self._observers]:
+                observer.get_loop().call_soon_threadsafe(_resolve, observer)
+            handler = before[number]
+            if callable(handler):
+                handler(number, frame)
+            elif handler is signal.SIG_DFL:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+
+        return handle
+
+
+_signals = _StopSignals()
+"""A process has one handler a signal."""
 
 
 @contextmanager
-def signalled(tell: Callable[[], object]) -> Iterator[None]:
-    """Be told of SIGTERM and SIGINT, beside whoever handles them."""
+def stop_observed() -> Iterator[Stopped]:
+    """A future that is done once the process was told to stop while any such block was open.
+
+    Signals reach the main thread alone: for an event loop in another one it is never done.
+    """
+    stopped = asyncio.get_running_loop().create_future()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stopped
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def handle(number: int, frame: Any) -> None:
-        tell()
-        handler = before[signal.Signals(number)]
-        if callable(handler):
-            handler(number, frame)
-        elif handler is signal.SIG_DFL:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    for number in before:
-        signal.signal(number, handle)
+    _signals.add(stopped)
     try:
-        yield
+        yield stopped
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, handler)
+        _signals.discard(stopped)
+
+
+def _resolve(stopped: Stopped) -> None:
+    if not stopped.done():
+        stopped.set_result(None)

@@ -10,13 +10,14 @@ from sqlalchemy.dialects.postgresql import insert as insert_into
 
 from coord.cancellation import interruptible
 from coord.errors import UniqueKeyConflictError
-from coord.hints.changes import collect
+from coord.hints.changes import collect, warn_if_uncoordinated
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.feed import DEFAULT_QUEUE
 from coord.jobs.ledger import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import P, Task, TaskOptions
 from coord.jobs.trace import current_trace
 from coord.postgresql.engine import engine_of
+from coord.postgresql.transaction import expect_commit
 
 if TYPE_CHECKING:
     from arq.worker import Function
@@ -67,7 +68,9 @@ async def enqueue(session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -
     else:
         await interruptible(session.run_sync(execute, _insert, values | {"text": text}))
     job = Job(**values, arguments=arguments, state=JobState.QUEUED, attempt=1)
+    warn_if_uncoordinated()
     collect(session.sync_session, (job_mapper, (values["id"],)), job)
+    expect_commit(session.sync_session, job)
     return job
 
 

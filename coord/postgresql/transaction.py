@@ -6,6 +6,7 @@ listened to for every session from the import of this module on, so that nothing
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+logger = logging.getLogger("coord.session")
+
 _BEGUN = "coord.begun"
 """In a session's `info`: the connections of its transaction, each with what `_transaction_ids` said at its begin."""
 _FLUSHED = "coord.flushed"
 _LOCKS = "coord.locks"
+_ENQUEUED = "coord.enqueued"
+"""In a session's `info`: the jobs of a transaction that has not ended."""
 _OWNED = "coord.owned"
 
 _WRITTEN = text("""
@@ -53,6 +58,26 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.info.pop(_BEGUN, None)
         session.info.pop(_FLUSHED, None)
+        if lost := session.info.pop(_ENQUEUED, None):
+            logger.warning("The session was closed without a commit, so what it has enqueued never runs: %s", lost)
+
+
+@event.listens_for(Session, "after_commit")
+def _note_commit(session: Session) -> None:
+    """SQLAlchemy says so at a savepoint's release as well."""
+    if not session.in_nested_transaction():
+        session.info.pop(_ENQUEUED, None)
+
+
+@event.listens_for(Session, "after_soft_rollback")
+def _note_rollback(session: Session, _transaction: SessionTransaction) -> None:
+    """Somebody has decided so, or an exception has; of a savepoint too."""
+    session.info.pop(_ENQUEUED, None)
+
+
+def expect_commit(session: Session, job: object) -> None:
+    """Have it told at WARNING if the session's transaction ends without a word: neither commit nor rollback."""
+    session.info.setdefault(_ENQUEUED, []).append(job)
 
 
 def connections_in_use(session: Session) -> Mapping[Connection, int | None]:

@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from coord.errors import RowNotFoundError
+from coord.hints.changes import warn_if_uncoordinated
 from coord.jobs.ledger import JobState
 from coord.postgresql.engine import engine_of
 from coord.target import M
@@ -76,6 +77,7 @@ class Wait(Generic[M]):
 
     @classmethod
     def of(cls, session: AsyncSession, target: Target[M], schemas: Schemas) -> Wait[M]:
+        warn_if_uncoordinated()
         watcher = Watcher.of(engine_of(session))
         settings = None if isinstance(session.bind, AsyncConnection) else watcher.settings_of(session)
         return cls(session, target, schemas, settings, watcher)
