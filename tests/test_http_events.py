@@ -176,6 +176,53 @@ async def test_a_stream_that_would_be_one_wait_too_many_is_refused_before_it_beg
         assert await states(stream, 1) == [("1", "pending")]
 
 
+@pytest.mark.parametrize("duration", [0.3, 1])
+async def test_a_stream_ends_after_its_time_and_is_resumed_without_a_gap(
+    session_maker: SessionMaker, duration: float
+) -> None:
+    order_id, seen = await placed(session_maker), ["0"]
+    streams = EventStreams(session_maker, duration=duration)
+    async with served(counter(session_maker, streams=streams)) as http:
+        for _ in range(3):
+            async with following(http, order_id, seen[-1]) as stream:
+                while (event := await stream.event(within=duration + 3)) is not None:
+                    seen.append(event.id)
+            await changed(session_maker, order_id)
+    assert seen == ["0", "1", "2", "3"]
+
+
+def test_a_stream_lasts_a_minute_unless_told(session_maker: SessionMaker) -> None:
+    assert EventStreams(session_maker)._duration == 60
+    with pytest.raises(ValueError, match="duration"):
+        EventStreams(session_maker, duration=-1)
+
+
+async def test_a_finished_stream_is_204_to_who_has_its_last_event(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    """After which a browser asks no more."""
+    order_id = await placed(session_maker)
+    await changed(session_maker, order_id, OrderStatus.REJECTED)
+    async with following(http, order_id, "1") as stream:
+        assert await states(stream, 2) == [("2", "rejected")]
+    async with following(http, order_id, "2") as stream:
+        assert (stream.status, stream.headers.get("content-length", "0")) == (204, "0")
+
+
+@pytest.mark.parametrize("state", [JobState.DONE, JobState.FAILED, JobState.CANCELLED])
+async def test_a_finished_jobs_stream_is_204_to_who_has_its_last_event(
+    http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState
+) -> None:
+    job = await committed(session_maker, a_task)
+    await end(session_maker, job, state)
+    for last in ("", "1-queued", "1-running"):
+        async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events", {"Last-Event-ID": last}) as stream:
+            assert (await stream.begun()).status == 200
+            assert await job_states(stream, 2) == [(f"1-{state}", state)]
+    answer = await http.get(f"/jobs/{job.id}/events", headers={"Last-Event-ID": f"1-{state}"})
+    assert (answer.status_code, answer.content) == (204, b"")
+
+
 async def test_a_job_is_told_until_it_has_ended(
     http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
