@@ -104,17 +104,14 @@ async def test_one_that_comes_when_the_job_has_ended_otherwise_is_told_so_and_ha
 async def test_fifty_at_the_same_instant_have_one_job_and_equal_answers(
     http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
 ) -> None:
-    """All are let go at once, when they wait for the table of keys."""
+    """All are let go at once, when the first waits for the table of keys."""
     order_id = await placed(session_maker)
     transaction = observer.transaction()
     await transaction.start()
     await observer.execute("LOCK TABLE coord_idempotency_keys IN ACCESS EXCLUSIVE MODE")
     asking = [asyncio.create_task(fulfil(http, order_id)) for _ in range(50)]
 
-    async def pool_is_full() -> bool:
-        return await waiting_for_locks(observer) == 20
-
-    await eventually(pool_is_full, within=20)
+    await eventually(lambda: waiting_for_locks(observer), within=20)
     await transaction.rollback()
     await do(session_maker, await the_job(session_maker))
     answers = await asyncio.gather(*asking)
@@ -400,8 +397,9 @@ async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
             await two.flush()
         second = asyncio.create_task(by_hand().enqueue(two, a_task))
         if has_locks:
-            await eventually(lambda: waiting_for_locks(observer, "pg_advisory"))
+            await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
         else:
+            assert not (await asyncio.wait({second}, timeout=0.3))[0]
             await eventually(lambda: asyncio.sleep(0, not two.in_transaction()))
         await (one.commit() if commits else one.rollback())
         found = await second
@@ -418,7 +416,7 @@ async def test_two_who_wait_for_each_others_key_and_row_are_a_deadlock_that_post
         two.add(Stock(sku="tea", quantity=1))
         await two.flush()
         second = asyncio.create_task(by_hand().enqueue(two, a_task))
-        await eventually(lambda: waiting_for_locks(observer, "pg_advisory"))
+        await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
         first = asyncio.create_task(one.execute(insert(Stock).values(sku="tea", quantity=2)))
         results = await asyncio.gather(first, second, return_exceptions=True)
         assert [isinstance(result, DBAPIError) for result in results].count(True) == 1

@@ -1,4 +1,4 @@
-"""A server that stops is not kept waiting: at a signal waits are answered and streams end, which also end by themselves."""
+"""A server that stops: at a signal waits are answered and streams end, and without one streams end by themselves."""
 
 from __future__ import annotations
 

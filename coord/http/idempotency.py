@@ -7,16 +7,17 @@ import hashlib
 import json
 import random
 import re
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, overload
+from weakref import WeakValueDictionary
 
 from fastapi import Header, Request
-from sqlalchemy import BigInteger, func, literal, select, update
+from sqlalchemy import func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from starlette.exceptions import HTTPException
 
-from coord.cancellation import settled
+from coord.cancellation import interruptible, settled
 from coord.durations import seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY
 from coord.jobs.enqueueing import enqueue
@@ -24,7 +25,7 @@ from coord.jobs.ledger import Job, execute, job_mapper, jobs, keys
 from coord.postgresql.transaction import end_transaction, has_written, holds_lock, is_explicit
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from sqlalchemy import CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -64,9 +65,8 @@ class Idempotency:
         self._expires = expires
         self._row = {"scope": scope, "key": key, "fingerprint": fingerprint}
         self._is_mine = (keys.c.scope == scope) & (keys.c.key == key)
-        number = int.from_bytes(bytes.fromhex(_digest(scope, key or ""))[:8], signed=True)
-        self._lock = literal(number, BigInteger)
-        """The advisory lock of whoever's transaction makes the key's job."""
+        self._number = int.from_bytes(bytes.fromhex(_digest(scope, key or ""))[:8], signed=True)
+        """Of the advisory lock of whoever's transaction makes the key's job."""
 
     async def check(self, session: AsyncSession) -> None:
         """For a request that is answered without a job: raises what `enqueue` would, and keeps nothing."""
@@ -89,17 +89,27 @@ class Idempotency:
         """
         if self.key is None:
             return await enqueue(session, task, *args, **kwargs)
-        pause = MIN_POLL_SECONDS
-        while (known := await self._known(session)) is None:  # read first: who joins writes nothing
-            connection = await session.connection(bind_arguments={"mapper": job_mapper, "clause": update(keys)})
-            async with settled(connection.begin_nested()):  # or a 4xx for what enqueue raises would commit a key alone
-                if await self._taken(session):
-                    job = await enqueue(session, task, *args, **kwargs)
-                    await _run(session, update(keys).where(self._is_mine).values(job_id=job.id))
+        mutex = _mutexes.setdefault((asyncio.get_running_loop(), self._number), asyncio.Lock())
+        queues = not mutex.locked() or await interruptible(_released(session))
+        async with mutex if queues else nullcontext():
+            pause = MIN_POLL_SECONDS
+            while (known := await self._known(session)) is None:  # read first: who joins writes nothing
+                if (job := await self._first(session, enqueue(session, task, *args, **kwargs))) is not None:
                     return job
-            await self._wait(session, pause)
-            pause = min(2 * pause, MAX_POLL_SECONDS)
-        return known
+                await self._wait(session, pause)
+                pause = min(2 * pause, MAX_POLL_SECONDS)
+            return known
+
+    async def _first(self, session: AsyncSession, enqueuing: Coroutine[Any, Any, Job]) -> Job | None:
+        """The job, with the key, in a savepoint: or a 4xx for what enqueue raises would commit a key alone."""
+        with closing(enqueuing):
+            connection = await session.connection(bind_arguments={"mapper": job_mapper, "clause": update(keys)})
+            async with settled(connection.begin_nested()):
+                if not await self._taken(session):
+                    return None
+                job = await enqueuing
+                await _run(session, update(keys).where(self._is_mine).values(job_id=job.id))
+                return job
 
     async def _known(self, session: AsyncSession) -> Job | None:
         """The job of a request that was the same, if there was one."""
@@ -121,7 +131,7 @@ class Idempotency:
     async def _taken(self, session: AsyncSession) -> bool:
         """Take the key, unless another transaction is about to, or somebody has it who has not had it too long."""
         row = [literal(value, keys.c[name].type) for name, value in self._row.items()]
-        free = select(*row, func.now() + self._expires).where(func.pg_try_advisory_xact_lock(self._lock))
+        free = select(*row, func.now() + self._expires).where(func.pg_try_advisory_xact_lock(self._number))
         new = insert(keys).from_select([*self._row, "expires_at"], free)
         renewed = {name: new.excluded[name] for name in ("fingerprint", "expires_at")} | {"job_id": None}
         taken = new.on_conflict_do_update(
@@ -131,15 +141,27 @@ class Idempotency:
 
     async def _wait(self, session: AsyncSession, pause: float) -> None:
         """For the transaction that has the key: inside PostgreSQL, which sees deadlocks, if this one has locks too."""
-        if is_explicit(session) or holds_lock(session) or await has_written(session):
-            await _run(session, select(func.pg_advisory_xact_lock(self._lock)))
-        else:
-            await end_transaction(session)
+        if await interruptible(_released(session)):
             await asyncio.sleep(random.uniform(pause / 2, pause))
+        else:
+            await _run(session, select(func.pg_advisory_xact_lock(self._number)))
+
+
+_mutexes: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, int], asyncio.Lock] = WeakValueDictionary()
+"""Of those with one key in this process one asks PostgreSQL whether its turn has come, and the others wait for that."""
+
+
+async def _released(session: AsyncSession) -> bool:
+    """End the transaction, unless it has written or is somebody's block; whether there is none now."""
+    if session.in_transaction():
+        if is_explicit(session) or holds_lock(session) or await has_written(session):
+            return False
+        await end_transaction(session)
+    return True
 
 
 async def _run(session: AsyncSession, statement: Executable) -> CursorResult[Any]:
-    return await session.run_sync(execute, statement)
+    return await interruptible(session.run_sync(execute, statement))
 
 
 def idempotency(
