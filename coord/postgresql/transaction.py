@@ -69,8 +69,8 @@ def _note_commit(session: Session) -> None:
         session.info.pop(_ENQUEUED, None)
 
 
-@event.listens_for(Session, "after_soft_rollback")
-def _note_rollback(session: Session, _transaction: SessionTransaction) -> None:
+@event.listens_for(Session, "after_rollback")
+def _note_rollback(session: Session) -> None:
     """Somebody has decided so, or an exception has; of a savepoint too."""
     session.info.pop(_ENQUEUED, None)
 
