@@ -63,7 +63,7 @@ async def test_the_routes_of_the_security_page_need_their_token(namespace: Names
 
 
 def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
-    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", (DOCS / "http.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", (DOCS / "problems.md").read_text(), re.MULTILINE)
     listed = {(name, int(status)) for names, status in rows for name in re.findall(r"`(.*?)`", names)}
     assert listed == {(kind.name, kind.status) for kind in KINDS}
 
@@ -76,6 +76,8 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
         ("http", "bare token of up to 255 characters", MAX_KEY_LENGTH, 255),
         ("http", "expire after a day", EXPIRY_SECONDS, 86_400),
         ("http", "One more than 1,000 in a process", events.MAX_STREAMS, 1_000),
+        ("http", "by itself after 60 s", events.MAX_DURATION_SECONDS, 60),
+        ("security", "| an event stream | 60 s |", events.MAX_DURATION_SECONDS, 60),
         ("security", "| 1,000,000 bytes, announced or counted | 413 |", limits.MAX_BODY_BYTES, 1_000_000),
         ("security", "| 16,384 bytes | 431 |", limits.MAX_HEAD_BYTES, 16_384),
         (

@@ -59,7 +59,12 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
         session.info.pop(_BEGUN, None)
         session.info.pop(_FLUSHED, None)
         if lost := session.info.pop(_ENQUEUED, None):
-            logger.warning("The session was closed without a commit, so what it has enqueued never runs: %s", lost)
+            logger.warning(
+                "A session was closed without a commit, so the jobs that it has enqueued never run: %d, of which the "
+                "first is %s",
+                len(lost),
+                lost[0],
+            )
 
 
 @event.listens_for(Session, "after_commit")
