@@ -12,11 +12,11 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 import coord.http.events
-import coord.http.running
+import coord.http.jobs
 import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
-from coord.http.running import RunningJobs
+from coord.http.jobs import RunningJobs
 from coord.jobs.ledger import Worker, new_id
 from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
 from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
@@ -228,7 +228,7 @@ async def test_a_job_is_told_until_it_has_ended(
 ) -> None:
     """That it runs is nothing that the ledger says, but the heartbeat of its worker."""
     monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.1)
-    monkeypatch.setattr(coord.http.running, "MAX_AGE_SECONDS", 0.05)
+    monkeypatch.setattr(coord.http.jobs, "MAX_AGE_SECONDS", 0.05)
     job = await committed(session_maker, a_task)
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()

@@ -13,8 +13,7 @@ from coord.cancellation import uninterrupted
 from coord.durations import seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.disconnect import ended
-from coord.http.jobs import JobStatus
-from coord.http.running import HEARTBEAT_INTERVAL_SECONDS, RunningJobs
+from coord.http.jobs import HEARTBEAT_INTERVAL_SECONDS, JobStatus, RunningJobs
 from coord.http.stopping import stop_observed
 from coord.jobs.ledger import Job
 from coord.postgresql.engine import engine_of, prepare

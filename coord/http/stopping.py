@@ -9,6 +9,7 @@ import asyncio
 import signal
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,17 +26,15 @@ class _StopSignals:
     def __init__(self) -> None:
         self._observers: set[Stopped] = set()
         self._received = False
-        self._handlers: dict[int, Any] = {}
-        """Those that were there before."""
+        self._installed: Any = None
+        self._before: dict[int, Any] = {}
 
     def add(self, observer: Stopped) -> None:
         if not self._observers:
-            self._received = False
-            self._handlers = {number: signal.getsignal(number) for number in SIGNALS}
-            handle = self._handler(self._handlers)
+            self._received, self._before = False, {number: signal.getsignal(number) for number in SIGNALS}
+            self._installed = partial(self._handle, self._before)
             for number in SIGNALS:
-                signal.signal(number, handle)
-            self._installed = handle
+                signal.signal(number, self._installed)
         self._observers.add(observer)
         if self._received:
             observer.set_result(None)
@@ -43,23 +42,19 @@ class _StopSignals:
     def discard(self, observer: Stopped) -> None:
         self._observers.discard(observer)
         if not self._observers:
-            for number, handler in self._handlers.items():
+            for number, handler in self._before.items():
                 if signal.getsignal(number) is self._installed:  # else somebody else has set another meanwhile
                     signal.signal(number, handler)
 
-    def _handler(self, before: dict[int, Any]) -> Any:
-        def handle(number: int, frame: Any) -> None:
-            self._received = True
-            for observer in [*self._observers]:
-                observer.get_loop().call_soon_threadsafe(_resolve, observer)
-            handler = before[number]
-            if callable(handler):
-                handler(number, frame)
-            elif handler is signal.SIG_DFL:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-
-        return handle
+    def _handle(self, before: dict[int, Any], number: int, frame: Any) -> None:
+        self._received = True
+        for observer in [*self._observers]:
+            observer.get_loop().call_soon_threadsafe(_resolve, observer)
+        if callable(handler := before[number]):
+            handler(number, frame)
+        elif handler is signal.SIG_DFL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
 
 _signals = _StopSignals()
