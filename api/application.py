@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from api import events, health, jobs, orders, stock
+from api import events, health, orders, stock
 from api.sessions import get_db
 from api.startup import lifespan
-from coord.http import HeadRequests, RequestLimits, job_routes, problem_handlers, problems
+from coord.http import HeadRequests, RequestLimits, job_routes, job_status_routes, problem_handlers, problems
 from worker.environment import admin_token, is_development
 
 app = FastAPI(
@@ -19,7 +19,8 @@ app = FastAPI(
 )
 app.add_middleware(HeadRequests)
 app.add_middleware(RequestLimits)
-for module in (orders, jobs, events, stock, health):
+app.include_router(job_status_routes(get_db))
+for module in (orders, events, stock, health):
     app.include_router(module.router)
 if (token := admin_token()) is not None or is_development():
     app.include_router(job_routes(get_db, token=token))

@@ -9,28 +9,32 @@ from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
-from api.jobs import JobAnswer
 from api.orders import OrderAnswer, known_order
 from api.sessions import Session  # noqa: TC001
 from coord import Job
-from coord.http import EventStreams, JobStage, problems
+from coord.http import EventStreams, JobStatus, finishes, problems
 from worker.database import session_maker
-from worker.models import Order
+from worker.models import Order, OrderStatus
 
 router = APIRouter(tags=["events"])
 streams = EventStreams(session_maker)
+declared = finishes() | problems(404, 422)
 
 
 def version(order: Order) -> str:
     return str(order.version)
 
 
-OrderStates = Annotated[AsyncIterator[Order], Depends(streams.of(known_order, id=version))]
+def is_settled(order: Order) -> bool:
+    return order.status is not OrderStatus.PENDING
 
 
-@router.get("/orders/{order_id}/events", response_class=EventSourceResponse, responses=problems(404, 422))
+OrderStates = Annotated[AsyncIterator[Order], Depends(streams.of(known_order, id=version, is_final=is_settled))]
+
+
+@router.get("/orders/{order_id}/events", response_class=EventSourceResponse, responses=declared)
 async def order_events(states: OrderStates) -> AsyncIterable[ServerSentEvent]:
-    """The order now, unless its version is `Last-Event-ID`, and its newest state after each change."""
+    """The order now, unless its version is `Last-Event-ID`, and its newest after each change, until it is settled."""
     async for order in states:
         yield ServerSentEvent(event="order", data=OrderAnswer.model_validate(order), id=version(order))
 
@@ -43,11 +47,11 @@ async def known_job(job_id: UUID, session: Session) -> Job:
     return job
 
 
-JobStages = Annotated[AsyncIterator[JobStage], Depends(streams.jobs(known_job))]
+JobStatuses = Annotated[AsyncIterator[JobStatus], Depends(streams.jobs(known_job))]
 
 
-@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=problems(404, 422))
-async def job_events(stages: JobStages) -> AsyncIterable[ServerSentEvent]:
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, responses=declared)
+async def job_events(statuses: JobStatuses) -> AsyncIterable[ServerSentEvent]:
     """The job now, and its newest state after each change, until it has ended."""
-    async for stage in stages:
-        yield ServerSentEvent(event="job", data=JobAnswer.model_validate(stage), id=stage.event_id)
+    async for status in statuses:
+        yield ServerSentEvent(event="job", data=status, id=status.event_id)

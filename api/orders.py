@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Response
+from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response
 from pydantic import BaseModel, ConfigDict
 
-from api.jobs import AcceptedJob  # noqa: TC001 - FastAPI reads the annotations
 from api.links import ACCEPTED, PLACED
-from api.sessions import Session  # noqa: TC001
+from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
 from api.stock import Quantity, Sku  # noqa: TC001
 from coord import task_options
-from coord.http import Idempotency, Poll, Reply, idempotency, poll, polls, problems, replies, reply
+from coord.http import Accepted, Idempotency, Poll, Reply, idempotency, poll, polls, problems, replies, reply
 from worker import fulfilment
 from worker.models import Order, OrderStatus
 
@@ -36,11 +35,15 @@ class OrderAnswer(BaseModel):
     invoice_number: int | None
 
 
-class Accepted(BaseModel):
+class AcceptedOrder(Accepted):
     """The job goes on: look at it later, or ask again."""
 
-    job: AcceptedJob
     order: OrderAnswer
+
+
+def everybody(_request: Request) -> str:
+    """Whose an `Idempotency-Key` is: the shop knows no users."""
+    return ""
 
 
 async def known_order(order_id: OrderId, session: Session) -> Order:
@@ -72,12 +75,12 @@ async def read_order(order: KnownOrder, session: Session, poll: Annotated[Poll, 
 @router.post(
     "/{order_id}/fulfil",
     response_model=OrderAnswer,
-    responses=replies(Accepted, links=ACCEPTED) | problems(400, 404, 409, 422, 500),
+    responses=replies(AcceptedOrder, links=ACCEPTED) | problems(400, 404, 409, 422, 500),
 )
 async def fulfil_order(
     order: KnownOrder,
     session: Session,
-    once: Annotated[Idempotency, Depends(idempotency())],
+    once: Annotated[Idempotency, Depends(idempotency(caller=everybody))],
     reply: Annotated[Reply, Depends(reply)],
 ) -> Any:
     """Take stock and assign the next invoice number; answers when that has happened, or in `Prefer: wait=N` seconds."""

@@ -6,7 +6,6 @@ import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
-from api.events import streams
 from api.health import close_probes
 from coord import Coordinator
 from worker.database import close_database, open_database, session_maker
@@ -22,7 +21,7 @@ log = held_log("uvicorn.error")
 
 
 @asynccontextmanager
-async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
     try:
         await open_database()
     except SystemExit as refusal:  # uvicorn makes its own exit of it, status 3, and would log a traceback
@@ -31,7 +30,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     log.release()
     try:
         # No row of the shop depends on who asks, so that one read serves all who wait for orders.
-        async with Coordinator(session_maker, redis=redis_url(), read_settings={}), streams.lifespan(app):
+        async with Coordinator(session_maker, redis=redis_url(), read_settings={}):
             yield
     finally:
         await close_probes()

@@ -71,6 +71,7 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     """Await `work` to its end whatever cancels the caller meanwhile, for at most `CLEANUP_LIMIT` seconds."""
     task = asyncio.create_task(_limited(work))
     task.add_done_callback(_retrieve)
+    task.add_done_callback(lambda _: work.close())  # which has not begun if the loop ends just now
     await _seen_to_end(task, None)
     return task.result()
 

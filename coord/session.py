@@ -9,7 +9,7 @@ from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the
 
 from coord.cancellation import cleaned_up, interruptible, settled
 from coord.database.engine import engine_of, prepare
-from coord.database.transaction import is_owned, own
+from coord.database.transaction import connections_in_use, is_owned, own
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
@@ -142,5 +142,8 @@ async def _committing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
         yield session
         await interruptible(session.commit())
     except BaseException:
-        await cleaned_up(session.rollback())
+        if connections_in_use(session.sync_session):
+            await cleaned_up(session.rollback())
+        else:
+            session.sync_session.rollback()
         raise

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID  # noqa: TC003
 
 import pytest
-from fastapi import Depends, FastAPI, HTTPException, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, text, update
@@ -18,7 +18,7 @@ from coord.http import (
     EventStreams,
     HeadRequests,
     Idempotency,
-    JobStage,
+    JobStatus,
     Poll,
     Reply,
     RequestLimits,
@@ -66,10 +66,14 @@ async def orders(engine: AsyncEngine, ledger: None) -> AsyncIterator[None]:
         await connection.execute(text("TRUNCATE orders, stock"))
 
 
-def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller: Any = None, **limits: Any) -> FastAPI:
+def user(request: Request) -> str:
+    return request.headers.get("x-user", "")
+
+
+def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller: Any = user, **limits: Any) -> FastAPI:
     """Orders are asked for at `/orders/{id}/fulfil`, looked at, polled and followed."""
     open_streams = streams or EventStreams(maker)
-    app = FastAPI(lifespan=open_streams.lifespan, exception_handlers=problem_handlers(), responses=problems())
+    app = FastAPI(exception_handlers=problem_handlers(), responses=problems())
     app.add_middleware(HeadRequests)
     app.add_middleware(RequestLimits, **limits)
     get_db = create_db_dependency(maker)
@@ -82,7 +86,7 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
             raise HTTPException(404, f"there is no order {order_id}")
         return order
 
-    @app.post("/orders/{order_id}/fulfil", response_model=Answer, responses=replies(Answer))
+    @app.post("/orders/{order_id}/fulfil", response_model=Answer, responses=replies())
     async def fulfil(
         asked: Asked | None = None,
         order: Order = Depends(known),
@@ -101,7 +105,7 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
     ) -> Any:
         return await poll.changed(session, order) or poll.not_modified()
 
-    states_of_order = open_streams.of(known, id=version)
+    states_of_order = open_streams.of(known, id=version, is_final=is_rejected)
 
     @app.get("/orders/{order_id}/events", response_class=EventSourceResponse)
     async def events(states: AsyncIterator[Order] = Depends(states_of_order)) -> AsyncIterable[ServerSentEvent]:
@@ -114,11 +118,15 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
     stages_of_job = open_streams.jobs(known_job)
 
     @app.get("/jobs/{job_id}/events", response_class=EventSourceResponse)
-    async def job_events(stages: AsyncIterator[JobStage] = Depends(stages_of_job)) -> AsyncIterable[ServerSentEvent]:
+    async def job_events(stages: AsyncIterator[JobStatus] = Depends(stages_of_job)) -> AsyncIterable[ServerSentEvent]:
         async for stage in stages:
             yield ServerSentEvent(data={"state": stage.state}, id=stage.event_id)
 
     return app
+
+
+def is_rejected(order: Order) -> bool:
+    return order.status is OrderStatus.REJECTED
 
 
 def version(order: Order) -> str:

@@ -17,7 +17,7 @@ import yaml
 from sqlalchemy import URL, make_url
 
 import coord.dev.command
-from coord.http.limits import WAIT
+from coord.http.limits import MAX_WAIT_SECONDS
 from coord.worker.lifecycle import CANCELLED_SECONDS as LAST
 from coord.worker.maintenance.beat import HEALTH_SECONDS as HEALTHY
 from coord.worker.settings import worker_settings
@@ -115,7 +115,7 @@ def test_a_program_waits_for_postgresql_without_which_it_would_end(service: str)
 def test_a_stop_leaves_requests_and_jobs_the_time_they_may_take() -> None:
     command = yaml.safe_load(instructions("CMD")[-1])
     uvicorns = float(command[command.index("--timeout-graceful-shutdown") + 1])
-    assert WAIT < uvicorns < seconds(SERVICES["api"]["stop_grace_period"])
+    assert MAX_WAIT_SECONDS < uvicorns < seconds(SERVICES["api"]["stop_grace_period"])
     grace = inspect.signature(worker_settings).parameters["grace"].default
     assert grace + LAST < seconds(SERVICES["worker"]["stop_grace_period"])
     assert grace + LAST < coord.dev.command.WORKER_GRACE

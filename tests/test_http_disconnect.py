@@ -148,7 +148,7 @@ async def test_nothing_watches_a_client_that_was_answered(bell: Counter, session
     async with call(str(bell.http.base_url), "POST", f"/orders/{order_id}/fulfil") as asking:
         await do(session_maker, await the_job(session_maker))
         assert (await asking.begun()).status == 200
-        await eventually(lambda: is_true("_gone" not in tasks()), within=1)
+        await eventually(lambda: is_true("_disconnected" not in tasks()), within=1)
 
 
 async def test_a_receive_that_fails_is_no_departure() -> None:
@@ -160,7 +160,7 @@ async def test_a_receive_that_fails_is_no_departure() -> None:
 
     working = asyncio.create_task(while_connected(Request({"type": "http"}, fail), answered.wait()))
     await failed.wait()
-    await eventually(lambda: is_true("_gone" not in tasks()))
+    await eventually(lambda: is_true("_disconnected" not in tasks()))
     answered.set()
     assert await working
 

@@ -11,7 +11,7 @@ import pytest
 
 from coord import create_ledger
 from coord.http import admin, events, handling, limits
-from coord.http.idempotency import DAY, LONGEST
+from coord.http.idempotency import EXPIRY_SECONDS, MAX_KEY_LENGTH
 from coord.http.problem import KINDS
 from coord.jobs.queries import MOST
 from coord.waiting.watcher import MAX_WAITERS
@@ -63,7 +63,7 @@ async def test_the_routes_of_the_security_page_need_their_token(namespace: Names
 
 
 def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
-    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", (DOCS / "http.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \| (\d+) \|", (DOCS / "problems.md").read_text(), re.MULTILINE)
     listed = {(name, int(status)) for names, status in rows for name in re.findall(r"`(.*?)`", names)}
     assert listed == {(kind.name, kind.status) for kind in KINDS}
 
@@ -71,20 +71,27 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
 @pytest.mark.parametrize(
     ("page", "says", "value", "expected"),
     [
-        ("http", "when time is up: 25 s", limits.WAIT, 25),
-        ("http", "locks and for the row: 2 s after time is up", limits.MARGIN, 2),
-        ("http", "bare token of up to 255 characters", LONGEST, 255),
-        ("http", "expire after a day", DAY, 86_400),
+        ("http", "when time is up: 25 s", limits.MAX_WAIT_SECONDS, 25),
+        ("http", "locks and for the row: 2 s after time is up", limits.MARGIN_SECONDS, 2),
+        ("http", "bare token of up to 255 characters", MAX_KEY_LENGTH, 255),
+        ("http", "expire after a day", EXPIRY_SECONDS, 86_400),
         ("http", "One more than 1,000 in a process", events.MAX_STREAMS, 1_000),
-        ("security", "| 1,000,000 bytes, announced or counted | 413 |", limits.BODY, 1_000_000),
-        ("security", "| 16,384 bytes | 431 |", limits.HEAD, 16_384),
-        ("security", "| `Prefer: wait=N` or 25 s, and 2 s; 4 s or more | 503", (limits.WAIT, limits.MARGIN), (25, 2)),
-        ("security", "faults told of one request | 20 |", handling.MOST, 20),
+        ("http", "by itself after 60 s", events.MAX_DURATION_SECONDS, 60),
+        ("security", "| an event stream | 60 s |", events.MAX_DURATION_SECONDS, 60),
+        ("security", "| 1,000,000 bytes, announced or counted | 413 |", limits.MAX_BODY_BYTES, 1_000_000),
+        ("security", "| 16,384 bytes | 431 |", limits.MAX_HEAD_BYTES, 16_384),
+        (
+            "security",
+            "| `Prefer: wait=N` or 25 s, and 2 s; 4 s or more | 503",
+            (limits.MAX_WAIT_SECONDS, limits.MARGIN_SECONDS),
+            (25, 2),
+        ),
+        ("security", "faults told of one request | 20 |", handling.MAX_ERRORS, 20),
         ("security", "event streams of a process | 1,000 |", events.MAX_STREAMS, 1_000),
         ("security", "waits of a process | 20,000 |", MAX_WAITERS, 20_000),
-        ("security", "`Idempotency-Key` | 255 characters | 400 |", LONGEST, 255),
+        ("security", "`Idempotency-Key` | 255 characters | 400 |", MAX_KEY_LENGTH, 255),
         ("security", "jobs in one list | 1,000 | 422 |", MOST, 1_000),
-        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.SHORTEST_TOKEN, 16),
+        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.MIN_TOKEN_LENGTH, 16),
     ],
 )
 def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, expected: object) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 from typing import TYPE_CHECKING
 
 import fastapi.routing
@@ -14,11 +12,11 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 import coord.http.events
-import coord.http.stages
+import coord.http.jobs
 import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
-from coord.http.stages import Stages
+from coord.http.jobs import RunningJobs
 from coord.jobs.model import Worker, new_id
 from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
 from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
@@ -81,7 +79,7 @@ async def test_a_stream_is_the_state_now_then_the_newest_after_each_change(
         await changed(session_maker, order_id)
         assert await states(stream, 1) == [("2", "fulfilled")]
         await changed(session_maker, order_id, OrderStatus.REJECTED)
-        assert await states(stream, 1) == [("3", "rejected")]
+        assert await states(stream, 2) == [("3", "rejected")]
 
 
 async def test_a_change_between_the_look_and_the_stream_is_seen(
@@ -178,48 +176,59 @@ async def test_a_stream_that_would_be_one_wait_too_many_is_refused_before_it_beg
         assert await states(stream, 1) == [("1", "pending")]
 
 
-async def test_a_stream_ends_within_a_second_when_the_server_is_told_to_stop(session_maker: SessionMaker) -> None:
-    """Told by a signal, whoever else handles it: the server itself waits for its streams."""
-    order_id, told = await placed(session_maker), asyncio.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        async with served(counter(session_maker)) as http:
-            async with following(http, order_id) as stream, following(http, order_id, "1") as silent:
-                await states(stream, 1)
-                os.kill(os.getpid(), signal.SIGTERM)
-                assert (await stream.event(within=1), await silent.event(within=1)) == (None, None)
-                assert told.is_set()
-        assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-async def test_a_handler_that_was_there_is_there_again(session_maker: SessionMaker) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    async with EventStreams(session_maker).lifespan(None):
-        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] != before
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-async def test_a_stream_that_begins_when_the_server_stops_is_the_state_now_and_no_more(
-    session_maker: SessionMaker,
+@pytest.mark.parametrize("duration", [0.3, 1])
+async def test_a_stream_ends_after_its_time_and_is_resumed_without_a_gap(
+    session_maker: SessionMaker, duration: float
 ) -> None:
-    streams = EventStreams(session_maker)
-    order_id = await placed(session_maker)
+    order_id, seen = await placed(session_maker), ["0"]
+    streams = EventStreams(session_maker, duration=duration)
     async with served(counter(session_maker, streams=streams)) as http:
-        assert (await http.get("/nowhere")).status_code == 404
-        assert streams._closing is not None
-        streams._closing.set()
-        async with following(http, order_id) as stream:
-            assert (await states(stream, 1), await stream.event()) == ([("1", "pending")], None)
+        for _ in range(3):
+            async with following(http, order_id, seen[-1]) as stream:
+                while (event := await stream.event(within=duration + 3)) is not None:
+                    seen.append(event.id)
+            await changed(session_maker, order_id)
+    assert seen == ["0", "1", "2", "3"]
+
+
+def test_a_stream_lasts_a_minute_unless_told(session_maker: SessionMaker) -> None:
+    assert EventStreams(session_maker)._duration == 60
+    with pytest.raises(ValueError, match="duration"):
+        EventStreams(session_maker, duration=-1)
+
+
+async def test_a_finished_stream_is_204_to_who_has_its_last_event(
+    http: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    """After which a browser asks no more."""
+    order_id = await placed(session_maker)
+    await changed(session_maker, order_id, OrderStatus.REJECTED)
+    async with following(http, order_id, "1") as stream:
+        assert await states(stream, 2) == [("2", "rejected")]
+    async with following(http, order_id, "2") as stream:
+        assert (stream.status, stream.headers.get("content-length", "0")) == (204, "0")
+
+
+@pytest.mark.parametrize("state", [JobState.DONE, JobState.FAILED, JobState.CANCELLED])
+async def test_a_finished_jobs_stream_is_204_to_who_has_its_last_event(
+    http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState
+) -> None:
+    job = await committed(session_maker, a_task)
+    await end(session_maker, job, state)
+    for last in ("", "1-queued", "1-running"):
+        async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events", {"Last-Event-ID": last}) as stream:
+            assert (await stream.begun()).status == 200
+            assert await job_states(stream, 2) == [(f"1-{state}", state)]
+    answer = await http.get(f"/jobs/{job.id}/events", headers={"Last-Event-ID": f"1-{state}"})
+    assert (answer.status_code, answer.content) == (204, b"")
 
 
 async def test_a_job_is_told_until_it_has_ended(
     http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it runs is nothing that the ledger says, but the heartbeat of its worker."""
-    monkeypatch.setattr(coord.http.events, "BEAT", 0.1)
-    monkeypatch.setattr(coord.http.stages, "FRESH", 0.05)
+    monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(coord.http.jobs, "MAX_AGE_SECONDS", 0.05)
     job = await committed(session_maker, a_task)
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()
@@ -241,11 +250,11 @@ async def test_a_job_that_ends_while_its_workers_are_asked_about_is_told_so(
     http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The session's own instance is brought up to date in place, whoever holds it."""
-    monkeypatch.setattr(coord.http.events, "BEAT", 0.02)
-    look, asked, let = coord.http.stages.Stages._look, asyncio.Event(), asyncio.Event()
+    monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.02)
+    look, asked, let = RunningJobs._read, asyncio.Event(), asyncio.Event()
 
-    async def slowly(stages: Stages) -> None:
-        await look(stages)
+    async def slowly(running: RunningJobs) -> None:
+        await look(running)
         if asked.is_set():
             return
         asked.set()
@@ -255,7 +264,7 @@ async def test_a_job_that_ends_while_its_workers_are_asked_about_is_told_so(
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()
         assert await job_states(stream, 1) == [("1-queued", "queued")]
-        monkeypatch.setattr(coord.http.stages.Stages, "_look", slowly)
+        monkeypatch.setattr(RunningJobs, "_read", slowly)
         await asked.wait()
         async with session_maker() as session:
             seen = asyncio.create_task(wait_for_row_change(session, Job, job.id, since={"state": "queued"}))
@@ -275,16 +284,16 @@ async def test_a_hundred_streams_of_jobs_share_one_look_at_the_workers(
     session_maker: SessionMaker, engine: AsyncEngine
 ) -> None:
     jobs = [await committed(session_maker, a_task) for _ in range(100)]
-    stages = Stages(session_maker)
+    running = RunningJobs(session_maker)
     async with statements(engine) as seen:
-        assert {stage.state for stage in await asyncio.gather(*map(stages.of, jobs))} == {"queued"}
+        assert {status.state for status in await asyncio.gather(*map(running.status_of, jobs))} == {"queued"}
     assert len([statement for statement in seen if "coord_workers" in statement]) == 1
 
 
 async def test_a_job_is_told_while_the_workers_cannot_be_asked(session_maker: SessionMaker) -> None:
     job = await committed(session_maker, a_task)
     away = create_async_engine("postgresql+asyncpg://127.0.0.1:1/nowhere")
-    assert (await Stages(async_sessionmaker(away)).of(job)).state is JobState.QUEUED
+    assert (await RunningJobs(async_sessionmaker(away)).status_of(job)).state is JobState.QUEUED
 
 
 async def test_rows_of_a_session_that_expires_them_are_streamed_too(database_url: str) -> None:

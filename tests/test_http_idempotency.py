@@ -12,14 +12,15 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import delete, update
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
+from sqlalchemy import delete, insert, inspect, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, task_options
 from coord.http import Idempotency, idempotency, problem_handlers
 from coord.http.idempotency import IdempotencyError, _sent
 from coord.jobs.model import keys
-from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
+from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job, user  # noqa: F401
 from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import asyncpg
-    from sqlalchemy.ext.asyncio import async_sessionmaker
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -104,17 +104,14 @@ async def test_one_that_comes_when_the_job_has_ended_otherwise_is_told_so_and_ha
 async def test_fifty_at_the_same_instant_have_one_job_and_equal_answers(
     http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
 ) -> None:
-    """All are let go at once, when they wait for the table of keys."""
+    """All are let go at once, when the first waits for the table of keys."""
     order_id = await placed(session_maker)
     transaction = observer.transaction()
     await transaction.start()
     await observer.execute("LOCK TABLE coord_idempotency_keys IN ACCESS EXCLUSIVE MODE")
     asking = [asyncio.create_task(fulfil(http, order_id)) for _ in range(50)]
 
-    async def pool_is_full() -> bool:
-        return await waiting_for_locks(observer) == 20
-
-    await eventually(pool_is_full, within=20)
+    await eventually(lambda: waiting_for_locks(observer), within=20)
     await transaction.rollback()
     await do(session_maker, await the_job(session_maker))
     answers = await asyncio.gather(*asking)
@@ -123,33 +120,66 @@ async def test_fifty_at_the_same_instant_have_one_job_and_equal_answers(
     assert len(await jobs_of(session_maker)) == 1
 
 
+@contextlib.asynccontextmanager
+async def first_held(observer: asyncpg.Connection, *, fails: bool) -> AsyncIterator[None]:
+    """The first to insert a job waits, in its transaction, until the block ends; and then fails, or does not."""
+    await observer.execute(
+        "CREATE SEQUENCE held; CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        " IF nextval('held') = 1 THEN PERFORM pg_advisory_xact_lock(4711);"
+        f" IF {fails} THEN RAISE 'no'; END IF; END IF; RETURN new; END $$;"
+        "CREATE TRIGGER hold BEFORE INSERT ON coord_jobs FOR EACH ROW EXECUTE FUNCTION hold()"
+    )
+    await observer.execute("SELECT pg_advisory_lock(4711)")
+    try:
+        yield
+    finally:
+        await observer.execute("SELECT pg_advisory_unlock_all()")
+        await eventually(lambda: nobody_waits_for_locks(observer))
+        await observer.execute("DROP TRIGGER hold ON coord_jobs; DROP FUNCTION hold; DROP SEQUENCE held")
+
+
+async def nobody_waits_for_locks(observer: asyncpg.Connection) -> bool:
+    return await waiting_for_locks(observer) == 0
+
+
 async def test_one_that_comes_while_the_first_is_not_committed_waits_for_that(
     http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
 ) -> None:
-    """The first is held between its key and its job; when it fails there, the second is the first."""
+    """When the first fails, the second is the first."""
     order_id = await placed(session_maker)
-    await observer.execute(
-        "CREATE SEQUENCE held; CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        " PERFORM pg_advisory_xact_lock(4711); IF nextval('held') = 1 THEN RAISE 'no'; END IF; RETURN new; END $$;"
-        "CREATE TRIGGER hold BEFORE INSERT ON coord_jobs FOR EACH ROW EXECUTE FUNCTION hold()"
-    )
-    try:
-        await observer.execute("SELECT pg_advisory_lock(4711)")
-
-        async def waiting(count: int) -> bool:
-            return await waiting_for_locks(observer, "INSERT") == count
-
+    async with first_held(observer, fails=True):
         first = asyncio.create_task(fulfil(http, order_id))
-        await eventually(lambda: waiting(1))
+        await eventually(lambda: waiting_for_locks(observer, "INSERT"))
         second = asyncio.create_task(fulfil(http, order_id))
-        await eventually(lambda: waiting(2))
-        await observer.execute("SELECT pg_advisory_unlock(4711)")
-        assert (await first).status_code == 500
+        done, _ = await asyncio.wait({first, second}, timeout=0.5)
+        assert not done
+    assert (await first).status_code == 500
+    await do(session_maker, await the_job(session_maker))
+    assert (await second).status_code == 200
+
+
+@pytest.mark.parametrize("others", [3, 24, 60])
+async def test_those_who_wait_for_the_first_of_their_key_hold_no_connection(
+    database_url: str, session_maker: SessionMaker, observer: asyncpg.Connection, others: int
+) -> None:
+    engine = create_async_engine(database_url, pool_size=4, max_overflow=0)
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+    order_id = await placed(session_maker)
+    limits = httpx.Limits(max_connections=None)
+    async with served(counter(maker), limits=limits) as http:
+        async with first_held(observer, fails=False):
+            asking = [asyncio.create_task(fulfil(http, order_id))]
+            await eventually(lambda: waiting_for_locks(observer, "INSERT"))
+            asking += [asyncio.create_task(fulfil(http, order_id)) for _ in range(others)]
+            for _ in range(10):
+                answer = await http.get(f"/orders/{order_id}")
+                assert (answer.status_code, answer.elapsed.total_seconds() < 2) == (200, True)
+            assert await waiting_for_locks(observer) == 1
+            assert not any(task.done() for task in asking)
         await do(session_maker, await the_job(session_maker))
-        assert (await second).status_code == 200
-    finally:
-        await observer.execute("SELECT pg_advisory_unlock_all()")
-        await observer.execute("DROP TRIGGER hold ON coord_jobs; DROP FUNCTION hold; DROP SEQUENCE held")
+        assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+    assert len(await jobs_of(session_maker)) == 1
+    await engine.dispose()
 
 
 async def test_without_a_key_everybody_has_a_job(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
@@ -231,31 +261,44 @@ async def test_a_key_outlives_its_job_and_says_so(http: httpx.AsyncClient, sessi
     assert problem_of(await fulfil(http, order_id)) == (422, f"{URN}idempotency-key-expired")
 
 
-async def test_keys_of_different_callers_are_apart(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+@pytest.mark.parametrize("credential", ["Authorization", "Cookie", "X-Api-Key"])
+async def test_keys_are_apart_for_each_caller_whatever_these_show_for_it(
+    http: httpx.AsyncClient, session_maker: SessionMaker, credential: str
+) -> None:
+    """Two callers may show the same credential, and one caller another at the second attempt."""
     order_id = await placed(session_maker)
-    for authorization in ("Bearer a", "Bearer b", "Bearer a"):
-        answer = await fulfil(http, order_id, Prefer="wait=0", Authorization=authorization)
+    for name, shown in (("ann", "a"), ("ann", "b"), ("bob", "a"), ("", "a"), ("bob", "")):
+        answer = await fulfil(http, order_id, Prefer="wait=0", **{"X-User": name, credential: shown})
         assert answer.status_code == 202
-    assert len(await jobs_of(session_maker)) == 2
+    assert len(await jobs_of(session_maker)) == 3
     async with session_maker() as session:
         stored = [tuple(row) for row in (await session.execute(keys.select())).all()]
-    assert "Bearer" not in str(stored)
+    assert "ann" not in str(stored)
 
 
-async def test_a_caller_is_who_the_application_says(session_maker: SessionMaker) -> None:
-    app = counter(session_maker, caller=lambda request: request.headers.get("x-user", ""))
+@pytest.mark.parametrize("headers", [{}, {"Cookie": "sid=alice"}, {"Authorization": "Bearer t1"}], ids=str)
+async def test_a_key_is_refused_where_nobody_says_whose_it_is(
+    session_maker: SessionMaker, headers: dict[str, str]
+) -> None:
     order_id = await placed(session_maker)
-    async with served(app) as client:
-        for user, authorization in (("ann", "a"), ("ann", "b"), ("bob", "a")):
-            await fulfil(client, order_id, Prefer="wait=0", Authorization=authorization, **{"X-User": user})
-    assert len(await jobs_of(session_maker)) == 2
+    async with served(counter(session_maker, caller=None)) as client:
+        refused = await fulfil(client, order_id, Prefer="wait=0", **headers)
+        assert problem_of(refused) == (400, f"{URN}idempotency-key-unscoped")
+        assert "idempotency(caller=" in refused.json()["detail"]
+        assert await jobs_of(session_maker) == []
+        assert (await fulfil(client, order_id, None, Prefer="wait=0", **headers)).status_code == 202
+
+
+def test_keys_that_are_required_need_a_caller() -> None:
+    with pytest.raises(ValueError, match="caller="):
+        idempotency(required=True)
 
 
 async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -> None:
     """Also those of one router that was included twice, and of two methods."""
     app = FastAPI(exception_handlers=problem_handlers())
     get_db = create_db_dependency(session_maker)
-    dependency = idempotency(required=True)
+    dependency = idempotency(caller=user, required=True)
     router = APIRouter()
 
     @router.api_route("/things/{number}", methods=["POST", "PUT"])
@@ -280,7 +323,7 @@ async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -
 async def test_a_request_that_needs_no_job_has_its_key_checked(session_maker: SessionMaker) -> None:
     app = FastAPI(exception_handlers=problem_handlers())
     get_db = create_db_dependency(session_maker)
-    dependency = idempotency()
+    dependency = idempotency(caller=user)
 
     @app.post("/things/{number}")
     async def act(
@@ -301,7 +344,7 @@ async def test_a_key_whose_job_could_not_be_enqueued_was_not_used(
 ) -> None:
     """Although the handler returns a 4xx, which commits, as does what else it has written."""
     app = FastAPI(exception_handlers=problem_handlers())
-    get_db, dependency = create_db_dependency(session_maker), idempotency()
+    get_db, dependency = create_db_dependency(session_maker), idempotency(caller=user)
     task, arguments = task_options(a_task, unique_key="u"), [object() if why is TypeError else 2, 2, 2]
 
     @app.post("/things")
@@ -342,16 +385,63 @@ async def test_who_waits_for_a_key_has_it_when_its_job_could_not_be_enqueued(ses
 
 
 @pytest.mark.parametrize("commits", [True, False])
+@pytest.mark.parametrize("has_locks", [True, False])
 async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
-    session_maker: SessionMaker, observer: asyncpg.Connection, commits: bool
+    session_maker: SessionMaker, observer: asyncpg.Connection, commits: bool, has_locks: bool
 ) -> None:
+    """Without a connection, or inside PostgreSQL if others may wait for what it has."""
     async with session_maker() as one, session_maker() as two:
         job = await by_hand().enqueue(one, a_task)
+        if has_locks:
+            two.add(Stock(sku="tea", quantity=1))
+            await two.flush()
         second = asyncio.create_task(by_hand().enqueue(two, a_task))
-        await eventually(lambda: waiting_for_locks(observer, "INSERT"))
+        if has_locks:
+            await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
+        else:
+            assert not (await asyncio.wait({second}, timeout=0.3))[0]
+            await eventually(lambda: asyncio.sleep(0, not two.in_transaction()))
         await (one.commit() if commits else one.rollback())
         found = await second
         assert (found.id == job.id, found.joined) == (commits, commits)
+        await two.commit()
+    assert await observer.fetchval("SELECT count(*) FROM stock") == has_locks
+
+
+async def test_two_who_wait_for_each_others_key_and_row_are_a_deadlock_that_postgresql_sees(
+    session_maker: SessionMaker, observer: asyncpg.Connection
+) -> None:
+    async with session_maker() as one, session_maker() as two:
+        await by_hand().enqueue(one, a_task)
+        two.add(Stock(sku="tea", quantity=1))
+        await two.flush()
+        second = asyncio.create_task(by_hand().enqueue(two, a_task))
+        await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
+        first = asyncio.create_task(one.execute(insert(Stock).values(sku="tea", quantity=2)))
+        results = await asyncio.gather(first, second, return_exceptions=True)
+        assert [isinstance(result, DBAPIError) for result in results].count(True) == 1
+        await one.rollback()
+        await two.rollback()
+
+
+async def test_what_is_pending_is_not_flushed(session_maker: SessionMaker) -> None:
+    async with session_maker() as session:
+        session.add(stock := Stock(sku="tea", quantity=1))
+        await by_hand().enqueue(session, a_task)
+        assert inspect(stock).pending
+        await session.commit()
+        assert inspect(stock).persistent
+
+
+async def test_keys_are_the_ledgers_whatever_the_session_translates(session_maker: SessionMaker) -> None:
+    options = {"schema_translate_map": {None: "a_tenant_without_tables"}}
+    async with session_maker() as session:
+        await session.connection(execution_options=options)
+        job = await by_hand().enqueue(session, a_task)
+        await session.commit()
+        await session.connection(execution_options=options)
+        assert (await by_hand().enqueue(session, a_task)).id == job.id
+        await by_hand().check(session)
 
 
 async def test_joining_writes_nothing(

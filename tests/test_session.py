@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -433,3 +435,44 @@ class _Retrying:
             await self._app(scope, receive, send)
         except KeyError:
             await self._app(scope, receive, send)
+
+
+ABANDONS = """
+import asyncio, os, sys
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from coord import create_db_dependency
+
+async def main(kind, steps):
+    engine = create_async_engine(os.environ["COORD_DATABASE_URL"], pool_size=1, max_overflow=0)
+    get_db = create_db_dependency(session_maker=async_sessionmaker(engine))
+    async for session in get_db():
+        if kind == "begun":
+            await session.begin()
+        if kind == "used":
+            await session.execute(text("SELECT 1"))
+        break
+    del session
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if kind == "used":
+        while engine.pool.checkedout():
+            await asyncio.sleep(0.01)
+    await engine.dispose()
+
+asyncio.run(main(sys.argv[1], int(sys.argv[2])))
+"""
+
+
+@pytest.mark.parametrize("steps", range(4))
+@pytest.mark.parametrize("kind", ["untouched", "begun", "used"])
+async def test_a_loop_over_the_dependency_may_be_left_at_any_moment_without_a_warning(
+    database_url: str, kind: str, steps: int
+) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-c", ABANDONS, kind, str(steps)),
+        env={**os.environ, "COORD_DATABASE_URL": database_url},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    said = (await process.communicate())[1].decode()
+    assert (process.returncode, said) == (0, "")

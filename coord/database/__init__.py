@@ -7,4 +7,7 @@ acquisition.py  how a lock is taken
 lock_function.py
                 by one function of the ledger's, where it is
 target.py       which row of a mapped class, and which of its columns
+lock_function.py
+                by one function of the ledger's, where it is
+target.py       which row of a mapped class, and which of its columns
 """

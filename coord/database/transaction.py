@@ -7,6 +7,7 @@ listened to for every session from the import of this module on, so that nothing
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -21,11 +22,15 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+logger = logging.getLogger("coord.session")
+
 _BEGUN = "coord.begun"
 """In a session's `info`: the connections of its transaction, each with what `_transaction_ids` said at its begin."""
 _FLUSHED = "coord.flushed"
 _turns: WeakKeyDictionary[Connection, asyncio.Lock] = WeakKeyDictionary()
 _LOCKS = "coord.locks"
+_ENQUEUED = "coord.enqueued"
+"""In a session's `info`: the jobs of a transaction that has not ended."""
 _OWNED = "coord.owned"
 
 _WRITTEN = text("""
@@ -57,6 +62,31 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
     if transaction.parent is None:
         session.info.pop(_BEGUN, None)
         session.info.pop(_FLUSHED, None)
+        if lost := session.info.pop(_ENQUEUED, None):
+            logger.warning(
+                "A session was closed without a commit, so the jobs that it has enqueued never run: %d, of which the "
+                "first is %s",
+                len(lost),
+                lost[0],
+            )
+
+
+@event.listens_for(Session, "after_commit")
+def _note_commit(session: Session) -> None:
+    """SQLAlchemy says so at a savepoint's release as well."""
+    if not session.in_nested_transaction():
+        session.info.pop(_ENQUEUED, None)
+
+
+@event.listens_for(Session, "after_rollback")
+def _note_rollback(session: Session) -> None:
+    """Somebody has decided so, or an exception has; of a savepoint too."""
+    session.info.pop(_ENQUEUED, None)
+
+
+def expect_commit(session: Session, job: object) -> None:
+    """Have it told at WARNING if the session's transaction ends without a word: neither commit nor rollback."""
+    session.info.setdefault(_ENQUEUED, []).append(job)
 
 
 def connections_in_use(session: Session) -> Mapping[Connection, int | None]:

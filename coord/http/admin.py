@@ -8,41 +8,19 @@ from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import BaseModel
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
 
 from coord.http.problem import problems
 from coord.jobs import queries
 from coord.jobs.model import JobState  # noqa: TC001
+from coord.jobs.queries import JobReport  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-SHORTEST_TOKEN = 16
+MIN_TOKEN_LENGTH = 16
 _bearer = HTTPBearer(auto_error=False)
-
-
-class JobDetails(BaseModel):
-    """A job as its administrator sees it."""
-
-    model_config = ConfigDict(from_attributes=True)
-
-    id: UUID
-    task: str
-    queue: str
-    state: JobState
-    attempt: int
-    arguments: list[Any]
-    unique_key: str | None
-    created_at: AwareDatetime
-    scheduled_at: AwareDatetime
-    started_at: AwareDatetime | None
-    finished_at: AwareDatetime | None
-    error: str | None
-    traceback: str | None
-    result: Any
-    progress: Any
-    worker: UUID | None
 
 
 class StateAnswer(BaseModel):
@@ -56,8 +34,8 @@ def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
 
     Raises `ValueError` for a token of less than 16 characters.
     """
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters")
+    if token is not None and len(token) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"a token has at least {MIN_TOKEN_LENGTH} characters")
 
     async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
         offered = b"" if given is None else given.credentials.encode("latin-1")  # the bytes that were sent
@@ -82,14 +60,13 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
         task: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
         before: UUID | None = None,
         limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
-    ) -> list[JobDetails]:
+    ) -> list[JobReport]:
         """Jobs, the newest first; `before` is the last of the page before."""
-        found = await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
-        return [JobDetails.model_validate(job) for job in found]
+        return await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
 
     @router.get("/{job_id}/details", responses=problems(401, 404, 422))
-    async def job_details(job_id: UUID, session: AsyncSession = database) -> JobDetails:
-        return JobDetails.model_validate(await queries.get_job(session, job_id))
+    async def job_details(job_id: UUID, session: AsyncSession = database) -> JobReport:
+        return await queries.get_job(session, job_id)
 
     @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
     async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:

@@ -1,4 +1,4 @@
-"""A client that leaves ends what is done for its answer alone, and nothing else."""
+"""What ends a wait before its time: the client leaves, or the server is told to stop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from starlette.requests import ClientDisconnect
 
 from coord.cancellation import uninterrupted
+from coord.http.stopping import stop_observed
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -17,24 +18,31 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, or `ClientDisconnect` once the client has gone, when the work has ended as well.
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, None once the server stops, `ClientDisconnect` once the client has left; it has ended then.
 
     Reads the rest of the request meanwhile, so it comes after the body; where a middleware hides who leaves, the work
     goes on to its own end.
     """
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_gone(request))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done() and gone.exception() is None:
-            raise ClientDisconnect
-        return await task
-    finally:
-        await uninterrupted(ended(task, gone))
+    with stop_observed() as stopped:
+        task: asyncio.Future[T] = asyncio.create_task(work)
+        left: asyncio.Future[None] = asyncio.create_task(_disconnected(request))
+        try:
+            await _first(task, left, stopped)
+            if left.done() and left.exception() is not None:  # which is no departure
+                await _first(task, stopped)
+            elif left.done() and not task.done():
+                raise ClientDisconnect
+            return task.result() if task.done() else None
+        finally:
+            await uninterrupted(ended(task, left))
 
 
-async def _gone(request: Request) -> None:
+async def _first(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

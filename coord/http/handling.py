@@ -15,8 +15,18 @@ from starlette.requests import ClientDisconnect
 
 from coord.errors import CoordError, JobCancelledError, JobFailedError
 from coord.http.methods import allowed
-from coord.http.problem import CONTENTION, DATABASE_AWAY, ERRORS, INVALID, phrase, problem, problem_of, public_reason
-from coord.retryable import STATES, is_retryable
+from coord.http.problem import (
+    CONFLICT,
+    CONTENTION,
+    DATABASE_AWAY,
+    ERRORS,
+    INVALID,
+    phrase,
+    problem,
+    problem_of,
+    public_reason,
+)
+from coord.retryable import STATES, is_retryable, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,8 +37,10 @@ logger = logging.getLogger("coord.http")
 
 CLIENT_GONE = 499
 """Nobody reads it; it is nginx's status for a client that went away, and looks right in access logs."""
-MOST = 20
-"""Faults of one request that are told."""
+MAX_ERRORS = 20
+"""Of one request, in a problem document."""
+VIOLATIONS = {"23505", "23P01"}
+"""Of a unique and of an exclusion constraint, at a statement or, where it is deferred, at the commit."""
 
 
 def problem_handlers() -> dict[Any, Callable[..., Any]]:
@@ -64,7 +76,7 @@ async def _invalid(_: Request, error: RequestValidationError) -> Response:
     """Without the refused input: not every input can be written as JSON again (NaN, half a surrogate pair)."""
     errors = [
         {"where": [str(part).encode(errors="replace").decode() for part in found["loc"]], "message": found["msg"]}
-        for found in error.errors()[:MOST]
+        for found in error.errors()[:MAX_ERRORS]
     ]
     detail = "; ".join(f"{'.'.join(found['where'])}: {found['message']}" for found in errors)
     return problem_of(INVALID, detail, errors=errors)
@@ -83,11 +95,13 @@ async def _coord(_: Request, error: Exception) -> Response:
 
 
 async def _database(_: Request, error: Exception) -> Response:
+    if sqlstate_of(error) in VIOLATIONS:
+        return problem_of(CONFLICT)
     if not _of_the_database(error) or not (is_retryable(error) or isinstance(error, OSError)):
         raise error
-    cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
-    if getattr(cause, "sqlstate", None) in STATES:
+    if sqlstate_of(error) in STATES:
         return problem_of(CONTENTION)
+    cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
     logger.warning("The database cannot be reached: %s", " ".join(str(cause).split()) or type(cause).__name__)
     return problem_of(DATABASE_AWAY)
 

@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import random
 import re
-from contextlib import suppress
+from contextlib import closing, nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, overload
+from weakref import WeakValueDictionary
 
 from fastapi import Header, Request
-from sqlalchemy import func, select, update
+from sqlalchemy import func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
 from starlette.exceptions import HTTPException
 
+from coord.cancellation import interruptible, settled
+from coord.database.transaction import end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
-from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY
+from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY
 from coord.jobs.enqueue import enqueue
-from coord.jobs.model import Job, jobs, keys
-from coord.session import get_transaction
+from coord.jobs.model import Job, execute, job_mapper, jobs, keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
 
+    from sqlalchemy import CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.durations import Seconds
     from coord.http.problem import Kind
     from coord.jobs.options import P, Task, TaskOptions
 
-DAY = 86_400
-LONGEST = 255
-"""Characters of a key, as it is sent."""
+EXPIRY_SECONDS = 86_400
+MAX_KEY_LENGTH = 255
+"""Characters, as it is sent."""
+MIN_POLL_SECONDS, MAX_POLL_SECONDS = 0.02, 0.5
+"""Between two attempts to take a key that another request's transaction holds."""
 _STRING = re.compile(r'"((?:[\x20\x21\x23-\x5b\x5d-\x7e]|\\["\\])+)"')
 _BARE = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z:/=-]+")
 IDEMPOTENCY_KEY = Header(
     alias="Idempotency-Key",
     description="One quoted string of 1 to 255 characters, of the client's making: once for each thing to be done.",
-    json_schema_extra={"pattern": rf"^({_STRING.pattern}|{_BARE.pattern})$", "maxLength": LONGEST},
+    json_schema_extra={"pattern": rf"^({_STRING.pattern}|{_BARE.pattern})$", "maxLength": MAX_KEY_LENGTH},
 )
 
 
 class IdempotencyError(HTTPException):
-    """The key cannot be used: 400 if it is malformed, 422 if another request has it."""
+    """The key cannot be used: 400 if it is malformed or nobody's, 422 if another request has it."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind.status, kind.detail)
@@ -58,6 +65,8 @@ class Idempotency:
         self._expires = expires
         self._row = {"scope": scope, "key": key, "fingerprint": fingerprint}
         self._is_mine = (keys.c.scope == scope) & (keys.c.key == key)
+        self._number = int.from_bytes(bytes.fromhex(_digest(scope, key or ""))[:8], signed=True)
+        """Of the advisory lock of whoever's transaction makes the key's job."""
 
     async def check(self, session: AsyncSession) -> None:
         """For a request that is answered without a job: raises what `enqueue` would, and keeps nothing."""
@@ -73,27 +82,41 @@ class Idempotency:
     async def enqueue(self, session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
         """As `coord.enqueue`, or with a key that was used before, that request's job (`job.joined`).
 
-        The key is unique with the job, in a savepoint of the caller's transaction, before which pending changes are
-        flushed. A request that comes while the first is not yet committed waits for that; where `coord.enqueue` raises,
-        the key was not used. Raises `IdempotencyError`, 422, when the key belongs to a request with another path, query
-        or body.
+        The key is unique with the job, in a savepoint of the caller's transaction; nothing pending is flushed. A
+        request that comes while the first is not yet committed waits for that, and holds no connection meanwhile if its
+        own transaction has only read, which is ended. Where `coord.enqueue` raises, the key was not used. Raises
+        `IdempotencyError`, 422, when the key belongs to a request with another path, query or body.
         """
         if self.key is None:
             return await enqueue(session, task, *args, **kwargs)
-        while (known := await self._known(session)) is None:  # looked for first: who joins writes nothing
-            async with get_transaction(session):  # or a 4xx for what enqueue raises would commit a key with no job
-                if await self._taken(session):
-                    job = await enqueue(session, task, *args, **kwargs)
-                    await session.execute(update(keys).where(self._is_mine).values(job_id=job.id))
+        mutex = _mutexes.setdefault((asyncio.get_running_loop(), self._number), asyncio.Lock())
+        queues = not mutex.locked() or await interruptible(_released(session))
+        async with mutex if queues else nullcontext():
+            pause = MIN_POLL_SECONDS
+            while (known := await self._known(session)) is None:  # read first: who joins writes nothing
+                if (job := await self._first(session, enqueue(session, task, *args, **kwargs))) is not None:
                     return job
-        return known
+                await self._wait(session, pause)
+                pause = min(2 * pause, MAX_POLL_SECONDS)
+            return known
+
+    async def _first(self, session: AsyncSession, enqueuing: Coroutine[Any, Any, Job]) -> Job | None:
+        """The job, with the key, in a savepoint: or a 4xx for what enqueue raises would commit a key alone."""
+        with closing(enqueuing):
+            connection = await session.connection(bind_arguments={"mapper": job_mapper, "clause": update(keys)})
+            async with settled(connection.begin_nested()):
+                if not await self._taken(session):
+                    return None
+                job = await enqueuing
+                await _run(session, update(keys).where(self._is_mine).values(job_id=job.id))
+                return job
 
     async def _known(self, session: AsyncSession) -> Job | None:
         """The job of a request that was the same, if there was one."""
         with_job = keys.outerjoin(jobs, jobs.c.id == keys.c.job_id)
         alive = self._is_mine & (keys.c.expires_at >= func.now())
         statement = select(keys.c.fingerprint, jobs).select_from(with_job).where(alive)
-        found = (await session.execute(statement)).mappings().one_or_none()
+        found = (await _run(session, statement)).mappings().one_or_none()
         if found is None:
             return None
         row = dict(found)
@@ -106,33 +129,65 @@ class Idempotency:
         return job
 
     async def _taken(self, session: AsyncSession) -> bool:
-        """Take the key, if nobody has it or has had it too long ago; waits for who is about to."""
-        new = insert(keys).values(self._row | {"expires_at": func.now() + self._expires})
+        """Take the key, unless another transaction is about to, or somebody has it who has not had it too long."""
+        row = [literal(value, keys.c[name].type) for name, value in self._row.items()]
+        free = select(*row, func.now() + self._expires).where(func.pg_try_advisory_xact_lock(self._number))
+        new = insert(keys).from_select([*self._row, "expires_at"], free)
         renewed = {name: new.excluded[name] for name in ("fingerprint", "expires_at")} | {"job_id": None}
         taken = new.on_conflict_do_update(
             index_elements=[keys.c.scope, keys.c.key], set_=renewed, where=keys.c.expires_at < func.now()
         )
-        return (await session.execute(taken.returning(keys.c.key))).one_or_none() is not None
+        return (await _run(session, taken.returning(keys.c.key))).one_or_none() is not None
+
+    async def _wait(self, session: AsyncSession, pause: float) -> None:
+        """For the transaction that has the key: inside PostgreSQL, which sees deadlocks, if this one has locks too."""
+        if await interruptible(_released(session)):
+            await asyncio.sleep(random.uniform(pause / 2, pause))
+        else:
+            await _run(session, select(func.pg_advisory_xact_lock(self._number)))
+
+
+_mutexes: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, int], asyncio.Lock] = WeakValueDictionary()
+"""Of those with one key in this process one asks PostgreSQL whether its turn has come, and the others wait for that."""
+
+
+async def _released(session: AsyncSession) -> bool:
+    """End the transaction, unless it has written or is somebody's block; whether there is none now."""
+    if session.in_transaction():
+        if is_explicit(session) or holds_lock(session) or await has_written(session):
+            return False
+        await end_transaction(session)
+    return True
+
+
+async def _run(session: AsyncSession, statement: Executable) -> CursorResult[Any]:
+    return await interruptible(session.run_sync(execute, statement))
 
 
 def idempotency(
-    *, caller: Callable[[Request], str] | None = None, expires: Seconds = DAY, required: bool = False
+    *, caller: Callable[[Request], str] | None = None, expires: Seconds = EXPIRY_SECONDS, required: bool = False
 ) -> Callable[..., Awaitable[Idempotency]]:
-    """A dependency: `Annotated[Idempotency, Depends(idempotency())]`.
+    """A dependency: `Annotated[Idempotency, Depends(idempotency(caller=user_id))]`.
 
-    Keys are apart for each `caller`, by default for each `Authorization` header, and each method and route. They expire
-    after `expires` seconds. Answers 400 for a malformed key, or a missing one that is `required`. Reads the body, so
-    not for forms.
+    `caller` says who asks, as the application knows them: whoever they are, not what they show for it, which others
+    may share or which may change between two attempts. Keys are apart for each caller, method and route; `""` is
+    everybody together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
+    malformed key, or a missing one that is `required`. Reads the body, so not for forms.
     """
+    if required and caller is None:
+        raise ValueError("idempotency(required=True) needs caller=, which says whose keys they are")
     kept = timedelta(seconds=seconds("expires", expires))
-    who = caller or _authorization
 
     async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:
         key = _sent(request.headers.getlist("idempotency-key"))
-        if key is None and required:
-            raise IdempotencyError(MISSING_KEY)
-        scope = _digest(who(request), request.method, _route(request))
-        return Idempotency(key, scope, "" if key is None else await _fingerprint(request), kept)
+        if key is None or caller is None:
+            if key is not None:
+                raise IdempotencyError(UNSCOPED_KEY)
+            if required:
+                raise IdempotencyError(MISSING_KEY)
+            return Idempotency(None, "", "", kept)
+        scope = _digest(caller(request), request.method, _route(request))
+        return Idempotency(key, scope, await _fingerprint(request), kept)
 
     return read
 
@@ -142,7 +197,7 @@ def _sent(values: list[str]) -> str | None:
     if not values:
         return None
     quoted, bare = _STRING.fullmatch(values[0]), _BARE.fullmatch(values[0])
-    if len(values) > 1 or not (quoted or bare) or len(values[0]) > LONGEST:
+    if len(values) > 1 or not (quoted or bare) or len(values[0]) > MAX_KEY_LENGTH:
         raise IdempotencyError(MALFORMED_KEY)
     return values[0] if quoted is None else re.sub(r"\\(.)", r"\1", quoted[1])
 
@@ -152,10 +207,6 @@ def _route(request: Request) -> str:
     route = request.scope.get("route")
     template = str(getattr(route, "path_format", ""))
     return request.url.path.removesuffix(template.format(**request.path_params)) + template
-
-
-def _authorization(request: Request) -> str:
-    return request.headers.get("authorization", "")
 
 
 async def _fingerprint(request: Request) -> str:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from inspect import isawaitable
 from typing import TYPE_CHECKING, NamedTuple
 
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 
 from coord.http.prefer import Preference
 from coord.http.problem import OUT_OF_TIME, problem, problem_of
+from coord.http.stopping import stop_observed
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -16,14 +19,13 @@ if TYPE_CHECKING:
 
 ARRIVAL = "coord.arrival"
 """Where in its scope a request's `Arrival` is."""
-WAIT = 25.0
-"""Seconds that a request may wait for its answer: less than what proxies allow."""
-MARGIN = 2.0
-"""Seconds beyond what the client would wait, after which no answer has begun in spite of it: a pool, or a lock."""
-CLEANUP = 0.5
-"""Seconds for a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
-BODY, HEAD = 1_000_000, 16_384
-"""Bytes."""
+MAX_WAIT_SECONDS = 25.0
+"""How long a request may wait for its answer: less than what proxies allow."""
+MARGIN_SECONDS = 2.0
+"""How long beyond what the client would wait, after which no answer has begun in spite of it: a pool, or a lock."""
+CLEANUP_SECONDS = 0.5
+"""For a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
+MAX_BODY_BYTES, MAX_HEAD_BYTES = 1_000_000, 16_384
 _CLOSE = {"Connection": "close"}  # the rest of the body is not worth reading
 
 
@@ -39,14 +41,22 @@ class RequestLimits:
 
     One deadline holds for everything a handler waits for, its connection, its locks and its row: `Prefer: wait=N`, or
     `wait`, the most that counts, and `margin` seconds more; what would hardly wait at all has twice the margin. When it
-    has passed and no answer has begun, the handler is cancelled, its transaction rolled back, and the answer is 503, or
-    408 if it is the client's body that is missing. An answer that has begun, a stream, takes as long as it takes.
+    has passed and no response has begun, the handler is cancelled, its transaction rolled back, and the response is
+    503, or 408 if it is the client's body that is missing. A response that has begun, a stream, takes as long as it
+    takes. What the application's handler for `Exception` makes of an error is sent from here as well.
 
         app.add_middleware(RequestLimits)
+        app.add_middleware(CORSMiddleware, allow_origins=[...])  # last, which is outermost: errors have its headers
     """
 
     def __init__(
-        self, app: ASGIApp, *, wait: float = WAIT, margin: float = MARGIN, body: int = BODY, head: int = HEAD
+        self,
+        app: ASGIApp,
+        *,
+        wait: float = MAX_WAIT_SECONDS,
+        margin: float = MARGIN_SECONDS,
+        body: int = MAX_BODY_BYTES,
+        head: int = MAX_HEAD_BYTES,
     ) -> None:
         self._app = app
         self._wait = wait
@@ -61,13 +71,14 @@ class RequestLimits:
         scope[ARRIVAL] = arrival = Arrival(asyncio.get_running_loop().time(), self._wait)
         exchange = _Exchange(scope, receive, send, self._body)
         if _size_of_head(scope) > self._head:
-            await exchange.refuse(problem(431, f"the head of the request is larger than {self._head} bytes"))
+            await exchange.respond(problem(431, f"the head of the request is larger than {self._head} bytes"))
         elif _announced(scope) > self._body:
-            await exchange.refuse(exchange.too_large())
+            await exchange.respond(exchange.too_large())
         else:
             preferred = Preference.of(value.decode("latin-1") for name, value in scope["headers"] if name == b"prefer")
             wait = self._wait if preferred.wait is None else preferred.seconds(self._wait)
-            await exchange.run(self._app, arrival.time + max(wait, self._margin) + self._margin)
+            with stop_observed():  # from the arrival on, so that no signal is missed before the handler waits
+                await exchange.run(self._app, arrival.time + max(wait, self._margin) + self._margin)
 
 
 class _BodyTooLargeError(HTTPException):
@@ -75,7 +86,7 @@ class _BodyTooLargeError(HTTPException):
 
 
 class _Exchange:
-    """One request and its answer, watched."""
+    """One request and its response, watched."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, body: int) -> None:
         self._scope = scope
@@ -84,34 +95,45 @@ class _Exchange:
         self._body = self._left = body
         self._complete = self._missed = False
         """Whether all of the body has come; whether somebody waits, or has waited in vain, for more of it."""
-        self._started = self._refused = False
-        """Whether the application has begun to answer, or was answered for."""
+        self._started = self._replaced = False
+        """Whether the application has begun to respond, or a response was sent in its place."""
         self._deadline: asyncio.Timeout | None = None
         self._late: asyncio.TimerHandle | None = None
-        self._refusing: asyncio.Task[None] | None = None
+        self._responding: asyncio.Task[None] | None = None
 
     async def run(self, app: ASGIApp, limit: float) -> None:
-        self._late = asyncio.get_running_loop().call_at(limit + CLEANUP, self._refuse_late)
+        self._late = asyncio.get_running_loop().call_at(limit + CLEANUP_SECONDS, self._respond_late)
         try:
             async with asyncio.timeout_at(limit) as deadline:
                 self._deadline = deadline
-                await app(self._scope, self._hear, self._say)
+                await app(self._scope, self._receive_message, self._send_message)
         except _BodyTooLargeError:
-            await self.refuse(self.too_large())
-        except TimeoutError:
-            if not deadline.expired():
-                raise
-            await self.refuse(self._out_of_time())
+            await self.respond(self.too_large())
+        except Exception as error:
+            if deadline.expired() and isinstance(error, TimeoutError):
+                await self.respond(self._out_of_time())
+                return
+            await self._respond_to(error)
+            raise  # for the server's log
         finally:
             self._late.cancel()
-            if self._refusing is not None:
-                await self._refusing
+            if self._responding is not None:
+                await self._responding
 
-    async def refuse(self, answer: Response) -> None:
-        """Answer in the application's place, unless it has begun to; what it says from now on is not heard."""
-        if not self._started and not self._refused:
-            self._refused = True
-            await answer(self._scope, self._receive, self._send)
+    async def respond(self, response: Response) -> None:
+        """Respond in the application's place, unless it has begun to; what it sends from now on is dropped."""
+        if not self._started and not self._replaced:
+            self._replaced = True
+            await response(self._scope, self._receive, self._send)
+
+    async def _respond_to(self, error: Exception) -> None:
+        """By the application's own handler: Starlette would call it outside all middleware, CORS's among it."""
+        app = self._scope.get("app")
+        handlers = getattr(app, "exception_handlers", {})
+        handler = handlers.get(500) or handlers.get(Exception)
+        if handler is not None and not getattr(app, "debug", False) and not self._started:
+            response = handler(Request(self._scope), error)
+            await self.respond(await response if isawaitable(response) else response)
 
     def too_large(self) -> Response:
         return problem(413, f"the body is larger than {self._body} bytes", headers=_CLOSE)
@@ -121,10 +143,10 @@ class _Exchange:
             return problem(408, "the body of the request did not come in time", headers=_CLOSE)
         return problem_of(OUT_OF_TIME)
 
-    def _refuse_late(self) -> None:
-        self._refusing = asyncio.create_task(self.refuse(self._out_of_time()))
+    def _respond_late(self) -> None:
+        self._responding = asyncio.create_task(self.respond(self._out_of_time()))
 
-    async def _hear(self) -> Message:
+    async def _receive_message(self) -> Message:
         self._missed = not self._complete
         message = await self._receive()
         self._missed = False
@@ -135,8 +157,8 @@ class _Exchange:
                 raise _BodyTooLargeError(413, f"the body is larger than {self._body} bytes", _CLOSE)
         return message
 
-    async def _say(self, message: Message) -> None:
-        if self._refused:
+    async def _send_message(self, message: Message) -> None:
+        if self._replaced:
             return
         if message["type"] == "http.response.start":
             self._started = True

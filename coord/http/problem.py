@@ -39,12 +39,18 @@ class Kind(NamedTuple):
 
 
 MALFORMED_KEY = Kind("idempotency-key-malformed", 400, "Idempotency-Key is one quoted string of 1 to 255 characters")
+UNSCOPED_KEY = Kind(
+    "idempotency-key-unscoped",
+    400,
+    "no key is taken here: idempotency(caller=...) would have to say whose keys they are",
+)
 MISSING_KEY = Kind("idempotency-key-missing", 400, "this request needs an Idempotency-Key")
 REUSED_KEY = Kind("idempotency-key-reused", 422, "another request has used this Idempotency-Key")
 EXPIRED_JOB = Kind("idempotency-key-expired", 422, "the job of this Idempotency-Key is no longer known")
 INVALID = Kind("invalid", 422, "the request is not as it should be")
 OUT_OF_TIME = Kind("out-of-time", 503, "there was no time left to answer")
 DATABASE_AWAY = Kind("database-away", 503, "the database cannot be reached")
+CONFLICT = Kind("conflict", 409, "there is something already that excludes this")
 CONTENTION = Kind("contention", 503, "others changed the same at the same time")
 ERRORS: dict[type[Exception], Kind] = {
     RowNotFoundError: Kind("not-found", 404, "it is not there, or not any more"),
@@ -59,11 +65,12 @@ ERRORS: dict[type[Exception], Kind] = {
 }
 """Coord's errors and the pool's. What is not here is a bug: 500, and only the log says what it was."""
 KINDS = (
-    *(MALFORMED_KEY, MISSING_KEY, REUSED_KEY, EXPIRED_JOB, INVALID, OUT_OF_TIME, DATABASE_AWAY, CONTENTION),
+    *(MALFORMED_KEY, UNSCOPED_KEY, MISSING_KEY, REUSED_KEY, EXPIRED_JOB, INVALID),
+    *(OUT_OF_TIME, DATABASE_AWAY, CONFLICT, CONTENTION),
     *ERRORS.values(),
 )
-ANYWHERE = (408, 413, 431, 500, 503)
-"""Statuses that any route may answer: size, time, bugs, servers that are away."""
+ANYWHERE = (408, 413, 422, 431, 500, 503)
+"""Statuses that any route may answer: size, time, parameters, bugs, servers that are away."""
 
 _INTERNAL = re.compile(
     r"\[SQL: |\(sqlalchemy\.|<class '|\[Errno |://|(?:^|[\s'\"(=])/\w|0x[0-9a-f]{6}|\bpassword\b"

@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse
 from coord.database.transaction import end_transaction
 from coord.errors import WaitTimeoutError
 from coord.http.disconnect import while_connected
-from coord.http.limits import ARRIVAL, WAIT, Arrival
+from coord.http.jobs import Accepted, AcceptedJob
+from coord.http.limits import ARRIVAL, MAX_WAIT_SECONDS, Arrival
 from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER
 from coord.jobs.queries import get_job
+from coord.retryable import is_retryable
 from coord.waiting.job_wait import job_id_of
-from coord.waiting.reader import is_passing
 from coord.waiting.wait import wait_for_row_change
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from coord.durations import Seconds
     from coord.jobs.model import Job, JobState
 
-LOOK = 0.5
-"""Seconds for a last look at the job, when the client has waited long enough."""
+STATE_TIMEOUT_SECONDS = 0.5
+"""For reading a job's state, when the client has waited long enough."""
 PREFER = Header(alias="Prefer", description="RFC 7240: `wait=N`, in seconds, and `respond-async`.")
 PREFERENCE_APPLIED = {
     "Preference-Applied": {"description": "The preferences that made a difference.", "schema": {"type": "string"}}
@@ -43,7 +44,7 @@ class Reply:
     def __init__(self, request: Request, response: Response) -> None:
         self._request = request
         self._response = response
-        arrival = request.scope.get(ARRIVAL) or Arrival(asyncio.get_running_loop().time(), WAIT)
+        arrival = request.scope.get(ARRIVAL) or Arrival(asyncio.get_running_loop().time(), MAX_WAIT_SECONDS)
         self._cap = arrival.cap
         self._waited = False
         self.preference = Preference.of(request.headers.getlist("prefer"))
@@ -63,7 +64,7 @@ class Reply:
         since: Mapping[str, Any] | M | None = None,
         until: Callable[[M], bool] | None = None,
     ) -> M | None:
-        """The row, as from `wait_for_row_change`, or None when the time is up; the job goes on in any case.
+        """The row, as from `wait_for_row_change`, or None if time is up or the server stops; the job goes on.
 
         A client that leaves ends the wait within a second, with starlette's `ClientDisconnect`; otherwise raises what
         `wait_for_row_change` does, but for `WaitTimeoutError`.
@@ -93,8 +94,8 @@ class Reply:
         """
         self._say_what_applied(accepted=True)
         headers = {"Location": location, "Retry-After": str(RETRY_AFTER)}
-        report = {"id": str(job_id_of(job)), "state": await _state_of(session, job)}
-        return self.with_headers(JSONResponse({"job": report, **members}, 202, headers))
+        accepted = AcceptedJob(id=job_id_of(job), state=await _state_of(session, job))
+        return self.with_headers(JSONResponse({"job": accepted.model_dump(mode="json"), **members}, 202, headers))
 
     def with_headers(self, answer: Response) -> Response:
         """What the handler has set on its `Response`, which FastAPI adds only to what is not one itself."""
@@ -109,10 +110,10 @@ class Reply:
 async def _state_of(session: AsyncSession, job: Job | UUID) -> JobState:
     depends = session.in_transaction()
     try:
-        async with asyncio.timeout(LOOK):
+        async with asyncio.timeout(STATE_TIMEOUT_SECONDS):
             return (await get_job(session, job_id_of(job))).state
     except Exception as error:
-        if depends or isinstance(job, UUID) or not is_passing(error):
+        if depends or isinstance(job, UUID) or not (isinstance(error, TimeoutError) or is_retryable(error)):
             raise
         await end_transaction(session)
         return job.state
@@ -123,8 +124,16 @@ async def reply(request: Request, response: Response, _prefer: Annotated[str | N
     return Reply(request, response)
 
 
-def replies(accepted: Any, *, links: Mapping[str, Any] | None = None) -> dict[int | str, dict[str, Any]]:
-    """For a route's `responses=`: that it may wait, and answer 202 with `accepted`, a model, which leads to `links`."""
+def replies(
+    accepted: type[Accepted] = Accepted, *, links: Mapping[str, Any] | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """For a route's `responses=`: that it may wait, and what its 202 is; `links` say which operations that leads to.
+
+    A model with more members than the job, those that `Reply.accepted` is given, is a subclass of `Accepted`; any other
+    is a `ValueError`, since what a route answers otherwise is its `response_model`.
+    """
+    if not issubclass(accepted, Accepted):
+        raise ValueError(f"{accepted.__name__} is no coord.http.Accepted; a route's own answer is its response_model")  # noqa: TRY004
     headers: dict[str, Any] = {
         "Location": {"description": "Where to look at the job.", "schema": {"type": "string"}, "required": True},
         "Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}, "required": True},

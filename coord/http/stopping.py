@@ -1,38 +1,83 @@
-"""When the server is told to stop: it waits for its streams, so they must hear of it before it says so itself."""
+"""SIGTERM and SIGINT: a server waits for its open requests before it says that it stops, so these look for themselves.
+
+Nothing has to be set up, and a mounted application, whose lifespan no server runs, learns of the signal as well.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import signal
 import threading
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
+
+    Stopped = asyncio.Future[None]
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-@contextmanager
-def signalled(tell: Callable[[], object]) -> Iterator[None]:
-    """Be told of SIGTERM and SIGINT, beside whoever handles them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+class _StopSignals:
+    """Handles the signals while anybody observes them, beside whoever else does."""
 
-    def handle(number: int, frame: Any) -> None:
-        tell()
-        handler = before[signal.Signals(number)]
-        if callable(handler):
+    def __init__(self) -> None:
+        self._observers: set[Stopped] = set()
+        self._received = False
+        self._installed: Any = None
+        self._before: dict[int, Any] = {}
+
+    def add(self, observer: Stopped) -> None:
+        if not self._observers:
+            self._received, self._before = False, {number: signal.getsignal(number) for number in SIGNALS}
+            self._installed = partial(self._handle, self._before)
+            for number in SIGNALS:
+                signal.signal(number, self._installed)
+        self._observers.add(observer)
+        if self._received:
+            observer.set_result(None)
+
+    def discard(self, observer: Stopped) -> None:
+        self._observers.discard(observer)
+        if not self._observers:
+            for number, handler in self._before.items():
+                if signal.getsignal(number) is self._installed:  # else somebody else has set another meanwhile
+                    signal.signal(number, handler)
+
+    def _handle(self, before: dict[int, Any], number: int, frame: Any) -> None:
+        self._received = True
+        for observer in [*self._observers]:
+            observer.get_loop().call_soon_threadsafe(_resolve, observer)
+        if callable(handler := before[number]):
             handler(number, frame)
         elif handler is signal.SIG_DFL:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
-    for number in before:
-        signal.signal(number, handle)
+
+_signals = _StopSignals()
+"""A process has one handler a signal."""
+
+
+@contextmanager
+def stop_observed() -> Iterator[Stopped]:
+    """A future that is done once the process was told to stop while any such block was open.
+
+    Signals reach the main thread alone: for an event loop in another one it is never done.
+    """
+    stopped = asyncio.get_running_loop().create_future()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped
+        return
+    _signals.add(stopped)
     try:
-        yield
+        yield stopped
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, handler)
+        _signals.discard(stopped)
+
+
+def _resolve(stopped: Stopped) -> None:
+    if not stopped.done():
+        stopped.set_result(None)

@@ -10,13 +10,13 @@ from sqlalchemy.dialects.postgresql import insert as insert_into
 
 from coord.cancellation import interruptible
 from coord.database.engine import engine_of
-from coord.database.transaction import turn
+from coord.database.transaction import expect_commit, turn
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, to_json
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.jobs.tracing import current_trace
-from coord.notify.changes import collect
+from coord.notify.changes import collect, warn_if_uncoordinated
 
 if TYPE_CHECKING:
     from arq.worker import Function
@@ -94,7 +94,9 @@ async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any
     made = {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1, "deaths": 0}
     job = Job(**values, **made, created_at=stored.created_at, scheduled_at=stored.scheduled_at)
     job.due_in = float(stored.due_in)
+    warn_if_uncoordinated()
     collect(session.sync_session, (job_mapper, (job.id,)), job)
+    expect_commit(session.sync_session, job)
     return job
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, update
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     Changed = Mapping[Change, Any]
     """What has changed, and if that is the row of a job to be handed to a worker, the job."""
     Tell = Callable[[Session, Changed], None]
+
+logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"
 _observed: Counter[Dialect] = Counter()
@@ -120,6 +123,20 @@ def collect(session: Session, change: Change, job: Any = None) -> None:
     """Have it told after the outermost commit, if this process has a `Coordinator`; else there is nobody to tell."""
     if _observed and (dialect := written_to(session, change[0])) in _observed:
         _collected(session, dialect)[change] = job
+
+
+def warn_if_uncoordinated() -> None:
+    """Say once that this process has no `Coordinator`, to whoever enqueues or waits first."""
+    if not _observed:
+        _warn_uncoordinated()
+
+
+@cache
+def _warn_uncoordinated() -> None:
+    logger.warning(
+        "No Coordinator is open in this process: waits go by polling, and jobs start when a worker finds them in the "
+        "ledger, up to 5 s after the commit. `async with Coordinator(session_maker, redis=...)` makes both immediate."
+    )
 
 
 def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:

@@ -15,6 +15,7 @@ from coord.database.engine import engine_of
 from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.jobs.model import JobState
+from coord.notify.changes import warn_if_uncoordinated
 from coord.waiting.adoption import adopt
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
@@ -53,6 +54,7 @@ class Wait(Generic[M]):
 
     @classmethod
     def of(cls, session: AsyncSession, target: Target[M], schemas: Schemas) -> Wait[M]:
+        warn_if_uncoordinated()
         watcher = Watcher.of(engine_of(session))
         settings = None if isinstance(session.bind, AsyncConnection) else watcher.settings_of(session)
         return cls(session, target, schemas, settings, watcher)
