@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 from coord import worker_settings
@@ -12,7 +14,8 @@ from worker.environment import redis_url
 from worker.fulfilment import fulfil_order
 from worker.startup import held_log
 
-if importlib.util.find_spec("uvloop") is not None:  # arq takes its event loop from the policy
+# Where arq runs this, and nobody else's loop is concerned; it takes its own from the policy.
+if "arq" in Path(sys.argv[0]).parts[-2:] and importlib.util.find_spec("uvloop") is not None:
     asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
 
 log = held_log("arq.worker", "arq.connections")
