@@ -17,7 +17,7 @@ from coord.jobs.model import JobState
 from coord.jobs.tracing import continued
 from coord.jobs.transaction import JobSuperseded
 from coord.retryable import is_retryable
-from coord.worker.failure import AttemptTimeoutError, one_line
+from coord.worker.failure import AttemptTimeoutError, one_line, printable
 from coord.worker.hooks import call
 
 if TYPE_CHECKING:
@@ -183,7 +183,9 @@ class Executor:
         attempt = running.attempt
         if attempt.applied:
             if not isinstance(error, asyncio.CancelledError):
-                logger.error("%s has failed after its effect was applied", running.message.task, exc_info=error)
+                logger.error(
+                    "%s has failed after its effect was applied", running.message.task, exc_info=printable(error)
+                )
             return JobState.DONE
         if _is_superseded(error):
             return "superseded"
@@ -198,7 +200,7 @@ class Executor:
     async def _ended_by(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
         if not asked and not is_retryable(error):
-            logger.error("%s: %s", attempt.task, one_line(error), exc_info=error)
+            logger.error("%s: %s", attempt.task, one_line(error), exc_info=printable(error))
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all

@@ -32,6 +32,12 @@ def full_text(error: BaseException) -> str:
     return storable("".join(traceback.format_exception(error))[-MAX_TRACEBACK:])
 
 
+def printable(error: BaseException) -> BaseException | None:
+    """For a log: None of an error whose text no stream could be given, half a surrogate pair say."""
+    told = "".join(traceback.format_exception(error))
+    return error if told == storable(told) else None
+
+
 def storable(text: str) -> str:
     """Without what PostgreSQL's text cannot hold: a null character, half a surrogate pair."""
     return text.replace("\0", "\ufffd").encode(errors="replace").decode()
