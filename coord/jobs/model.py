@@ -100,7 +100,7 @@ class Job(Ledger):
         server_default=JobState.QUEUED,
     )
     attempt: Mapped[int] = mapped_column(server_default="1")
-    """The number of the attempt that may apply its effect; each one that ends without it raises the number."""
+    """The number of the attempt that may apply its effect; a retry and a rescue raise it."""
     max_attempts: Mapped[int | None]
     """How many attempts may count; None leaves it to the worker."""
     uncounted: Mapped[int] = mapped_column(server_default="0")
@@ -114,7 +114,7 @@ class Job(Ledger):
     priority: Mapped[int] = mapped_column(server_default="0")
     """-100 to 100; of the jobs that are due, those of a higher one are taken first."""
     one_at_a_time: Mapped[str | None] = mapped_column(Text)
-    """Of the jobs with the same one only one is run at a time."""
+    """A key of which one job is to run at a time; kept for that, and not acted on yet."""
     timeout: Mapped[float | None]
     """Seconds an attempt may take; None leaves it to the worker."""
     unique_key: Mapped[str | None] = mapped_column(Text)
@@ -216,7 +216,7 @@ class AttemptRecord(Ledger):
 
 
 class Schedule(Ledger):
-    """What has become of a periodic task: its last slot and the job that was made for it."""
+    """A periodic task, its last slot and the job made for it; a table kept for that, and not used yet."""
 
     __tablename__ = "coord_schedules"
 
