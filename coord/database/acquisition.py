@@ -1,7 +1,7 @@
 """How a lock is taken: within one deadline, in a transaction that outlives a refusal.
 
-Where the ledger is, `coord_lock` does it in one round trip (see `lock_function.py`). Above READ COMMITTED, where its SELECT
-would take the snapshot before the lock, and where it is not installed, the plain statements are sent.
+Where the ledger is, `coord_lock` does it in one round trip (see `lock_function.py`). Above READ COMMITTED, where its
+SELECT would take the snapshot before the lock, and where it is not installed, the plain statements are sent.
 """
 
 from __future__ import annotations
