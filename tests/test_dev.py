@@ -92,7 +92,7 @@ def test_what_depends_on_another_stops_before_it(project: Path, start: Start) ->
     api, *workers = (dev.output.index(text) for text in ("Finished server process", "shutdown on SIGTERM"))
     assert api < min(workers)
     assert len(re.findall(r"worker-[12] \| .*shutdown on SIGTERM", dev.output)) == 2
-    assert "received fast shutdown request" in (project / ".coord/database/postgresql.log").read_text()
+    assert "received fast shutdown request" in (project / ".coord/postgresql/postgresql.log").read_text()
     assert "Valkey is now ready to exit" in (project / ".coord/valkey/valkey.log").read_text()
 
 
@@ -145,7 +145,7 @@ def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, sta
 @pytest.mark.slow
 def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, start: Start) -> None:
     dev = start()
-    until(lambda: (project / ".coord/database").exists(), lambda: dev.output)
+    until(lambda: (project / ".coord/postgresql").exists(), lambda: dev.output)
     dev.process.send_signal(signal.SIGINT)
     assert dev.status() == 0
     assert processes_in(project) == {}

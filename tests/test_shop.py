@@ -82,6 +82,8 @@ async def shop(database_url: str, redis_url: str) -> AsyncIterator[Shop]:
         stack.push_async_callback(database.close)
         yield Shop(http, database, workers)
 
+JOB_OF = "task = 'fulfil_order' AND arguments::text = $1"
+
 
 async def test_an_order_is_pending_where_its_location_says(shop: Shop) -> None:
     answer = await shop.http.post("/orders", json={"sku": "Tea_1.x-Y", "quantity": 3})
@@ -127,7 +129,7 @@ async def test_asking_again_is_answered_at_once_and_changes_nothing(shop: Shop) 
     first = await shop.fulfil(order_id)
     async with asyncio.timeout(5):
         assert (await shop.fulfil(order_id)).json() == first.json()
-    jobs = sum(worker.count(rf"→ .*fulfil_order\({order_id}\)") for worker in shop.workers)
+    jobs = await shop.database.fetchval(f"SELECT count(*) FROM coord_jobs WHERE {JOB_OF}", f"[[{order_id}],{{}}]")
     assert (await shop.left("again"), jobs) == (6, 1)
 
 
@@ -159,8 +161,9 @@ async def test_a_task_that_finds_the_tables_locked_tries_again(shop: Shop) -> No
     await shop.database.execute("LOCK TABLE stock IN EXCLUSIVE MODE")
     asking = asyncio.create_task(shop.fulfil(order_id))
 
-    async def retried() -> int:
-        return sum(worker.count(rf"fulfil_order\({order_id}\) try=2") for worker in shop.workers)
+    async def retried() -> bool:
+        found = f"SELECT attempt > 1 FROM coord_jobs WHERE {JOB_OF}"
+        return bool(await shop.database.fetchval(found, f"[[{order_id}],{{}}]"))
 
     await eventually(retried, within=20)
     await transaction.rollback()

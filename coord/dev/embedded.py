@@ -1,6 +1,6 @@
 """A private PostgreSQL and a private Valkey, for development and tests: real servers, started in about a second.
 
-    with PostgreSQL(Path(".coord/database")) as postgresql, Valkey(Path(".coord/valkey")) as valkey:
+    with PostgreSQL(Path(".coord/postgresql")) as postgresql, Valkey(Path(".coord/valkey")) as valkey:
         print(postgresql.url, valkey.url)
 
 Both are children of this process, listen on 127.0.0.1 only, and (on Linux) are gone when it is, even after `kill -9`.
