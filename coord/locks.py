@@ -10,7 +10,6 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table, func, inspect, select
-from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper
 
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
+    from sqlalchemy.sql.compiler import IdentifierPreparer
 
     from coord.durations import Seconds
 
@@ -210,14 +210,18 @@ def _table_acquisition(
     schemas = connection.get_execution_options().get("schema_translate_map") or {}
     dialect = connection.dialect
     under = tuple(schemas.get(table.schema, table.schema) for table in tables)
-    return _spelled(tables, under, dialect.default_schema_name or "", mode, nowait)
+    return _in_one_order(dialect.identifier_preparer, tables, under, dialect.default_schema_name or "", mode, nowait)
 
 
 @lru_cache(maxsize=256)  # a job's locks are the same each time
-def _spelled(
-    tables: tuple[Table, ...], schemas: tuple[str | None, ...], default: str, mode: LockMode, nowait: bool
+def _in_one_order(
+    preparer: IdentifierPreparer,
+    tables: tuple[Table, ...],
+    schemas: tuple[str | None, ...],
+    default: str,
+    mode: LockMode,
+    nowait: bool,
 ) -> Acquisition:
-    preparer = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
     spelled: dict[tuple[str, str, str], tuple[str, str]] = {}
     for table, schema in zip(tables, schemas, strict=True):
         quoted = preparer.quote(table.name)

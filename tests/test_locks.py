@@ -282,7 +282,9 @@ async def test_tasks_locking_in_any_order_never_deadlock(
     """Eight tasks insert `max(n) + 1` into two tables; with the sorting switched off they deadlock."""
     if not ordered:
         monkeypatch.setattr(coord.locks, "sorted", list, raising=False)
-        monkeypatch.setattr(coord.locks, "_spelled", coord.locks._spelled.__wrapped__)  # which keeps what was sorted
+        monkeypatch.setattr(
+            coord.locks, "_in_one_order", coord.locks._in_one_order.__wrapped__
+        )  # which keeps what was sorted
     commits, waits, deadlocks = 0, [0.0], 0
     loop = asyncio.get_running_loop()
     end = loop.time() + (10 if ordered else 3)

@@ -82,6 +82,7 @@ async def shop(database_url: str, redis_url: str) -> AsyncIterator[Shop]:
         stack.push_async_callback(database.close)
         yield Shop(http, database, workers)
 
+
 JOB_OF = "task = 'fulfil_order' AND arguments::text = $1"
 
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from sqlalchemy import ClauseElement, Connection
 
 LOCK_NOT_AVAILABLE, DEADLOCK, NO_ACTIVE_TRANSACTION = "55P03", "40P01", "25P01"
+ACTIVE_TRANSACTION = "25001"
+SET_BY_SQL = (
+    "This transaction was made {0} by SQL, and its snapshot would be older than the lock: tell SQLAlchemy, by "
+    'execution_options(isolation_level="{0}").'
+)
 NO_TRANSACTION = "A lock needs a transaction, and the connection is in AUTOCOMMIT mode."
 ABOVE_READ_COMMITTED = ("REPEATABLE READ", "SERIALIZABLE")
 
@@ -75,6 +80,8 @@ def acquire(connection: Connection, acquisition: Acquisition, limit: float | Non
     if refusal is None:
         return
     state, detail = refusal
+    if state == ACTIVE_TRANSACTION:
+        raise InvalidRequestError(SET_BY_SQL.format(detail.upper()))
     if state == LOCK_NOT_AVAILABLE:
         raise _timed_out(connection, acquisition)
     raise DeadlockError(f"Deadlock while locking {acquisition.subject}: {detail}")

@@ -35,6 +35,9 @@ BEGIN
     IF mode !~ '^[A-Z ]+$' THEN
         RAISE EXCEPTION 'coord_lock: % is no lock mode', mode;
     END IF;
+    IF current_setting('transaction_isolation') IN ('repeatable read', 'serializable') THEN
+        RETURN '25001 ' || current_setting('transaction_isolation');
+    END IF;
     FOREACH name IN ARRAY names LOOP
         IF wait_ms > 0 THEN
             PERFORM set_config('lock_timeout',

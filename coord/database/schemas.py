@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event
+from sqlalchemy import Table, event
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session
 
@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sqlalchemy import Connection, Engine
-    from sqlalchemy.orm import SessionTransaction
+    from sqlalchemy.orm import Mapper, SessionTransaction
 
 Schemas = tuple[tuple[str | None, str | None], ...]
 
+UNTRANSLATED = "coord.untranslated"
+"""In a `MetaData`'s `info`: its tables have one place, whatever map a session is under."""
 _SCHEMAS = "coord.schemas"
 """In a session's `info`: those of its last transaction, by engine, if that had any."""
 
@@ -43,6 +45,12 @@ def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
     known: dict[Engine, Schemas] = session.info.get(_SCHEMAS, {})
     found = None if bind is None else known.get(bind.engine)
     return schemas_of(session, **bind_arguments) if found is None else found
+
+
+def schemas_for(mapper: Mapper[Any], schemas: Schemas) -> Schemas:
+    """Those under which the class's table is; none of a table that is not to be translated."""
+    table = mapper.local_table
+    return () if isinstance(table, Table) and table.metadata.info.get(UNTRANSLATED) else schemas
 
 
 def _bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:

@@ -25,7 +25,7 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
     try:
         text = to_json(value)
         arriving = json.loads(text)
-        equal = _is_same(value, arriving)
+        equal = is_same(value, arriving)
         depth = depth_of(arriving)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"{what} must be JSON: {error}") from error
@@ -40,16 +40,16 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
     return text, arriving
 
 
-def _is_same(value: Any, arriving: Any) -> bool:
+def is_same(value: Any, arriving: Any) -> bool:
     """Equal, and of the same types: a member of a `StrEnum` equals the text that arrives in its place."""
     if type(value) is not type(arriving):
         return False
     match arriving:
         case list():
-            return len(value) == len(arriving) and all(map(_is_same, value, arriving))
+            return len(value) == len(arriving) and all(map(is_same, value, arriving))
         case dict():
             return value.keys() == arriving.keys() and all(
-                type(key) is str and _is_same(each, arriving[key]) for key, each in value.items()
+                type(key) is str and is_same(each, arriving[key]) for key, each in value.items()
             )
     return bool(value == arriving)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 
@@ -12,7 +14,7 @@ from coord.cancellation import interruptible
 from coord.database.engine import engine_of
 from coord.database.transaction import expect_commit, turn
 from coord.errors import UniqueKeyConflictError
-from coord.jobs.arguments import as_it_arrives, to_json
+from coord.jobs.arguments import as_it_arrives, is_same
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.jobs.tracing import current_trace
@@ -93,7 +95,7 @@ async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any
             stored = found
     made = {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1, "deaths": 0}
     job = Job(**values, **made, created_at=stored.created_at, scheduled_at=stored.scheduled_at)
-    job.due_in = float(stored.due_in)
+    job.due_in, job.due_said_at = float(stored.due_in), time.monotonic()
     warn_if_uncoordinated()
     collect(session.sync_session, (job_mapper, (job.id,)), job)
     expect_commit(session.sync_session, job)
@@ -127,7 +129,7 @@ def _join(session: Session, values: dict[str, Any], text: str) -> Job | Row[Any]
         if stored is not None:
             return stored
     job = Job(**found)
-    if to_json(job.arguments) != text:
+    if not is_same(job.arguments, json.loads(text)):
         raise UniqueKeyConflictError(
             f"{job} is unfinished under the unique key {job.unique_key!r} with the arguments {job.arguments}"
         )

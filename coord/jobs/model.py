@@ -32,6 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
+from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
 
 if TYPE_CHECKING:
@@ -81,6 +82,9 @@ class _Json(TypeDecorator[Any]):
 
 class Ledger(DeclarativeBase):
     """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
+
+
+Ledger.metadata.info[UNTRANSLATED] = True
 
 
 class Job(Ledger):
@@ -133,6 +137,8 @@ class Job(Ledger):
     """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
 
     due_in = 0.0
+    due_said_at = 0.0
+    """When that was so, on the monotonic clock."""
     """Seconds until it is due, as whoever made the snapshot has learned it: not by comparing clocks."""
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""

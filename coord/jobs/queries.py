@@ -180,7 +180,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
         values | {"finished_at": None, "started_at": None, "deaths": 0, "hand_backs": 0, "unknown_seconds": 0}
     )
     try:
-        with session.connection().begin_nested():
+        with session.connection(bind_arguments={"mapper": job_mapper, "clause": again}).begin_nested():
             row = execute(session, again.returning(jobs)).mappings().one_or_none()
     except IntegrityError as error:
         raise conflict from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, func, update
+from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, exists, func, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 from sqlalchemy.orm import Session
 
@@ -14,8 +14,9 @@ from coord.database.engine import last_failure
 from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.model import JobState, execute, is_queued, job_mapper, jobs
+from coord.jobs.model import JobState, cancellations, execute, is_queued, job_mapper, jobs
 from coord.notify.changes import collect
+from coord.retryable import sqlstate_of
 from coord.session import closed
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ CONNECTION_CHECK = 1.0
 """Seconds until the backend of a killed worker notices, also while it waits for a lock."""
 CONNECTION_TRIES = 3
 """Connections that one attempt may find dead before its first statement."""
+FAILED_TRANSACTION = "25P02"
 APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
 IDLE_LIMIT = 60.0
 """Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
@@ -76,8 +78,9 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         except InvalidRequestError as error:
             error.__cause__ = error.__cause__ or failure
             raise
-        except DBAPIError:
-            if returned and failure is not None:  # the commit is refused in other words than what had failed before
+        except DBAPIError as error:
+            # A refused commit says only that something had failed; any other error of the commit speaks for itself.
+            if returned and failure is not None and sqlstate_of(error) == FAILED_TRANSACTION:
                 raise InvalidRequestError(APPLIED_NOTHING) from failure
             raise
         finally:
@@ -169,7 +172,7 @@ is_ours = (
 
 _done = (
     update(jobs)
-    .where(is_ours)
+    .where(is_ours, ~exists().where(cancellations.c.job_id == jobs.c.id))
     .values(state=bindparam("state"), started_at=bindparam("began"), finished_at=func.now())
     .returning(
         func.set_config("client_connection_check_interval", bindparam("check"), True),

@@ -74,7 +74,7 @@ class Changes:
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
         if connection.dialect is self._dialect and state.session is not None:
             key = tuple(mapper.primary_key_from_instance(state.obj()))
-            _collected(state.session, self._dialect)[mapper, key] = None
+            _collected(state.session, self._dialect).setdefault((mapper, key))
 
     def _after_update(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
         """SQLAlchemy says so of rows as well that it has found to be as they were."""
@@ -84,7 +84,7 @@ class Changes:
     def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
         """The row by the key that it had before the flush: nobody waits for one to come."""
         if connection.dialect is self._dialect and state.session is not None and state.identity is not None:
-            _collected(state.session, self._dialect)[mapper, state.identity] = None
+            _collected(state.session, self._dialect).setdefault((mapper, state.identity))
 
     def _do_orm_execute(self, state: ORMExecuteState) -> None:
         if not (state.is_update or state.is_delete or state.is_insert):

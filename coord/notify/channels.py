@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table
 
-from coord.database.schemas import schemas_of
+from coord.database.schemas import schemas_for, schemas_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -36,7 +36,7 @@ class Channels:
 
     def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
         """The bell of the table; classes that inherit share their base's, and with it the meaning of a key."""
-        return _table(self.namespace, self.database, mapper, schemas)
+        return _table(self.namespace, self.database, mapper, schemas_for(mapper, schemas))
 
     def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
         parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
@@ -46,11 +46,11 @@ class Channels:
         return self.table(mapper, schemas) + b":" + name
 
     def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
-        schemas = schemas_of(session)
         crowded = _crowded(changes) if len(changes) > MANY else ()
         return [
             self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
             for mapper, key in changes
+            for schemas in [schemas_in_use(session, mapper=mapper)]
         ]
 
 

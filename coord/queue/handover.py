@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from coord.queue.keys import QueueKeys, rank, soon_member
@@ -44,7 +45,8 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
         if job.state.is_final:
             commands[job.id] = withdrawn(QueueKeys(namespace, job.queue), job)
         else:
-            queues.setdefault(job.queue, []).append((job, job.due_in))
+            remaining = job.due_in - (time.monotonic() - job.due_said_at) if job.due_said_at else job.due_in
+            queues.setdefault(job.queue, []).append((job, remaining))
     for queue, waiting in queues.items():
         for start in range(0, len(waiting), BATCH):
             command = push(QueueKeys(namespace, queue), waiting[start : start + BATCH])

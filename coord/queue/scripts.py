@@ -28,14 +28,15 @@ return new
 )
 
 # KEYS: feed, soon. ARGV: how many at most. Answers the milliseconds until the next is due, or -1 if there is none.
+# What frees memory comes first: a full Redis refuses a script whose first write needs some.
 MOVE = (
     _NOW
     + f"""
 local found = redis.call('ZRANGEBYSCORE', KEYS[2], '-inf', now, 'WITHSCORES', 'LIMIT', 0, ARGV[1])
 for i = 1, #found, 2 do
   local rank, due = tonumber(string.sub(found[i], 1, 3)), tonumber(found[i + 1])
-  if rank then redis.call('ZADD', KEYS[1], 'NX', {_SCORE}, string.sub(found[i], 4)) end
   redis.call('ZREM', KEYS[2], found[i])
+  if rank then redis.call('ZADD', KEYS[1], 'NX', {_SCORE}, string.sub(found[i], 4)) end
 end
 local following = redis.call('ZRANGE', KEYS[2], 0, 0, 'WITHSCORES')
 if following[2] then return math.max(0, tonumber(following[2]) - now) end

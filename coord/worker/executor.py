@@ -188,11 +188,11 @@ class Executor:
                 )
             return JobState.DONE
         if _is_superseded(error):
-            return "superseded"
+            return await self._finalizer.cancelled_if_wished(attempt) or "superseded"
         if running.unwanted:
             return await self._finalizer.cancelled(attempt) or "superseded"
         if isinstance(error, asyncio.CancelledError):
-            if running.stopping:
+            if running.stopping or _is_being_cancelled():
                 return "handed back" if await self._finalizer.handed_back(attempt) else "superseded"
             error = RuntimeError("the task has cancelled itself")
         return await self._ended_by(attempt, error) or "superseded"
@@ -220,6 +220,12 @@ def _as_result(attempt: Attempt, result: Any) -> Any:
     except TypeError as error:
         logger.debug("%s: %s", attempt.task, error)
         return None
+
+
+def _is_being_cancelled() -> bool:
+    """Whether somebody has cancelled the task that runs this: its process ends, or its loop."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _is_superseded(error: BaseException) -> bool:

@@ -35,6 +35,8 @@ IDLE_SECONDS = 0.5
 """Between two looks whether the worker may take something."""
 BACKOFF_SECONDS = (0.1, 2.0)
 """Before the second attempt to reach Redis, and before any later one at most."""
+CHECK_SECONDS = 0.5
+"""For the ledger to say which of the old messages still hold."""
 LATER_MILLISECONDS = 500
 """After which a job that cannot be run here now is offered again."""
 
@@ -125,12 +127,16 @@ class Fetcher:
         popped = await self._exchange(free)
         if free <= 0:
             return
-        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if not self._more else 0.0):
+        waited = not self._more
+        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if waited else 0.0):
             if popped:
                 logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
             return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
-        for message, raw, score in await self._sound(popped):
+        sound = await self._sound(popped)
+        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if waited else 0.0):
+            return  # the ledger took too long: it is not known any more who may have them
+        for message, raw, score in sound:
             self._start(message, raw, score)
 
     async def _idle(self) -> None:
@@ -174,7 +180,8 @@ class Fetcher:
         if not old:
             return found
         try:
-            stale = await self._freshness.stale(old)
+            async with asyncio.timeout(CHECK_SECONDS):
+                stale = await self._freshness.stale(old)
         except Exception as error:  # noqa: BLE001 - PostgreSQL is away: so is what the jobs want to do
             logger.debug("Old messages cannot be checked: %s", error)
             self._commands += [self._later(raw, score) for _, raw, score in found]

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,10 @@ class Finalizer:
     async def cancelled(self, attempt: Attempt) -> JobState | None:
         return await self._persistent(self._ended, attempt, {"state": JobState.CANCELLED})
 
+    async def cancelled_if_wished(self, attempt: Attempt) -> JobState | None:
+        """Of an attempt that was refused its effect: somebody may have cancelled the job before it began."""
+        return await self._persistent(self._wished, attempt)
+
     async def failed(self, attempt: Attempt, error: BaseException) -> JobState | None:
         return await self._persistent(self._failed, attempt, error, one_line(error))
 
@@ -94,6 +99,12 @@ class Finalizer:
         await session.run_sync(_write, attempt.job_id, values | ended)
         state: JobState = values["state"]
         return state
+
+    async def _wished(self, session: AsyncSession, attempt: Attempt) -> JobState | None:
+        wish = select(cancellations.c.job_id).where(cancellations.c.job_id == attempt.job_id)
+        if (await session.run_sync(execute, wish)).first() is None:
+            return None
+        return await self._ended(session, attempt, {"state": JobState.CANCELLED})
 
     async def _executed(self, session: AsyncSession, _attempt: Attempt, statement: Any) -> None:
         await session.run_sync(execute, statement)
@@ -164,13 +175,13 @@ class Finalizer:
             try:
                 async with self._context() as session:
                     return await write(session, attempt, *arguments)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - see below
                 if self._text is str and isinstance(error, DBAPIError) and _sqlstate(error) in UNTRANSLATABLE:
                     self._text = escaped
                     continue
-                if not is_retryable(error):
-                    raise
-                logger.debug("the end of job %s cannot be written yet: %s", attempt.job_id, error)
+                # It goes on in any case: with its end unwritten the job would be handed over and run again.
+                level = logging.DEBUG if is_retryable(error) else logging.ERROR
+                logger.log(level, "the end of job %s cannot be written yet: %s", attempt.job_id, error)
             await asyncio.sleep(pause)
             pause = min(2 * pause, LEDGER_PAUSE_SECONDS[1])
 
@@ -218,7 +229,7 @@ def _put_off(session: Session, row: RowMapping, wait: float, values: dict[str, A
     due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
     execute(session, update(jobs).where(jobs.c.id == row["id"]).values(values | due))
     job = Job(**{column.name: row[column.name] for column in jobs.c} | values)
-    job.due_in = wait
+    job.due_in, job.due_said_at = wait, time.monotonic()
     collect(session, (job_mapper, (job.id,)), job)
 
 

@@ -89,9 +89,14 @@ class RunningJobs:
         if tasks:
             await asyncio.wait(tasks, timeout=limit)
 
-    def cancel(self, job_id: UUID) -> None:
-        """Somebody wants the job cancelled."""
+    def cancel(self, job_id: UUID, attempt: int) -> None:
+        """Somebody wants the job cancelled, or has begun another attempt."""
         running = self._by_id.get(job_id)
-        if running is not None and running.task is not None and not running.unwanted:
+        if (
+            running is not None
+            and running.message.attempt == attempt
+            and running.task is not None
+            and not running.unwanted
+        ):
             running.unwanted = True
             running.task.cancel()

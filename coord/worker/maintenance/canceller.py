@@ -40,4 +40,4 @@ class Canceller(Loop):
             unwanted = {*await connection.scalars(wished)}
         unwanted |= {row.id for row in rows if row.state is JobState.CANCELLED or row.attempt > running[row.id]}
         for job_id in unwanted:
-            self._running.cancel(job_id)
+            self._running.cancel(job_id, running[job_id])

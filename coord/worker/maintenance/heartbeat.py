@@ -176,7 +176,7 @@ class Heartbeat:
         config = self._config
         row = {"own_queue": config.queue, "own_host": socket.gethostname(), "own_pid": os.getpid()}
         self._sent |= {
-            "path": sys.path,
+            "path": [entry for entry in sys.path if isinstance(entry, str)],
             "pid": os.getpid(),
             "slots": config.max_jobs,
             "worker": self._worker.hex,
@@ -191,27 +191,35 @@ class Heartbeat:
 
     async def _beat_in_process(self) -> None:
         while not self._ended:
-            told = self._told()
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-I",
-                beat.__file__,
-                str(self._file.fileno()),
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                pass_fds=[self._file.fileno()],
-                start_new_session=True,
-            )
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            self._process.stdin.write(_line(told))
-            async for line in self._process.stdout:
-                level, _, text = line.decode(errors="replace").strip().partition(" ")
-                logger.log(logging.WARNING if level == "warning" else logging.DEBUG, "%s", text)
-            status = await self._process.wait()
+            try:
+                await self._run_process()
+            except Exception:
+                logger.exception("The heartbeat's process has failed, and is started again")
+                self._kill()
             if not self._ended:
-                logger.warning("The heartbeat's process has ended with status %d, and is started again", status)
                 await asyncio.sleep(RESTART_SECONDS)
+
+    async def _run_process(self) -> None:
+        told = self._told()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-I",
+            beat.__file__,
+            str(self._file.fileno()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            pass_fds=[self._file.fileno()],
+            start_new_session=True,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(_line(told))
+        async for line in self._process.stdout:
+            level, _, text = line.decode(errors="replace").strip().partition(" ")
+            logger.log(logging.WARNING if level == "warning" else logging.DEBUG, "%s", text)
+        status = await self._process.wait()
+        if not self._ended:
+            logger.warning("The heartbeat's process has ended with status %d, and is started again", status)
 
     async def _beat_here(self) -> None:
         """In an event loop of its own."""

@@ -88,6 +88,8 @@ class Reconciler(Loop):
         self._epoch: int | None = None
         self._missing: dict[Key, float] = {}
         """Since when, on the monotonic clock."""
+        self._gone: set[Key] = set()
+        """Those that were missing and are not queued any more."""
         self._rest: Row[Any] | None = None
         """How far the look at all the others has come."""
         self._counted_at = self._full_at = float("-inf")
@@ -107,7 +109,9 @@ class Reconciler(Loop):
                 new = [row for row in rows if (row.id, row.attempt) not in seen]
                 seen.update((row.id, row.attempt) for row in new)
                 await self._compare(new, now, missing)
-        self._missing = missing
+        # A look that is not full says nothing of what it has not compared.
+        rest = {} if full else {key: since for key, since in self._missing.items() if key not in seen | self._gone}
+        self._missing = rest | missing
         if full and missing:
             self._full_at = time.monotonic() + MISSING_SECONDS
         await self._redis.zremrangebyscore(self._keys.taken, "-inf", now - TAKEN_SECONDS * 2000)
@@ -158,8 +162,10 @@ class Reconciler(Loop):
         yield await self._queued.ids(jobs.c.scheduled_at > _ago(first), jobs.c.scheduled_at <= _ago(last))
         yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last), _before(head))
         if self._missing:
-            ids = [job_id for job_id, _ in list(self._missing)[:PAGE]]
-            yield await self._queued.ids(due, jobs.c.id.in_(ids))
+            asked = list(self._missing)[:PAGE]
+            page = await self._queued.ids(due, jobs.c.id.in_([job_id for job_id, _ in asked]))
+            self._gone = set(asked) if not page else {key for key in asked if key[0] not in {row.id for row in page}}
+            yield page
         rest = await self._queued.ids(due, limit=REST, after=self._rest)
         self._rest = rest[-1] if len(rest) == REST else None
         yield rest

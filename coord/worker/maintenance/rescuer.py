@@ -85,7 +85,7 @@ class Rescuer(Loop):
             dead = (await connection.execute(gone.returning(workers.c.jobs, workers.c.stopping))).one_or_none()
             if dead is None:
                 return
-            await self._end_transactions(worker)
+            await _end_transactions(connection, worker)
             rows = await _aboard(connection, dead.jobs)
             changes = self._judged(rows, stopping=dead.stopping)
             for row in rows:
@@ -98,29 +98,6 @@ class Rescuer(Loop):
         if command is not None:
             await self._redis.execute_command(*command)
         self._ended(job_id for job_id, change in changes.items() if change["state"] is not JobState.QUEUED)
-
-    async def _end_transactions(self, worker: UUID) -> None:
-        """End the backends of a worker's open job transactions; they are told apart by the advisory lock they hold.
-
-        A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
-        transactions end when they have been idle for too long.
-        """
-        here = select(_databases.c.oid).where(_databases.c.datname == func.current_database()).scalar_subquery()
-        statement = select(func.pg_terminate_backend(_locks.c.pid, TERMINATE_MILLISECONDS)).where(
-            _locks.c.locktype == "advisory",
-            _locks.c.classid == CLASS,
-            _locks.c.objid == lock_of(worker) % 2**32,
-            _locks.c.objsubid == 2,
-            _locks.c.database == here,
-        )
-        try:
-            async with self._engine.connect() as connection:
-                ended = list(await connection.scalars(statement))
-        except DBAPIError as error:
-            logger.warning("The transactions of worker %s cannot be ended: %s", worker, error.orig)
-        else:
-            if ended:
-                logger.warning("Ended %d transactions of worker %s", len(ended), worker)
 
     def _judged(self, rows: Sequence[Row[Any]], *, stopping: bool) -> dict[UUID, dict[str, Any]]:
         """What becomes of each. A suspect aboard is to blame alone, otherwise all are; of a stop nobody is."""
@@ -172,3 +149,27 @@ def _next(row: Row[Any], pause: float) -> dict[str, Any]:
 
 def _end(state: JobState, error: str) -> dict[str, Any]:
     return {"state": state, "finished_at": func.clock_timestamp(), "error": error, "traceback": None}
+
+
+async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
+    """End the backends of a worker's open job transactions; they are told apart by the advisory lock they hold.
+
+    A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
+    transactions end when they have been idle for too long.
+    """
+    here = select(_databases.c.oid).where(_databases.c.datname == func.current_database()).scalar_subquery()
+    statement = select(func.pg_terminate_backend(_locks.c.pid, TERMINATE_MILLISECONDS)).where(
+        _locks.c.locktype == "advisory",
+        _locks.c.classid == CLASS,
+        _locks.c.objid == lock_of(worker) % 2**32,
+        _locks.c.objsubid == 2,
+        _locks.c.database == here,
+    )
+    try:
+        async with connection.begin_nested():
+            ended = list(await connection.scalars(statement))
+    except DBAPIError as error:
+        logger.warning("The transactions of worker %s cannot be ended: %s", worker, error.orig)
+    else:
+        if ended:
+            logger.warning("Ended %d transactions of worker %s", len(ended), worker)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from redis.asyncio import Redis
+    from sqlalchemy import Row
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord.queue.keys import QueueKeys
@@ -46,12 +47,16 @@ class Scheduler(Loop):
         self._keys = keys
         self._is_leader = is_leader
         self._read_at = 0.0
+        self._after: Row[Any] | None = None
+        """How far the look that is under way has come."""
+        self._reads_until: datetime | None = None
+        """And up to which time it goes."""
         self._until: datetime | None = None
         """Up to which time, by PostgreSQL's clock, the ledger was read."""
 
     def start_over(self) -> None:
         """Redis has forgotten what it was given."""
-        self._until = None
+        self._until = self._after = None
         self._read_at = 0.0
         self.wake()
 
@@ -61,23 +66,31 @@ class Scheduler(Loop):
             asyncio.get_running_loop().call_later(seconds + EXPECTED_SECONDS, self.wake)
 
     async def round(self) -> float:
-        if not self._is_leader():
-            self._until = None
-        elif (now := time.monotonic()) >= self._read_at:
-            await self._read()
-            self._read_at = now + READ_SECONDS
         wait = await self._redis.execute_command("EVAL", MOVE, 2, self._keys.feed, self._keys.soon, MOVED)  # type: ignore[no-untyped-call]
+        if not self._is_leader():
+            self._until = self._after = None
+        elif time.monotonic() >= self._read_at:
+            await self._read()
         return min(POLL_SECONDS, wait / 1000 if wait >= 0 else POLL_SECONDS)
 
     async def _read(self) -> None:
-        """What is due until a minute from now and was not due a minute after the last look."""
+        """What is due until a minute from now and was not due a minute after the last look; a page at a time.
+
+        A wave of jobs takes many pages, between which what has come due is moved.
+        """
         near = func.now() + literal(timedelta(seconds=NEAR_SECONDS))
         since: Any = func.now() if self._until is None else self._until - timedelta(seconds=OVERLAP_SECONDS)
-        async with self._engine.connect() as connection:
-            until: datetime = (await connection.execute(select(near))).scalar_one()
-        async for page in self._queued.pages(jobs.c.scheduled_at > since, jobs.c.scheduled_at <= near):
-            async for rows in self._queued.rows(page):
-                command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
-                if command is not None:
-                    await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
-        self._until = until
+        if self._after is None:
+            async with self._engine.connect() as connection:
+                self._reads_until = (await connection.execute(select(near))).scalar_one()
+        in_time = jobs.c.scheduled_at > since, jobs.c.scheduled_at <= self._reads_until
+        page = await self._queued.ids(*in_time, after=self._after)
+        async for rows in self._queued.rows(page):
+            command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
+            if command is not None:
+                await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+        self._after = page[-1] if page else None
+        if self._after is None:
+            self._until, self._read_at = self._reads_until, time.monotonic() + READ_SECONDS
+        else:
+            self.wake()
