@@ -10,7 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
-from coord.retryable import SHUTDOWNS, sqlstate_of
+from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -95,7 +95,7 @@ def _is_lost(connection: Connection, error: Exception) -> bool:
     if driver.is_closed() or isinstance(error, asyncpg.InternalClientError):
         return True
     state = sqlstate_of(error)
-    return state in SHUTDOWNS or (state == READ_ONLY and _is_read_only(driver))
+    return state in SHUTDOWN_STATES or (state == READ_ONLY and _is_read_only(driver))
 
 
 def _is_read_only(driver: asyncpg.Connection) -> bool:

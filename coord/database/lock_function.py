@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ARRAY, DDL, Float, Text, bindparam, func, quoted_name, select, text
 from sqlalchemy.exc import ProgrammingError
 
+from coord.retryable import sqlstate_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -100,7 +102,7 @@ def call_lock(
     try:
         answer: str | None = connection.scalar(call, {"mode": mode, "names": list(names), "wait_ms": wait})
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) in _UNUSABLE:
+        if sqlstate_of(error) in _UNUSABLE:
             _found.pop(connection.dialect, None)
         raise
     if answer is None:

@@ -26,7 +26,7 @@ from coord.http.problem import (
     problem_of,
     public_reason,
 )
-from coord.retryable import STATES, is_retryable, sqlstate_of
+from coord.retryable import CONTENTION_STATES, is_retryable, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -99,7 +99,7 @@ async def _database(_: Request, error: Exception) -> Response:
         return problem_of(CONFLICT)
     if not _of_the_database(error) or not (is_retryable(error) or isinstance(error, OSError)):
         raise error
-    if sqlstate_of(error) in STATES:
+    if sqlstate_of(error) in CONTENTION_STATES:
         return problem_of(CONTENTION)
     cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
     logger.warning("The database cannot be reached: %s", " ".join(str(cause).split()) or type(cause).__name__)

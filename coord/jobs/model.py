@@ -33,6 +33,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
 from coord.jobs.arguments import to_json
+from coord.retryable import sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -283,7 +284,7 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
     try:
         return connection.execute(statement, values, execution_options=_UNTRANSLATED)
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) == "42P01":
+        if sqlstate_of(error) == "42P01":
             error.add_note(MISSING)
         raise
 

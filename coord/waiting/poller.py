@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from coord.retryable import is_server_away
 from coord.waiting.deadlines import Deadlines
-from coord.waiting.reader import is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -193,7 +193,7 @@ class Poller(ABC):
 
     async def _failed(self, error: Exception, due: Due) -> None:
         """Try again if the database is away; else the waiter whose read it was gets the error, and no other."""
-        if is_passing(error):
+        if is_server_away(error):
             if self.error is None:
                 logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
             self.error = error

@@ -6,11 +6,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 from sqlalchemy import text
-from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import QueuePool
 
@@ -35,9 +32,6 @@ READ_LIMIT = 5.0
 """Seconds after which a read is given up, to be tried again: the server may be gone without a word."""
 QUEUE_LIMIT = 30.0
 """Seconds more for one that has to queue for a connection, unless the pool has a `pool_timeout` of its own."""
-
-PASSING = {"40001", "40P01", "55P03"}
-"""What a role's own settings or somebody's table lock may answer to a plain SELECT."""
 _SET = text("SELECT set_config(:name, :value, true)")
 
 
@@ -117,18 +111,3 @@ class Reader:
                     # that it is over if it could not encode the values.
                     connection.exec_driver_sql("SELECT 1")
                 raise
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether the database is away or overloaded, as opposed to refusing this statement or its values."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    original = error.orig if isinstance(error, DBAPIError) else error
-    if isinstance(original, OSError | TimeoutError | PoolTimeoutError):
-        return True
-    if isinstance(original, asyncpg.InterfaceError):
-        return not isinstance(original, ValueError)  # a key that the driver cannot encode
-    if isinstance(original, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
-        return True  # the table was altered; SQLAlchemy prepares anew the next time
-    state = str(getattr(original, "sqlstate", ""))
-    return state in PASSING or state[:2] in {"08", "53", "57"}  # connection, resources, intervention

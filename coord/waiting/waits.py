@@ -16,12 +16,13 @@ from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.jobs.model import JobState
 from coord.notify.changes import warn_if_uncoordinated
+from coord.retryable import is_server_away
 from coord.waiting.adoption import adopt
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
 from coord.waiting.own import OwnReader
 from coord.waiting.poller import RETRY_SECONDS
-from coord.waiting.reader import READ_LIMIT, is_passing
+from coord.waiting.reader import READ_LIMIT
 from coord.waiting.waiter import LAST_READ_SECONDS
 from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
@@ -125,7 +126,7 @@ class _Handed(Generic[M]):
             if await waiter.reader.stores(waiter.target, seen):
                 return False
         except Exception as error:
-            if not is_passing(error):
+            if not is_server_away(error):
                 if isinstance(error, DBAPIError):
                     return True  # it cannot be said in SQL, so what Python says is all there is
                 raise
@@ -198,7 +199,7 @@ class _Woken(Generic[M]):
         try:
             return await self._own.read(identified=not self.waiter.solo, job_id=job_id, limit=limit)
         except Exception as error:
-            if self._own.shares_errors or not is_passing(error):
+            if self._own.shares_errors or not is_server_away(error):
                 raise
             if _limit(deadline) <= RETRY_SECONDS:
                 raise self.waiter.timed_out(began) from error
@@ -222,7 +223,7 @@ class _Woken(Generic[M]):
             if not await self._own.stores(difference, limit=_limit(deadline)):
                 return True
         except DBAPIError as error:
-            if is_passing(error):
+            if is_server_away(error):
                 raise
             return True  # it cannot be said in SQL, so what Python says is all there is
         self.waiter.baseline.update({name: values[name] for name in difference})

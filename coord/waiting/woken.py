@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.target import M
+from coord.retryable import sqlstate_of
 from coord.waiting.baseline import difference, own_copy
 from coord.waiting.poller import Poller
 from coord.waiting.statements import has_identity
@@ -218,5 +219,4 @@ class WakingPoller(Poller):
 
     def _concerns_all(self, error: Exception) -> bool:
         """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-        original = error.orig if isinstance(error, DBAPIError) else None
-        return original is None or str(getattr(original, "sqlstate", "")).startswith("42")
+        return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")
