@@ -57,7 +57,7 @@ class Watcher:
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._unwanted: set[asyncio.Task[None]] = set()
         """Those that read for nobody any more."""
-        self._resting = False
+        self._draining = False
 
     @classmethod
     def of(cls, engine: AsyncEngine) -> Watcher:
@@ -112,7 +112,7 @@ class Watcher:
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
         self._set(max_waiters, declared, subscribe, coordinated=True)
-        self.holds, self._resting = holds, False
+        self.holds, self._draining = holds, False
         try:
             yield
         finally:
@@ -120,9 +120,9 @@ class Watcher:
             self.holds = _hold_nothing
             self._forget_if_idle()
 
-    async def rest(self) -> None:
-        """Stop what reads for nobody, now and later on, in `READ_LIMIT` at most: the pool has its connections back."""
-        self._resting = True
+    async def drain(self) -> None:
+        """Stop reads that no wait needs, now and later on, within `READ_LIMIT`; the pool has its connections back."""
+        self._draining = True
         for task in self._unwanted:
             task.cancel()
         loop = asyncio.get_running_loop()
@@ -143,7 +143,7 @@ class Watcher:
             if poller.task is not None and not poller.task.done():
                 self._unwanted.add(poller.task)
                 poller.task.add_done_callback(self._unwanted.discard)
-                if self._resting:
+                if self._draining:
                     poller.task.cancel()
             self._forget_if_idle()
 
