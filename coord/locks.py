@@ -53,8 +53,8 @@ class LockMode(StrEnum):
         raise ValueError(f"{value!r} is not a lock mode; the modes are {', '.join(cls)}")
 
 
-CONNECT_LIMIT = 1.0
-"""Seconds that who does not wait for a lock waits for a connection, which may have to be made."""
+NOWAIT_CONNECT_TIMEOUT_SECONDS = 1.0
+"""For the connection of a lock with `timeout=0`: it may have to be made."""
 
 _MODES = list(LockMode)
 _CONFLICTS = {  # table 13.2 of the manual, by strength
@@ -168,13 +168,13 @@ async def _connected(session: AsyncSession, binding: Mapping[str, Any], limit: f
         return limit
     loop = asyncio.get_running_loop()
     began = loop.time()
-    patience = limit or CONNECT_LIMIT
+    timeout = limit or NOWAIT_CONNECT_TIMEOUT_SECONDS
     try:
-        await interruptible(session.run_sync(_connect, binding), limit=patience)
+        await interruptible(session.run_sync(_connect, binding), limit=timeout)
     except TimeoutError as error:
-        if loop.time() - began < patience:  # the driver's own
+        if loop.time() - began < timeout:  # the driver's own
             raise
-        raise LockTimeoutError(f"timed out after {patience:g} s waiting for a connection, and so for a lock") from error
+        raise LockTimeoutError(f"timed out after {timeout:g} s waiting for a connection, and so for a lock") from error
     return limit and max(0.001, limit - (loop.time() - began))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER = 1
+RETRY_AFTER_SECONDS = 1
 """Seconds after which to ask again for what was refused for now."""
 
 
@@ -86,7 +86,7 @@ def problem(
     found = {"type": _urn(kind), "title": title, "status": status, "detail": _text(detail), **members}
     said = dict(headers or {})
     if status == http.client.SERVICE_UNAVAILABLE:
-        said.setdefault("Retry-After", str(RETRY_AFTER))
+        said.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
     return JSONResponse(found, status, said, media_type=MEDIA_TYPE)
 
 

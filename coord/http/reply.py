@@ -15,7 +15,7 @@ from coord.http.disconnect import while_connected
 from coord.http.jobs import Accepted, AcceptedJob
 from coord.http.limits import ARRIVAL, MAX_WAIT_SECONDS, Arrival
 from coord.http.prefer import Preference
-from coord.http.problem import RETRY_AFTER
+from coord.http.problem import RETRY_AFTER_SECONDS
 from coord.jobs.queries import get_job
 from coord.retryable import is_retryable
 from coord.waiting.job_wait import job_id_of
@@ -93,7 +93,7 @@ class Reply:
         When that takes longer than half a second, or PostgreSQL is away, a `Job` is said to be in the state it had.
         """
         self._say_what_applied(accepted=True)
-        headers = {"Location": location, "Retry-After": str(RETRY_AFTER)}
+        headers = {"Location": location, "Retry-After": str(RETRY_AFTER_SECONDS)}
         accepted = AcceptedJob(id=job_id_of(job), state=await _state_of(session, job))
         return self.with_headers(JSONResponse({"job": accepted.model_dump(mode="json"), **members}, 202, headers))
 

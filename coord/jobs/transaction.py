@@ -25,13 +25,11 @@ if TYPE_CHECKING:
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
-CONNECTION_CHECK = 1.0
-"""Seconds until the backend of a killed worker notices, also while it waits for a lock."""
-CONNECTION_TRIES = 3
-"""Connections that one attempt may find dead before its first statement."""
+CONNECTION_CHECK_SECONDS = 1.0
+"""Until the backend of a killed worker notices, also while it waits for a lock."""
+MAX_DEAD_CONNECTIONS = 3
+"""Which one attempt may find before its first statement."""
 APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
-IDLE_LIMIT = 60.0
-"""Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
 
 class JobSuperseded(BaseException):
@@ -101,7 +99,7 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
     A pooled connection may have died since it was last used. Nothing was executed on it, so another one is taken; the
     first that is found dead has SQLAlchemy give up all that are as old.
     """
-    left = CONNECTION_TRIES
+    left = MAX_DEAD_CONNECTIONS
     while True:
         left -= 1
         # Used after the block, a closed session would begin another transaction.
@@ -128,7 +126,7 @@ def _swallowed(session: AsyncSession) -> BaseException | None:
 
 @event.listens_for(Session, "after_commit")
 def _note_commit(session: Session) -> None:
-    """SQLAlchemy says so at a savepoint's release as well."""
+    """SQLAlchemy calls this at a savepoint's release as well."""
     attempt = session.info.get(ATTEMPT)
     if attempt is not None and not session.in_nested_transaction():
         attempt.applied = True
@@ -183,7 +181,7 @@ _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=ca
 async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
-        "check": f"{CONNECTION_CHECK:g}s",
+        "check": f"{CONNECTION_CHECK_SECONDS:g}s",
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
         "state": JobState.DONE,

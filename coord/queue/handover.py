@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from coord.notify.client import Command, Commands
 
 
-BATCH = 100
-"""Jobs in one command."""
+MAX_JOBS_PER_COMMAND = 100
 
 
 def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Command | None:
@@ -46,8 +45,8 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
         else:
             queues.setdefault(job.queue, []).append((job, job.due_in))
     for queue, waiting in queues.items():
-        for start in range(0, len(waiting), BATCH):
-            command = push(QueueKeys(namespace, queue), waiting[start : start + BATCH])
+        for start in range(0, len(waiting), MAX_JOBS_PER_COMMAND):
+            command = push(QueueKeys(namespace, queue), waiting[start : start + MAX_JOBS_PER_COMMAND])
             if command is not None:
                 commands[waiting[start][0].id] = (command,)
     return commands

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from coord.jobs.arguments import DEEPEST, depth_of, to_json
-from coord.jobs.options import LONGEST, name_of
+from coord.jobs.arguments import MAX_DEPTH, depth_of, to_json
+from coord.jobs.options import MAX_SPAN_SECONDS, name_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -80,11 +80,11 @@ class Message:
         sound = (
             isinstance(self.args, list)
             and isinstance(self.kwargs, dict)
-            and depth_of([self.args, self.kwargs]) <= DEEPEST
+            and depth_of([self.args, self.kwargs]) <= MAX_DEPTH
             and type(self.attempt) is int
             and 0 < self.attempt < 2**31
             and type(self.deaths) is int
-            and (self.timeout is None or 0 < self.timeout <= LONGEST)
+            and (self.timeout is None or 0 < self.timeout <= MAX_SPAN_SECONDS)
             and isinstance(trace, dict)
             and all(isinstance(part, str) for part in trace.values())
         )
