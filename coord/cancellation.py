@@ -32,7 +32,7 @@ STOP_TIMEOUT_SECONDS = 0.1
 async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = None) -> T:
     """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
 
-    `TimeoutError` after `limit` seconds; the work is then told to stop and hardly waited for: its server may be gone.
+    `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
     """
     task = asyncio.create_task(work)
     task.add_done_callback(_retrieve)
@@ -77,9 +77,9 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
-    """The same, but for its own errors, which are logged: what has gone before is not told otherwise by them.
+    """The same, but for its own errors, which are logged: they do not replace the outcome before them.
 
-    It may be an error that is worth another attempt, or a commit. A cancellation is nobody's to swallow.
+    It may be an error that is worth another attempt, or a commit. A cancellation must not be swallowed.
     """
     try:
         return await uninterrupted(work)

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Mapper
 from coord.cancellation import cleaned_up, interruptible
 from coord.database.acquisition import Acquisition, acquire, literal
 from coord.database.engine import engine_of
-from coord.database.transaction import connection_in_use, end_transaction, holding_lock, is_joined, turn
+from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
 
@@ -80,7 +80,7 @@ def lock_tables(
 
     The tables are locked in one order everywhere, so calls that lock before they touch a table never deadlock each
     other. The lock is taken before any pending change is flushed. Read after it: `session.get` returns a row that was
-    loaded before the lock without looking again, unless it is told `populate_existing=True`.
+    loaded before the lock without reading it again, unless `populate_existing=True` is given.
 
     `timeout` is one deadline in seconds for all the tables ("500ms" works too); 0 does not wait for a lock, and at most
     a second for a connection; None leaves it to the server's `lock_timeout`, which is afterwards as it was before. The
@@ -113,7 +113,7 @@ def advisory_lock(
 ) -> AbstractAsyncContextManager[AsyncSession]:
     """Hold a transaction-level advisory lock (section 13.3.5 of PostgreSQL's manual), on a number, a pair or a name.
 
-    It excludes only who asks for the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
+    It excludes only locks of the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
     a transaction at REPEATABLE READ or SERIALIZABLE, which then does not see what the last holder committed.
     Transaction, deadline and errors are those of `lock_tables`; a `timeout` of 0 waits a millisecond. A name is hashed
     to 64 bits, the same in every process.
@@ -135,7 +135,7 @@ async def _held(
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_joined(session)
     try:
-        async with turn(session):
+        async with connection_mutex(session):
             left = await _connected(session, binding, limit)
             await interruptible(session.run_sync(_acquire, binding, plan, None if left is None else max(least, left)))
     except BaseException:
@@ -149,7 +149,7 @@ async def _held(
         if not joins and session.sync_session.get_transaction() is not transaction:
             raise RuntimeError("The lock was lost before its block ended: the transaction was ended inside the block.")
         if not joins:
-            async with turn(session):
+            async with connection_mutex(session):
                 await interruptible(session.commit())
     except BaseException:
         if not joins:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
 RECHECK_SECONDS = 10.0
-"""After which a database that did not have the function is asked again."""
+"""After which a database that did not have the function is searched for it again."""
 
 _LOCK = """
 CREATE OR REPLACE FUNCTION coord_lock(mode text, names text[], wait_ms double precision) RETURNS text
@@ -74,11 +74,11 @@ _UNUSABLE = ("42883", "42501", "3F000")
 _found: WeakKeyDictionary[Dialect, Select[Any]] = WeakKeyDictionary()
 """The call, by engine: each has a dialect of its own."""
 _missing: WeakKeyDictionary[Dialect, float] = WeakKeyDictionary()
-"""When the function was last looked for in vain."""
+"""When the function was last searched for and not found."""
 
 
 def lock_function(connection: Connection) -> Select[Any] | None:
-    """The call of the function that the connection's database has; looked for once an engine."""
+    """The call of the function that the connection's database has; searched for once an engine."""
     dialect = connection.dialect
     if (found := _found.get(dialect)) is not None:
         return found

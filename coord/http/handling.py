@@ -1,4 +1,4 @@
-"""What is raised becomes a problem document, and says nothing of how this service is made."""
+"""Errors become problem documents that show nothing of how this service is made."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coord.http")
 
 CLIENT_GONE = 499
-"""Nobody reads it; it is nginx's status for a client that went away, and looks right in access logs."""
+"""No client reads it; it is nginx's status for a client that went away, and looks right in access logs."""
 MAX_ERRORS = 20
 """Of one request, in a problem document."""
 VIOLATIONS = {"23505", "23P01"}

@@ -1,4 +1,4 @@
-"""What a request may cost before it has been looked at: its size, and its time until the answer begins."""
+"""What a request may cost before it is handled: its size, and its time until the answer begins."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class _Exchange:
         self._send = send
         self._body = self._left = body
         self._complete = self._missed = False
-        """Whether all of the body has come; whether somebody waits, or has waited in vain, for more of it."""
+        """Whether all of the body has come; whether a reader waits, or has waited in vain, for more of it."""
         self._started = self._replaced = False
         """Whether the application has begun to respond, or a response was sent in its place."""
         self._deadline: asyncio.Timeout | None = None
@@ -175,6 +175,6 @@ def _size_of_head(scope: Scope) -> int:
 
 
 def _announced(scope: Scope) -> int:
-    """How long the body says that it is."""
+    """The length of the body by its header."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     return int(length) if length.isdigit() else 0

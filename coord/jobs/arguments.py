@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects within one another; whoever reads them may have less of a stack left than whoever wrote them."""
+"""Of nested lists and objects; the reader may have less stack left than the writer had."""
 
 MAX_ARGUMENT_BYTES = 1 << 20
 """Of arguments, results and progress: what is queued lies in Redis, and what is read at once has a limit."""
@@ -21,7 +21,7 @@ def to_json(value: Any) -> str:
 
 
 def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
-    """`value` as JSON, and as it is read from that, which nobody else can change; a `TypeError` if it is not equal."""
+    """`value` as JSON, and a copy as it is read from that; a `TypeError` if the copy is not equal."""
     try:
         text = to_json(value)
         arriving = json.loads(text)

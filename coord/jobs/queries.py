@@ -42,7 +42,7 @@ RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELLED)
 
 
 class Beat(NamedTuple):
-    """What a worker's heartbeat says of one job."""
+    """What a worker's heartbeat has of one job."""
 
     id: UUID
     attempt: int
@@ -52,7 +52,7 @@ class Beat(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
-    """A job as it is now; whether it runs, and how far it is, as its worker's last heartbeat says (2 s)."""
+    """A job as it is now; whether it runs, and how far it is, by its worker's last heartbeat (every 2 s)."""
 
     id: UUID
     task: str
@@ -116,7 +116,8 @@ async def list_jobs(
 
 
 async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
-    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for nobody.
+    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for no
+    running job.
 
     `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
     back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
@@ -134,7 +135,7 @@ async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
-    """Say how far the task is, in JSON: `get_job` tells it, from the next heartbeat on, as long as the job runs.
+    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
 
     Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
     """

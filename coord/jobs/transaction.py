@@ -44,7 +44,7 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
     what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
     `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may
-    not do anything else for longer. While it is open nobody else writes the job's row.
+    not do anything else for longer. While it is open no other transaction writes the job's row.
 
         async def fulfil_order(ctx, order_id):
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
@@ -69,13 +69,13 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
                     returned = True
                 finally:
                     failure = _swallowed(session)
-            if not attempt.applied:  # SQLAlchemy leaves the block without a word
+            if not attempt.applied:  # SQLAlchemy leaves the block without an error
                 raise InvalidRequestError(APPLIED_NOTHING)
         except InvalidRequestError as error:
             error.__cause__ = error.__cause__ or failure
             raise
         except DBAPIError:
-            if returned and failure is not None:  # the commit is refused in other words than what had failed before
+            if returned and failure is not None:  # the error of the refused commit does not tell what had failed before
                 raise InvalidRequestError(APPLIED_NOTHING) from failure
             raise
         finally:
@@ -163,7 +163,7 @@ is_ours = (
     & (cast(jobs.c.arguments, Text) == bindparam("given"))
     & jobs.c.timeout.is_not_distinct_from(bindparam("limit"))
 )
-"""Whether a row is the unfinished job that an attempt is for: Redis, which told of it, may hold anything."""
+"""Whether a row is the unfinished job that an attempt is for: the message is from Redis, which may hold anything."""
 
 _done = (
     update(jobs)
@@ -189,7 +189,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     }
     try:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
-    except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
+    except OSError as error:  # a missing socket, or a time-out; neither is retryable when a task itself raises it
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
     attempt.claimed = bool(claimed)
     if not claimed:

@@ -41,7 +41,7 @@ class Message:
 
     @classmethod
     def read(cls, text: bytes) -> Message:
-        """`ValueError` if it is not one: whoever can write to Redis may have written anything."""
+        """`ValueError` if it is not one: Redis may hold anything."""
         try:
             found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
             message = cls(
@@ -75,7 +75,7 @@ class Message:
         return to_json([self.args, self.kwargs])
 
     def _check(self) -> None:
-        """PostgreSQL is asked only about what a job may be."""
+        """Only what may be a job is compared with the ledger."""
         trace = {} if self.trace is None else self.trace
         sound = (
             isinstance(self.args, list)

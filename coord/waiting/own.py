@@ -13,7 +13,7 @@ from sqlalchemy.orm import undefer
 from coord.cancellation import interruptible, uninterrupted
 from coord.database.schemas import schemas_of
 from coord.database.target import EAGER, M
-from coord.database.transaction import end_transaction, turn
+from coord.database.transaction import connection_mutex, end_transaction
 from coord.errors import RowNotFoundError
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_TIMEOUT_SECONDS
@@ -171,7 +171,7 @@ class OwnReader(Generic[M]):
             return await interruptible(work, limit=limit)
 
         async def exclusively() -> T:
-            async with turn(self.session):
+            async with connection_mutex(self.session):
                 return await work
 
         return await uninterrupted(exclusively())
