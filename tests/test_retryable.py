@@ -149,7 +149,7 @@ async def test_a_deadlock_of_table_locks_is(session_maker: SessionMaker, observe
         await waiting
 
 
-async def test_a_lock_that_was_not_to_be_had_is(session_maker: SessionMaker, rows: None) -> None:
+async def test_a_lock_that_timed_out_is(session_maker: SessionMaker, rows: None) -> None:
     async with session_maker() as holder, session_maker() as session:
         await holder.execute(select(User).with_for_update())
         await holder.execute(text("LOCK TABLE items"))

@@ -120,7 +120,7 @@ def _send_plain_statements(
 
 def _timed_out(connection: Connection, acquisition: Acquisition) -> LockTimeoutError:
     holders = _holders(connection, acquisition)
-    seen = "; ".join(map(str, holders)) or "whoever held it is gone"
+    seen = "; ".join(map(str, holders)) or "its holder is gone"
     message = f"timed out waiting for {acquisition.subject}: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
 

@@ -175,7 +175,7 @@ def idempotency(
     malformed key, or a missing one that is `required`. Reads the body, so not for forms.
     """
     if required and caller is None:
-        raise ValueError("idempotency(required=True) needs caller=, which says whose keys they are")
+        raise ValueError("idempotency(required=True) needs caller=, which tells whose keys they are")
     kept = timedelta(seconds=seconds("expires", expires))
 
     async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:

@@ -42,7 +42,7 @@ MALFORMED_KEY = Kind("idempotency-key-malformed", 400, "Idempotency-Key is one q
 UNSCOPED_KEY = Kind(
     "idempotency-key-unscoped",
     400,
-    "no key is taken here: idempotency(caller=...) would have to say whose keys they are",
+    "Idempotency-Key is not accepted here: idempotency(caller=...) must tell whose keys they are",
 )
 MISSING_KEY = Kind("idempotency-key-missing", 400, "this request needs an Idempotency-Key")
 REUSED_KEY = Kind("idempotency-key-reused", 422, "another request has used this Idempotency-Key")

@@ -44,5 +44,5 @@ class Attempt:
 
     def enter(self) -> None:
         if self.entered:
-            raise RuntimeError("An attempt has one job_transaction, and this one has had its.")
+            raise RuntimeError("An attempt has one job_transaction, and this is a second.")
         self.entered = True

@@ -136,7 +136,7 @@ def _delay(delay: Seconds | datetime) -> float | datetime:
     if not isinstance(delay, datetime):
         return _span("delay", delay)
     if delay.utcoffset() is None:
-        raise ValueError(f"delay is an aware datetime, and {delay!r} says no time zone")
+        raise ValueError(f"delay is an aware datetime, and {delay!r} has no time zone")
     if (delay - datetime.now(UTC)).total_seconds() > MAX_SPAN_SECONDS:
         raise ValueError(f"delay is at most a hundred years, not until {delay}")
     return delay
