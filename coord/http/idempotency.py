@@ -169,9 +169,9 @@ def idempotency(
 ) -> Callable[..., Awaitable[Idempotency]]:
     """A dependency: `Annotated[Idempotency, Depends(idempotency(caller=user_id))]`.
 
-    `caller` says who asks, as the application knows them: whoever they are, not what they show for it, which others
-    may share or which may change between two attempts. Keys are apart for each caller, method and route; `""` is
-    everybody together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
+    `caller` identifies the client as the application knows it: a principal, not a credential, which others may share
+    or which may change between two attempts. Keys are apart for each caller, method and route; `""` is for all clients
+    together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
     malformed key, or a missing one that is `required`. Reads the body, so not for forms.
     """
     if required and caller is None:

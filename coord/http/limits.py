@@ -21,7 +21,7 @@ ARRIVAL = "coord.arrival"
 """Where in its scope a request's `Arrival` is."""
 MAX_WAIT_SECONDS = 25.0
 """How long a request may wait for its answer: less than what proxies allow."""
-MARGIN_SECONDS = 2.0
+ANSWER_MARGIN_SECONDS = 2.0
 """How long beyond what the client would wait, after which no answer has begun in spite of it: a pool, or a lock."""
 CLEANUP_SECONDS = 0.5
 """For a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
@@ -54,7 +54,7 @@ class RequestLimits:
         app: ASGIApp,
         *,
         wait: float = MAX_WAIT_SECONDS,
-        margin: float = MARGIN_SECONDS,
+        margin: float = ANSWER_MARGIN_SECONDS,
         body: int = MAX_BODY_BYTES,
         head: int = MAX_HEAD_BYTES,
     ) -> None:

@@ -1,4 +1,4 @@
-"""Which of the jobs that run here somebody has cancelled, or given to another worker."""
+"""Which of the jobs that run here were cancelled, or given to another worker."""
 
 from __future__ import annotations
 
