@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 logger = logging.getLogger("coord.engine")
 
-CLEANUP_LIMIT = 10.0
+CLEANUP_TIMEOUT_SECONDS = 10.0
 """Seconds after which cleanup against a server that does not answer is given up."""
-STOP_LIMIT = 0.1
+STOP_TIMEOUT_SECONDS = 0.1
 """Seconds for work to stop whose time is up: its server may well be gone."""
 
 
 async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = None) -> T:
     """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
 
-    `TimeoutError` after `limit` seconds; the work is then told to stop and hardly waited for: its server may be gone.
+    `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
     """
     task = asyncio.create_task(work)
     task.add_done_callback(_retrieve)
@@ -44,12 +44,12 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
         raise
     if not done:
         task.cancel()
-        await _seen_to_end(task, STOP_LIMIT)
+        await _seen_to_end(task, STOP_TIMEOUT_SECONDS)
         raise TimeoutError
     return task.result()
 
 
-async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_LIMIT) -> None:
+async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_TIMEOUT_SECONDS) -> None:
     """Wait for it whatever cancels the caller meanwhile: what it works on is the caller's, to use next or to give up.
 
     A second deadline, a server's forced stop: cancellations come in twos.
@@ -68,7 +68,7 @@ async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_LI
 
 
 async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
-    """Await `work` to its end whatever cancels the caller meanwhile, for at most `CLEANUP_LIMIT` seconds."""
+    """Await `work` to its end whatever cancels the caller meanwhile, for at most `CLEANUP_TIMEOUT_SECONDS`."""
     task = asyncio.create_task(_limited(work))
     task.add_done_callback(_retrieve)
     task.add_done_callback(lambda _: work.close())  # which has not begun if the loop ends just now
@@ -77,9 +77,9 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
 
 
 async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
-    """The same, but for its own errors, which are logged: what has gone before is not told otherwise by them.
+    """The same, but for its own errors, which are logged: they do not replace the outcome before them.
 
-    It may be an error that is worth another attempt, or a commit. A cancellation is nobody's to swallow.
+    It may be an error that is worth another attempt, or a commit. A cancellation must not be swallowed.
     """
     try:
         return await uninterrupted(work)
@@ -109,7 +109,7 @@ async def leaving(block: AbstractAsyncContextManager[Any]) -> AsyncIterator[None
 
 
 async def _limited(work: Coroutine[Any, Any, T]) -> T:
-    async with asyncio.timeout(CLEANUP_LIMIT):
+    async with asyncio.timeout(CLEANUP_TIMEOUT_SECONDS):
         return await work
 
 

@@ -38,12 +38,12 @@ logger = logging.getLogger("coord.bell")
 
 
 class Coordinator:
-    """Rings for the rows that sessions of this engine change, and wakes the waits of this process for them.
+    """Publishes which rows the sessions of this engine change, and wakes the waits of this process for them.
 
-    Sessions are recognised by their engine, whichever maker made them. Rings are sent after the outermost commit, never
-    delay or fail it, and are hints: a wait looks at the row again, and looks once an interval without any. `namespace`
-    and the database's name keep services apart that share a Redis. Without `redis` waits go by polling alone, under the
-    cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
+    Sessions are recognised by their engine, whichever maker made them. Messages are sent after the outermost commit,
+    never delay or fail it, and are hints: a wait reads the row again, and reads it once an interval without any.
+    `namespace` and the database's name keep services apart that share a Redis. Without `redis` waits go by polling
+    alone, under the cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
 
     `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one read serves
     all who wait for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
@@ -54,8 +54,8 @@ class Coordinator:
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given client tells it how, and is not closed. At the block's end
-    reads that nobody waits for any more are stopped, so that the engine can be disposed of.
+    own, one to publish and one to subscribe; a given client shows how, and is not closed. At the block's end
+    reads that no wait needs any more are stopped, so that the engine can be disposed of.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self._changes = Changes(self._engine.dialect, self._tell)
+        self._changes = Changes(self._engine.dialect, self._publish_changes)
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
         self._watcher: Watcher | None = None
@@ -96,7 +96,9 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
-            stack.push_async_callback(self._rest)  # the last of all: who is cancelled with the server leaves meanwhile
+            stack.push_async_callback(
+                self._drain
+            )  # the last of all: waits that are cancelled with the server end meanwhile
             if self._redis is not None:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
@@ -129,43 +131,44 @@ class Coordinator:
         self._changes.add(session.sync_session, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
-        """Have a worker hear a channel as long as this is open; nothing without Redis."""
+        """Notify a worker's listener of a channel as long as this is open; nothing without Redis."""
         if self._bell is not None:
             self._bell.listen(channel, listener)
 
     def publish(self, mapper: Mapper[Any], ids: Iterable[object]) -> None:
         """Notify of rows that this process has changed otherwise than by a session, and committed."""
         if self._bell is not None:
-            self._bell.ring([self.channels.row(mapper, (), (id_,)) for id_ in ids])
+            self._bell.publish([self.channels.row(mapper, (), (id_,)) for id_ in ids])
 
-    async def _rest(self) -> None:
+    async def _drain(self) -> None:
         if self._watcher is not None:
-            await self._watcher.rest()
+            await self._watcher.drain()
 
     def _coordinated(self, watcher: Watcher) -> AbstractContextManager[None]:
-        return watcher.coordinate(self._max_waiters, self._read_settings, self._subscribe, self._holds)
+        return watcher.coordinate(self._max_waiters, self._read_settings, self._subscribe, self._is_pending)
 
     def _subscribe(self, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
         return None if self._bell is None else RowSubscription(self._bell, self.channels, mapper, schemas)
 
-    def _holds(self, job_id: object) -> bool:
-        return self._bell is not None and self._bell.holds(job_id)
+    def _is_pending(self, job_id: object) -> bool:
+        return self._bell is not None and self._bell.is_pending(job_id)
 
-    def _tell(self, session: Session, changes: Changed) -> None:
+    def _publish_changes(self, session: Session, changes: Changed) -> None:
         if self._bell is None or self._loop is None:
             return
         try:
-            heard = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
-            rings = self.channels.of_changes(session, heard)  # nobody waits for a job that is new
+            # No wait is for a job that is new.
+            known = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
+            channels = self.channels.of_changes(session, known)
             jobs = [job for job in changes.values() if job is not None]
-            packets = hand_over(jobs, self._namespace) if jobs else {}
+            batch = hand_over(jobs, self._namespace) if jobs else {}
         except Exception:
-            logger.exception("Changes could not be announced; they are seen by polling")
+            logger.exception("Changes could not be published; waits see them by polling")
             return
         if _running_loop() is self._loop:
-            self._bell.ring(rings, packets)
+            self._bell.publish(channels, batch)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._bell.ring, rings, packets)
+            self._loop.call_soon_threadsafe(self._bell.publish, channels, batch)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

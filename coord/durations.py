@@ -10,7 +10,7 @@ Seconds = float | timedelta
 
 _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 _TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(us|ms|s|min|h|d)\s*")
-LONGEST = 2_147_483_647 / 1000
+MAX_SECONDS = 2_147_483_647 / 1000
 """Seconds; PostgreSQL keeps its timeouts as a signed 32-bit number of milliseconds."""
 
 
@@ -35,6 +35,6 @@ def postgres_timeout(name: str, value: object) -> float:
             raise ValueError(f"{name} is seconds or a time with its unit such as '500ms' or '5s', not {value!r}")
         value = float(match[1]) * _UNITS[match[2]]
     number = seconds(name, value)
-    if number > LONGEST:
-        raise ValueError(f"{name} is at most {LONGEST:.0f} seconds, not {value!r}")
+    if number > MAX_SECONDS:
+        raise ValueError(f"{name} is at most {MAX_SECONDS:.0f} seconds, not {value!r}")
     return number

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Mapper
 from coord.cancellation import cleaned_up, interruptible
 from coord.database.acquisition import Acquisition, acquire, literal
 from coord.database.engine import engine_of
-from coord.database.transaction import connection_in_use, end_transaction, holding_lock, is_joined, turn
+from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
 
@@ -53,8 +53,8 @@ class LockMode(StrEnum):
         raise ValueError(f"{value!r} is not a lock mode; the modes are {', '.join(cls)}")
 
 
-CONNECT_LIMIT = 1.0
-"""Seconds that who does not wait for a lock waits for a connection, which may have to be made."""
+NOWAIT_CONNECT_TIMEOUT_SECONDS = 1.0
+"""For the connection of a lock with `timeout=0`: it may have to be made."""
 
 _MODES = list(LockMode)
 _CONFLICTS = {  # table 13.2 of the manual, by strength
@@ -80,7 +80,7 @@ def lock_tables(
 
     The tables are locked in one order everywhere, so calls that lock before they touch a table never deadlock each
     other. The lock is taken before any pending change is flushed. Read after it: `session.get` returns a row that was
-    loaded before the lock without looking again, unless it is told `populate_existing=True`.
+    loaded before the lock without reading it again, unless `populate_existing=True` is given.
 
     `timeout` is one deadline in seconds for all the tables ("500ms" works too); 0 does not wait for a lock, and at most
     a second for a connection; None leaves it to the server's `lock_timeout`, which is afterwards as it was before. The
@@ -113,7 +113,7 @@ def advisory_lock(
 ) -> AbstractAsyncContextManager[AsyncSession]:
     """Hold a transaction-level advisory lock (section 13.3.5 of PostgreSQL's manual), on a number, a pair or a name.
 
-    It excludes only who asks for the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
+    It excludes only locks of the same key, and no autovacuum. Unlike a table's lock it comes after the snapshot of
     a transaction at REPEATABLE READ or SERIALIZABLE, which then does not see what the last holder committed.
     Transaction, deadline and errors are those of `lock_tables`; a `timeout` of 0 waits a millisecond. A name is hashed
     to 64 bits, the same in every process.
@@ -135,7 +135,7 @@ async def _held(
     """Take the locks in the session's transaction, or in one of the block's own when none is open in PostgreSQL."""
     joins = is_joined(session)
     try:
-        async with turn(session):
+        async with connection_mutex(session):
             left = await _connected(session, binding, limit)
             await interruptible(session.run_sync(_acquire, binding, plan, None if left is None else max(least, left)))
     except BaseException:
@@ -149,7 +149,7 @@ async def _held(
         if not joins and session.sync_session.get_transaction() is not transaction:
             raise RuntimeError("The lock was lost before its block ended: the transaction was ended inside the block.")
         if not joins:
-            async with turn(session):
+            async with connection_mutex(session):
                 await interruptible(session.commit())
     except BaseException:
         if not joins:
@@ -168,13 +168,13 @@ async def _connected(session: AsyncSession, binding: Mapping[str, Any], limit: f
         return limit
     loop = asyncio.get_running_loop()
     began = loop.time()
-    patience = limit or CONNECT_LIMIT
+    timeout = limit or NOWAIT_CONNECT_TIMEOUT_SECONDS
     try:
-        await interruptible(session.run_sync(_connect, binding), limit=patience)
+        await interruptible(session.run_sync(_connect, binding), limit=timeout)
     except TimeoutError as error:
-        if loop.time() - began < patience:  # the driver's own
+        if loop.time() - began < timeout:  # the driver's own
             raise
-        raise LockTimeoutError(f"timed out after {patience:g} s waiting for a connection, and so for a lock") from error
+        raise LockTimeoutError(f"timed out after {timeout:g} s waiting for a connection, and so for a lock") from error
     return limit and max(0.001, limit - (loop.time() - began))
 
 

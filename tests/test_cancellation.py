@@ -142,7 +142,7 @@ async def test_an_error_is_not_told_otherwise_because_the_rollback_fails_too(
     database_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A lock that was not to be had is worth another attempt; what the cleanup says is not."""
-    monkeypatch.setattr(coord.cancellation, "CLEANUP_LIMIT", 0.2)
+    monkeypatch.setattr(coord.cancellation, "CLEANUP_TIMEOUT_SECONDS", 0.2)
     async with Proxy(database_url).opened() as way:
         engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
         with pytest.raises(LockTimeoutError):

@@ -23,7 +23,7 @@ import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
 from coord.database.target import mapper_of
 from coord.dev.embedded import PostgreSQL, Valkey
-from coord.notify.channels import MANY, Channels
+from coord.notify.channels import MAX_ROWS_PER_TABLE, Channels
 from tests.models import Account, Base, Item, User
 from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting
@@ -63,7 +63,7 @@ async def users(tables: None, observer: Connection) -> None:
     await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 500) AS n")
 
 
-class Heard:
+class Published:
     """What is published, by anybody."""
 
     def __init__(self) -> None:
@@ -75,19 +75,19 @@ class Heard:
 
 
 @asynccontextmanager
-async def listening(redis: Redis) -> AsyncIterator[Heard]:
-    heard = Heard()
+async def subscribed(redis: Redis) -> AsyncIterator[Published]:
+    published = Published()
     subscription = redis.pubsub()
     await subscription.psubscribe("*")
     await subscription.get_message(timeout=5)
 
     async def listen() -> None:
         async for message in subscription.listen():
-            heard.channels.append(message["channel"].decode().split(":", 2)[2])
+            published.channels.append(message["channel"].decode().split(":", 2)[2])
 
     task = asyncio.create_task(listen())
     try:
-        yield heard
+        yield published
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -109,7 +109,7 @@ async def test_a_commit_wakes_the_wait(coordinator: Coordinator, session_maker: 
 
 @pytest.mark.usefixtures("users")
 @pytest.mark.parametrize("how", ["bulk", "raw"])
-async def test_bulk_statements_ring_by_table_and_raw_sql_when_told(
+async def test_bulk_statements_ring_by_table_and_raw_sql_when_announced(
     coordinator: Coordinator, session_maker: SessionMaker, how: str
 ) -> None:
     async with session_maker() as session, session_maker() as writer:
@@ -129,7 +129,7 @@ async def test_bulk_statements_ring_by_table_and_raw_sql_when_told(
 async def test_rows_ring_once_the_outermost_commit_is_done_and_not_before(
     session_maker: SessionMaker, redis: Redis
 ) -> None:
-    async with listening(redis) as heard, session_maker() as session:
+    async with subscribed(redis) as published, session_maker() as session:
         session.add(User(id=1))
         await session.flush()
         async with session.begin_nested():
@@ -141,34 +141,34 @@ async def test_rows_ring_once_the_outermost_commit_is_done_and_not_before(
                 async with session.begin_nested():
                     session.add(User(id=4))
                 raise KeyError
-        assert heard.channels == []
+        assert published.channels == []
         await session.commit()
-        assert await heard.has(2) == [".users:1", ".users:2"]
+        assert await published.has(2) == [".users:1", ".users:2"]
         session.add(User(id=5))
         await session.flush()
         await session.execute(delete(User))
         await session.rollback()
         await session.execute(delete(User))  # a transaction's first statement
         await redis.publish("coord::marker", b"")
-        assert ".users" not in await heard.has(3)
+        assert ".users" not in await published.has(3)
         await session.rollback()
         session.add(Account(region="eu", number=1))
         await session.commit()
-        assert (await heard.has(4))[0] == ".accounts:eu/1"
-        assert len(heard.channels) == 4
+        assert (await published.has(4))[0] == ".accounts:eu/1"
+        assert len(published.channels) == 4
 
 
 async def test_many_rows_of_one_table_ring_its_bell_instead(
     coordinator: Coordinator, session_maker: SessionMaker, redis: Redis
 ) -> None:
-    async with listening(redis) as heard, session_maker() as session:
-        session.add_all(User(id=n) for n in range(1, MANY + 2))
+    async with subscribed(redis) as published, session_maker() as session:
+        session.add_all(User(id=n) for n in range(1, MAX_ROWS_PER_TABLE + 2))
         session.add(Item(id=1))
         await session.commit()
-        assert await heard.has(2) == [".items:1", ".users"]
+        assert await published.has(2) == [".items:1", ".users"]
         coordinator.ring(session, User)
-        await heard.has(3)
-        assert len(heard.channels) == 3
+        await published.has(3)
+        assert len(published.channels) == 3
 
 
 @pytest.mark.usefixtures("users", "coordinator")
@@ -254,23 +254,23 @@ async def test_a_listener_that_fails_does_not_end_the_bell(
     session_maker: SessionMaker, redis_url: str, redis: Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Listener:
-        rings = 0
+        messages = 0
 
-        def listening(self) -> None: ...
+        def subscribed(self) -> None: ...
 
-        def rung(self) -> None:
-            self.rings += 1
-            if self.rings == 1:
+        def on_message(self) -> None:
+            self.messages += 1
+            if self.messages == 1:
                 raise LookupError("of the listener's")
 
-    async def heard() -> bool:
+    async def notified() -> bool:
         await redis.publish("a channel", "")
-        return listener.rings > 1
+        return listener.messages > 1
 
     listener = Listener()
     async with Coordinator(session_maker, redis=redis_url) as coordinator:
         coordinator.listen(b"a channel", listener)
-        await eventually(heard)
+        await eventually(notified)
     assert "of the listener's" in caplog.text
 
 
@@ -287,8 +287,8 @@ async def test_what_redis_refuses_is_said_once_while_all_else_goes_on(
             assert bell is not None
             await eventually(lambda: asyncio.sleep(0, bell.connected))
             for n in range(30):
-                bell.ring([b"refused", b"allowed"] if n % 2 else [b"allowed"])
-                await eventually(lambda: asyncio.sleep(0, not bell.holds(b"allowed")))
+                bell.publish([b"refused", b"allowed"] if n % 2 else [b"allowed"])
+                await eventually(lambda: asyncio.sleep(0, not bell.is_pending(b"allowed")))
     finally:
         await redis.acl_deluser("deaf")
     said = [record.message for record in caplog.records if record.name == "coord.bell"]
@@ -535,14 +535,14 @@ async def test_entering_it_twice_is_refused_and_harms_nothing(
 
 @pytest.mark.usefixtures("coordinator")
 async def test_what_a_closed_session_had_changed_is_never_rung(session_maker: SessionMaker, redis: Redis) -> None:
-    async with listening(redis) as heard, session_maker() as session:
+    async with subscribed(redis) as published, session_maker() as session:
         session.add(User(id=1))
         await session.flush()
         await session.close()
         session.add(User(id=2))
         await session.commit()
         await redis.publish("coord::marker", b"")
-        assert ".users:1" not in await heard.has(2)
+        assert ".users:1" not in await published.has(2)
 
 
 async def test_nothing_that_can_be_rung_fails_a_commit(

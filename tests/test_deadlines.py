@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 
-from coord.waiting.deadlines import EARLY, Deadlines
+from coord.waiting.deadlines import TIMER_RESOLUTION_SECONDS, Deadlines
 from tests.serving import eventually
 
 
@@ -15,8 +15,8 @@ class Sleeper:
     def __init__(self, told: list[float]) -> None:
         self._told = told
 
-    def overdue(self, when: float) -> None:
-        assert asyncio.get_running_loop().time() >= when - EARLY
+    def on_deadline(self, when: float) -> None:
+        assert asyncio.get_running_loop().time() >= when - TIMER_RESOLUTION_SECONDS
         self._told.append(when)
 
 
@@ -51,8 +51,8 @@ async def test_a_deadline_set_when_another_has_passed_is_told_as_well() -> None:
     deadlines, told = Deadlines(), list[float]()
 
     class Twice(Sleeper):
-        def overdue(self, when: float) -> None:
-            super().overdue(when)
+        def on_deadline(self, when: float) -> None:
+            super().on_deadline(when)
             if len(told) == 1:
                 deadlines.set(when + 0.02, self)
 

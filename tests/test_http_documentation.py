@@ -13,7 +13,7 @@ from coord import create_ledger
 from coord.http import admin, events, handling, limits
 from coord.http.idempotency import EXPIRY_SECONDS, MAX_KEY_LENGTH
 from coord.http.problem import KINDS
-from coord.jobs.queries import MOST
+from coord.jobs.queries import MAX_LISTED_JOBS
 from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
 from tests.raw import call
@@ -72,7 +72,7 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
     ("page", "says", "value", "expected"),
     [
         ("http", "when time is up: 25 s", limits.MAX_WAIT_SECONDS, 25),
-        ("http", "locks and for the row: 2 s after time is up", limits.MARGIN_SECONDS, 2),
+        ("http", "locks and for the row: 2 s after time is up", limits.ANSWER_MARGIN_SECONDS, 2),
         ("http", "bare token of up to 255 characters", MAX_KEY_LENGTH, 255),
         ("http", "expire after a day", EXPIRY_SECONDS, 86_400),
         ("http", "One more than 1,000 in a process", events.MAX_STREAMS, 1_000),
@@ -83,14 +83,14 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
         (
             "security",
             "| `Prefer: wait=N` or 25 s, and 2 s; 4 s or more | 503",
-            (limits.MAX_WAIT_SECONDS, limits.MARGIN_SECONDS),
+            (limits.MAX_WAIT_SECONDS, limits.ANSWER_MARGIN_SECONDS),
             (25, 2),
         ),
         ("security", "faults told of one request | 20 |", handling.MAX_ERRORS, 20),
         ("security", "event streams of a process | 1,000 |", events.MAX_STREAMS, 1_000),
         ("security", "waits of a process | 20,000 |", MAX_WAITERS, 20_000),
         ("security", "`Idempotency-Key` | 255 characters | 400 |", MAX_KEY_LENGTH, 255),
-        ("security", "jobs in one list | 1,000 | 422 |", MOST, 1_000),
+        ("security", "jobs in one list | 1,000 | 422 |", MAX_LISTED_JOBS, 1_000),
         ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.MIN_TOKEN_LENGTH, 16),
     ],
 )

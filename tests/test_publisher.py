@@ -27,17 +27,19 @@ NAME = "publisher"
 class Scene:
     """A publisher, what it says of Redis, and what others hear of it."""
 
-    def __init__(self, redis: Redis, publisher: Publisher, told: list[Exception | None], heard: list[bytes]) -> None:
+    def __init__(
+        self, redis: Redis, publisher: Publisher, results: list[Exception | None], received: list[bytes]
+    ) -> None:
         self.redis = redis
         self.publisher = publisher
-        self.told = told
-        self.heard = heard
+        self.results = results
+        self.received = received
 
     def publish(self, *numbers: int) -> None:
         self.publisher.publish({b"%d" % number: [notice(b"%d" % number)] for number in numbers})
 
     async def has_heard(self, *numbers: int) -> None:
-        await eventually(lambda: asyncio.sleep(0, {b"%d" % number for number in numbers} <= set(self.heard)))
+        await eventually(lambda: asyncio.sleep(0, {b"%d" % number for number in numbers} <= set(self.received)))
 
     async def connections(self) -> list[str]:
         return [client["id"] for client in await self.redis.client_list() if client["name"] == NAME]
@@ -55,8 +57,8 @@ async def scene(redis_url: str) -> AsyncIterator[Scene]:
 
 @asynccontextmanager
 async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
-    told: list[Exception | None] = []
-    heard: list[bytes] = []
+    results: list[Exception | None] = []
+    received: list[bytes] = []
     own = own_client(Redis.from_url(url, socket_timeout=0.1).connection_pool)
     async with Redis.from_url(redis_url) as redis, redis.pubsub() as subscription:
         await subscription.psubscribe("*")
@@ -64,11 +66,11 @@ async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
 
         async def listen() -> None:
             async for message in subscription.listen():
-                heard.append(message["channel"])  # noqa: PERF401 - it never ends
+                received.append(message["channel"])  # noqa: PERF401 - it never ends
 
         listening = asyncio.create_task(listen())
-        async with Publisher(own, told.append).open() as publisher:
-            yield Scene(redis, publisher, told, heard)
+        async with Publisher(own, results.append).open() as publisher:
+            yield Scene(redis, publisher, results, received)
         await close_client(own)
         listening.cancel()
         await asyncio.wait([listening])
@@ -81,13 +83,13 @@ async def test_everything_arrives_whatever_is_under_way(scene: Scene) -> None:
             await asyncio.sleep(0)
     await scene.has_heard(*range(3_001))
     assert len(await scene.connections()) == 1
-    assert set(scene.told) == {None}
+    assert set(scene.results) == {None}
 
 
 async def test_what_was_published_is_sent_before_the_end(redis_url: str) -> None:
     async with opened(redis_url, redis_url) as scene:
         scene.publish(1)
-    assert scene.told == [None]
+    assert scene.results == [None]
 
 
 async def test_commands_are_carried_out_in_order_and_the_last_word_on_a_key_counts(scene: Scene) -> None:
@@ -95,23 +97,23 @@ async def test_commands_are_carried_out_in_order_and_the_last_word_on_a_key_coun
     scene.publisher.publish({"notice": [("SET", "order", "never"), notice(b"1")]})
     scene.publisher.publish({"job": [("SET", "order", "a"), ("APPEND", "order", "b")]})
     scene.publisher.publish({"notice": [("APPEND", "order", "c"), notice(b"1")]})
-    assert scene.publisher.holds("job")
+    assert scene.publisher.is_pending("job")
     await scene.has_heard(1)
     assert await scene.redis.getdel("order") == b"abc"
-    await eventually(lambda: asyncio.sleep(0, not scene.publisher.holds("job")))
-    assert scene.heard == [b"1"]
+    await eventually(lambda: asyncio.sleep(0, not scene.publisher.is_pending("job")))
+    assert scene.received == [b"1"]
 
 
 async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scene) -> None:
     scene.publisher.publish({"a": [("NOSUCHCOMMAND",)], "b": [notice(b"1")]})
     await scene.has_heard(1)
-    await eventually(lambda: asyncio.sleep(0, len(scene.told) == 1))
-    assert isinstance(scene.told[0], ResponseError)
+    await eventually(lambda: asyncio.sleep(0, len(scene.results) == 1))
+    assert isinstance(scene.results[0], ResponseError)
 
 
 async def test_what_cannot_be_sent_harms_nothing_that_comes_later(scene: Scene) -> None:
     scene.publisher.publish({"a": [("SET", "a", object())]})  # type: ignore[list-item]
-    await eventually(lambda: asyncio.sleep(0, scene.told))
+    await eventually(lambda: asyncio.sleep(0, scene.results))
     scene.publish(1)
     await scene.has_heard(1)
 
@@ -123,7 +125,7 @@ async def test_an_idle_connection_that_redis_closes_is_replaced_in_silence(scene
     await eventually(lambda: _none(scene.connections()))
     scene.publish(2)
     await scene.has_heard(2)
-    assert set(scene.told) == {None}
+    assert set(scene.results) == {None}
 
 
 async def _none(found: Any) -> bool:
@@ -141,7 +143,7 @@ async def test_what_is_under_way_when_a_connection_is_lost_is_sent_again(scene: 
     for client in victims:
         await scene.redis.client_kill_filter(_id=client)
     await scene.has_heard(2, 3)
-    assert set(scene.told) == {None}
+    assert set(scene.results) == {None}
 
 
 async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not(
@@ -152,8 +154,8 @@ async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)
     scene.publish(2)
-    await eventually(lambda: asyncio.sleep(0, len(scene.told) > 1), within=0.9)
-    assert isinstance(scene.told[1], TimeoutError)
+    await eventually(lambda: asyncio.sleep(0, len(scene.results) > 1), within=0.9)
+    assert isinstance(scene.results[1], TimeoutError)
     await scene.redis.client_unpause()
     scene.publish(3)
     await scene.has_heard(3)
@@ -167,10 +169,10 @@ async def test_what_redis_refuses_is_told(redis_url: str) -> None:
     try:
         async with opened(redis_url.replace("//", "//deaf:any@"), redis_url) as scene:
             scene.publish(1)
-            await eventually(lambda: asyncio.sleep(0, scene.told))
-            assert "permission" in str(scene.told[0])
+            await eventually(lambda: asyncio.sleep(0, scene.results))
+            assert "permission" in str(scene.results[0])
             scene.publisher.publish({b"allowed": [notice(b"allowed")]})
-            await eventually(lambda: asyncio.sleep(0, None in scene.told))
+            await eventually(lambda: asyncio.sleep(0, None in scene.results))
     finally:
         async with Redis.from_url(redis_url) as redis:
             await redis.acl_deluser("deaf")
@@ -185,14 +187,14 @@ async def test_what_is_published_without_redis_is_dropped_until_it_is_there_agai
             for number in range(2, 50):
                 scene.publish(number)
                 await asyncio.sleep(0.005)
-            errors = [error for error in scene.told if error is not None]
+            errors = [error for error in scene.results if error is not None]
             assert 1 <= len(errors) <= 10
             valkey.start()
-            told = len(scene.told)
+            before = len(scene.results)
 
             async def answered() -> bool:
                 scene.publish(50)
-                return None in scene.told[told:]
+                return None in scene.results[before:]
 
             await eventually(answered)
 

@@ -19,7 +19,7 @@ from tests.proxy import Proxy
 if TYPE_CHECKING:
     from coord.database.target import Key
 
-LIMIT, USUAL_LIMIT = 0.1, reader.READ_LIMIT
+LIMIT, USUAL_LIMIT = 0.1, reader.READ_TIMEOUT_SECONDS
 MODELS = pytest.mark.parametrize(("model", "key"), [(User, (1,)), (Document, (UUID(int=1),))])
 """Plain, and with relationships that are mapped eager."""
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("tables")
 
 @pytest.fixture(autouse=True)
 def limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "READ_LIMIT", LIMIT)
+    monkeypatch.setattr(reader, "READ_TIMEOUT_SECONDS", LIMIT)
 
 
 @MODELS
@@ -69,6 +69,6 @@ async def test_a_read_that_nothing_answers_is_given_up(
                 await Reader(engine, inspect(model), ()).entities([key])
         assert not patience.expired()
         proxy.flows.set()
-        monkeypatch.setattr(reader, "READ_LIMIT", USUAL_LIMIT)
+        monkeypatch.setattr(reader, "READ_TIMEOUT_SECONDS", USUAL_LIMIT)
         assert await Reader(engine, inspect(model), ()).entities([key]) == {}
         await engine.dispose()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import pytest
 from sqlalchemy import make_url, select, text, update
-from sqlalchemy.exc import DBAPIError, InvalidRequestError, PendingRollbackError
+from sqlalchemy.exc import DBAPIError, InvalidRequestError, NotSupportedError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -26,7 +26,7 @@ from coord import (
     lock_tables,
     task_options,
 )
-from coord.retryable import is_retryable
+from coord.retryable import is_retryable, is_server_away
 from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.serving import eventually
@@ -149,7 +149,7 @@ async def test_a_deadlock_of_table_locks_is(session_maker: SessionMaker, observe
         await waiting
 
 
-async def test_a_lock_that_was_not_to_be_had_is(session_maker: SessionMaker, rows: None) -> None:
+async def test_a_lock_that_timed_out_is(session_maker: SessionMaker, rows: None) -> None:
     async with session_maker() as holder, session_maker() as session:
         await holder.execute(select(User).with_for_update())
         await holder.execute(text("LOCK TABLE items"))
@@ -403,3 +403,38 @@ async def test_causes_that_go_round_in_a_circle_come_to_an_end() -> None:
     one, other = KeyError(), KeyError()
     one.__cause__, other.__cause__ = other, one
     assert not is_retryable(one)
+
+
+async def test_a_read_of_a_table_that_was_altered_may_be_repeated(database_url: str, observer: Connection) -> None:
+    read = text("SELECT * FROM altered")
+    await observer.execute("CREATE TABLE altered (id int)")
+    try:
+        async with engine_of(database_url) as engine, engine.connect() as connection:
+            await connection.execute(read)
+            await connection.rollback()
+            await observer.execute("ALTER TABLE altered ADD COLUMN name text")
+            with pytest.raises(NotSupportedError) as caught:
+                await connection.execute(read)
+    finally:
+        await observer.execute("DROP TABLE altered")
+    assert is_server_away(caught.value)
+    assert not is_retryable(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("statement", "away"),
+    [
+        ("SET LOCAL statement_timeout = 50; SELECT pg_sleep(10)", True),
+        ("SELECT pg_terminate_backend(pg_backend_pid())", True),
+        ("SELECT 1 / 0", False),
+        ("SELECT nothing", False),
+    ],
+)
+async def test_a_read_may_be_repeated_unless_the_statement_or_its_values_were_refused(
+    database_url: str, statement: str, away: bool
+) -> None:
+    async with engine_of(database_url) as engine, engine.connect() as connection:
+        with pytest.raises(DBAPIError) as caught:
+            for part in statement.split("; "):
+                await connection.execute(text(part))
+    assert is_server_away(caught.value) is away

@@ -15,7 +15,7 @@ from redis.exceptions import NoPermissionError
 import coord.notify.subscriber
 from coord.dev.embedded import Valkey
 from coord.notify.client import close_client, own_client
-from coord.notify.subscriber import BATCH, Subscriber
+from coord.notify.subscriber import MAX_CHANNELS_PER_COMMAND, Subscriber
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -30,20 +30,20 @@ class Listener:
         self.confirmed = 0
         self.messages = 0
 
-    def listening(self) -> None:
+    def subscribed(self) -> None:
         self.confirmed += 1
 
-    def rung(self) -> None:
+    def on_message(self) -> None:
         self.messages += 1
 
 
 class Scene:
     """A subscriber, what it says of Redis, and another client."""
 
-    def __init__(self, redis: Redis, subscriber: Subscriber, told: list[Exception | None]) -> None:
+    def __init__(self, redis: Redis, subscriber: Subscriber, results: list[Exception | None]) -> None:
         self.redis = redis
         self.subscriber = subscriber
-        self.told = told
+        self.results = results
 
     async def listen(self, *channels: bytes) -> Listener:
         listener = Listener()
@@ -52,7 +52,7 @@ class Scene:
         await eventually(lambda: asyncio.sleep(0, listener.confirmed >= len(channels)))
         return listener
 
-    async def hears(self, channel: bytes, listener: Listener) -> None:
+    async def receives(self, channel: bytes, listener: Listener) -> None:
         before = listener.messages
         assert await self.redis.publish(channel, b"") == 1
         await eventually(lambda: asyncio.sleep(0, listener.messages == before + 1))
@@ -67,41 +67,41 @@ class Scene:
 
 @pytest.fixture(params=["", "&protocol=3&decode_responses=True&socket_timeout=0.1"])
 async def scene(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Scene]:
-    """Whatever the client that was given is told about answers, its own are as it wants them."""
+    """Whatever the client that was given is results about answers, its own are as it wants them."""
     async with opened(f"{redis_url}?client_name={NAME}{request.param}", redis_url) as scene:
-        await eventually(lambda: asyncio.sleep(0, None in scene.told))
+        await eventually(lambda: asyncio.sleep(0, None in scene.results))
         yield scene
 
 
 @asynccontextmanager
 async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
-    told: list[Exception | None] = []
+    results: list[Exception | None] = []
     own = own_client(Redis.from_url(url).connection_pool)
     async with Redis.from_url(redis_url) as redis:
-        async with Subscriber(own, told.append).open() as subscriber:
-            yield Scene(redis, subscriber, told)
+        async with Subscriber(own, results.append).open() as subscriber:
+            yield Scene(redis, subscriber, results)
         await close_client(own)
 
 
 async def test_messages_reach_the_listeners_of_their_channel_and_nobody_else(scene: Scene) -> None:
     one, other = await scene.listen(b"one"), await scene.listen(b"\xff\x00other")
-    await scene.hears(b"one", one)
-    await scene.hears(b"\xff\x00other", other)
+    await scene.receives(b"one", one)
+    await scene.receives(b"\xff\x00other", other)
     second = await scene.listen(b"one")
-    await scene.hears(b"one", one)
+    await scene.receives(b"one", one)
     assert (one.messages, second.messages, other.messages) == (2, 1, 1)
     assert len(await scene.connections()) == 1
 
 
 async def test_a_listener_that_fails_keeps_no_other_from_it(scene: Scene, caplog: pytest.LogCaptureFixture) -> None:
     class Failing(Listener):
-        def rung(self) -> None:
+        def on_message(self) -> None:
             raise LookupError("of the listener's")
 
     scene.subscriber.listen(b"channel", Failing())
-    await scene.hears(b"channel", await scene.listen(b"channel"))
+    await scene.receives(b"channel", await scene.listen(b"channel"))
     assert "of the listener's" in caplog.text
-    assert scene.told == [None]
+    assert scene.results == [None]
 
 
 async def test_the_last_word_on_a_channel_counts(scene: Scene) -> None:
@@ -119,12 +119,12 @@ async def test_the_last_word_on_a_channel_counts(scene: Scene) -> None:
         return bool(await scene.redis.pubsub_channels() == [b"stays"])
 
     await eventually(only_one_is_left)
-    await scene.hears(b"stays", listener)
+    await scene.receives(b"stays", listener)
 
 
 async def test_ten_thousand_channels_take_some_commands_and_a_second(scene: Scene) -> None:
     """And as many again when the connection is lost."""
-    channels = [b"many:%d" % n for n in range(10 * BATCH)]
+    channels = [b"many:%d" % n for n in range(10 * MAX_CHANNELS_PER_COMMAND)]
 
     async def commands() -> int:
         return int((await scene.redis.info("commandstats")).get("cmdstat_subscribe", {"calls": 0})["calls"])
@@ -133,10 +133,10 @@ async def test_ten_thousand_channels_take_some_commands_and_a_second(scene: Scen
     async with asyncio.timeout(5):
         listener = await scene.listen(*channels)
     assert await commands() - before <= 11
-    await scene.hears(channels[-1], listener)
+    await scene.receives(channels[-1], listener)
     await scene.kill()
     await eventually(lambda: asyncio.sleep(0, listener.confirmed >= 2 * len(channels)))
-    await scene.hears(channels[0], listener)
+    await scene.receives(channels[0], listener)
     assert await commands() - before <= 22
     for channel in channels:
         scene.subscriber.leave(channel, listener)
@@ -154,8 +154,8 @@ async def test_everything_is_subscribed_to_again_after_a_lost_connection(scene: 
     scene.subscriber.leave(b"two", listener)
     scene.subscriber.listen(b"three", later)
     await eventually(lambda: asyncio.sleep(0, listener.confirmed >= 3 and later.confirmed))
-    await scene.hears(b"one", listener)
-    await scene.hears(b"three", later)
+    await scene.receives(b"one", listener)
+    await scene.receives(b"three", later)
     assert sorted(await scene.redis.pubsub_channels()) == [b"one", b"three"]
 
 
@@ -167,9 +167,9 @@ async def test_a_channel_that_is_refused_keeps_its_listener_waiting_for_a_moment
     try:
         async with opened(redis_url.replace("//", "//half:any@"), redis_url) as scene:
             allowed = await scene.listen(b"allowed")
-            await scene.hears(b"allowed", allowed)
+            await scene.receives(b"allowed", allowed)
             await scene.listen(b"refused")
-            await eventually(lambda: asyncio.sleep(0, any(isinstance(one, NoPermissionError) for one in scene.told)))
+            await eventually(lambda: asyncio.sleep(0, any(isinstance(one, NoPermissionError) for one in scene.results)))
     finally:
         async with Redis.from_url(redis_url) as redis:
             await redis.acl_deluser("half")
@@ -178,16 +178,16 @@ async def test_a_channel_that_is_refused_keeps_its_listener_waiting_for_a_moment
 async def test_a_redis_that_falls_silent_is_found_out_and_heard_again(
     server_directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.notify.subscriber, "HEARTBEAT_SECONDS", 0.3)
+    monkeypatch.setattr(coord.notify.subscriber, "PING_INTERVAL_SECONDS", 0.3)
     with Valkey(server_directory / "silent") as valkey:
         async with opened(valkey.url, valkey.url) as scene:
             listener = await scene.listen(b"channel")
-            await eventually(lambda: asyncio.sleep(0, scene.told.count(None) > 1))
+            await eventually(lambda: asyncio.sleep(0, scene.results.count(None) > 1))
             os.kill(valkey.pid, signal.SIGSTOP)
             try:
                 await eventually(lambda: asyncio.sleep(0, not scene.subscriber.connected))
-                await eventually(lambda: asyncio.sleep(0, any(isinstance(one, TimeoutError) for one in scene.told)))
+                await eventually(lambda: asyncio.sleep(0, any(isinstance(one, TimeoutError) for one in scene.results)))
             finally:
                 os.kill(valkey.pid, signal.SIGCONT)
-            await eventually(lambda: asyncio.sleep(0, scene.told[-1] is None))
-            await scene.hears(b"channel", listener)
+            await eventually(lambda: asyncio.sleep(0, scene.results[-1] is None))
+            await scene.receives(b"channel", listener)

@@ -57,7 +57,7 @@ class Acquisition:
     subject: str
     """What is locked, for messages: `order, stock in EXCLUSIVE mode`."""
     blockers: str
-    """A condition on `pg_locks AS lock` that finds who is in the way."""
+    """A condition on `pg_locks AS lock` that finds the locks that are in the way."""
     blocked_by: Mapping[str, Any]
     """Its parameters."""
     tables: Sequence[str] = ()
@@ -90,7 +90,7 @@ def acquire(connection: Connection, acquisition: Acquisition, limit: float | Non
 def _keeps_its_snapshot(connection: Connection) -> bool:
     """Whether all statements of a transaction see what its first one has seen.
 
-    As SQLAlchemy was told, on the connection, its engine or `create_engine`, or else as the server has it.
+    As set in SQLAlchemy, for the connection, its engine or in `create_engine`, else as the server's default is.
     """
     level = connection.get_execution_options().get("isolation_level") or connection.default_isolation_level or ""
     return str(level).replace("_", " ").upper() in ABOVE_READ_COMMITTED
@@ -127,13 +127,13 @@ def _send_plain_statements(
 
 def _timed_out(connection: Connection, acquisition: Acquisition) -> LockTimeoutError:
     holders = _holders(connection, acquisition)
-    seen = "; ".join(map(str, holders)) or "whoever held it is gone"
+    seen = "; ".join(map(str, holders)) or "its holder is gone"
     message = f"timed out waiting for {acquisition.subject}: {seen}"
     return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
 
 
 def _holders(connection: Connection, acquisition: Acquisition) -> list[LockHolder]:
-    """None if they cannot be asked about, which ends no transaction either."""
+    """None if the query fails, which does not end the transaction either."""
     question = text(f"{_HOLDERS} AND {acquisition.blockers}")
     try:
         with connection.begin_nested():
@@ -151,6 +151,6 @@ def literal(statement: ClauseElement) -> str:
     return str(statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True}))
 
 
-@lru_cache(maxsize=256)  # a deadline's rest is another number each time; the usual ones are few
+@lru_cache(maxsize=256)  # what is left of a deadline is another number each time; the usual ones are few
 def _set_local(value: str | int) -> str:
     return f"SET LOCAL lock_timeout = {literal(bindparam(None, value))}"

@@ -10,7 +10,7 @@ from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
 
-from coord.retryable import SHUTDOWNS, sqlstate_of
+from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
@@ -73,7 +73,7 @@ async def _execute_set(driver: asyncpg.Connection) -> None:
 
 
 def _on_error(context: ExceptionContext) -> None:
-    """Give a connection up that nothing can be expected of, and remember the failure of one that goes on."""
+    """Give up a connection that is unusable, and remember the failure of one that goes on."""
     connection, error = context.connection, context.original_exception
     if connection is None or connection.invalidated or connection.closed or not isinstance(error, Exception):
         return
@@ -87,15 +87,15 @@ def _on_error(context: ExceptionContext) -> None:
 
 
 def _is_lost(connection: Connection, error: Exception) -> bool:
-    """Whether the server has gone or is another one now, also where the driver says something else.
+    """Whether the server has gone or is another one now, also where the driver reports something else.
 
-    Between the server's farewell and the end of its TCP connection asyncpg answers with errors of its own state.
+    Between the server's last message and the end of the TCP connection asyncpg raises errors about its own state.
     """
     driver: Any = connection.connection.driver_connection
     if driver.is_closed() or isinstance(error, asyncpg.InternalClientError):
         return True
     state = sqlstate_of(error)
-    return state in SHUTDOWNS or (state == READ_ONLY and _is_read_only(driver))
+    return state in SHUTDOWN_STATES or (state == READ_ONLY and _is_read_only(driver))
 
 
 def _is_read_only(driver: asyncpg.Connection) -> bool:
@@ -105,7 +105,7 @@ def _is_read_only(driver: asyncpg.Connection) -> bool:
 
 
 def note_failure(connection: Connection, error: BaseException) -> None:
-    """Have the next commit make sure that PostgreSQL has not given the transaction up.
+    """Have the next commit check that PostgreSQL has not aborted the transaction.
 
     Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
     """
@@ -114,7 +114,7 @@ def note_failure(connection: Connection, error: BaseException) -> None:
 
 
 def _forget_failure(_dbapi_connection: Any, record: Any) -> None:
-    """Or whatever its traceback refers to would live as long as the pooled connection."""
+    """Else what its traceback refers to would live as long as the pooled connection."""
     record.info.pop(_FAILURE, None)
 
 
@@ -135,6 +135,6 @@ def _refuse_failed(connection: Connection) -> None:
     try:
         connection.exec_driver_sql("SELECT 1")
     except BaseException:
-        # SQLAlchemy takes the transaction for over, and would give the connection back in it.
+        # SQLAlchemy believes that the transaction is over, and would return the connection to the pool inside it.
         connection.invalidate()
         raise

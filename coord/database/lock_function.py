@@ -13,6 +13,8 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ARRAY, DDL, Float, Text, bindparam, func, quoted_name, select, text
 from sqlalchemy.exc import ProgrammingError
 
+from coord.retryable import sqlstate_of
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import Dialect
 
 RECHECK_SECONDS = 10.0
-"""After which a database that did not have the function is asked again."""
+"""After which a database that did not have the function is searched for it again."""
 
 _LOCK = """
 CREATE OR REPLACE FUNCTION coord_lock(mode text, names text[], wait_ms double precision) RETURNS text
@@ -75,11 +77,11 @@ _UNUSABLE = ("42883", "42501", "3F000")
 _found: WeakKeyDictionary[Dialect, Select[Any]] = WeakKeyDictionary()
 """The call, by engine: each has a dialect of its own."""
 _missing: WeakKeyDictionary[Dialect, float] = WeakKeyDictionary()
-"""When the function was last looked for in vain."""
+"""When the function was last searched for and not found."""
 
 
 def lock_function(connection: Connection) -> Select[Any] | None:
-    """The call of the function that the connection's database has; looked for once an engine."""
+    """The call of the function that the connection's database has; searched for once an engine."""
     dialect = connection.dialect
     if (found := _found.get(dialect)) is not None:
         return found
@@ -103,7 +105,7 @@ def call_lock(
     try:
         answer: str | None = connection.scalar(call, {"mode": mode, "names": list(names), "wait_ms": wait})
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) in _UNUSABLE:
+        if sqlstate_of(error) in _UNUSABLE:
             _found.pop(connection.dialect, None)
         raise
     if answer is None:

@@ -47,10 +47,15 @@ def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
     return schemas_of(session, **bind_arguments) if found is None else found
 
 
-def schemas_for(mapper: Mapper[Any], schemas: Schemas) -> Schemas:
-    """Those under which the class's table is; none of a table that is not to be translated."""
+def is_untranslated(mapper: Mapper[Any]) -> bool:
+    """Whether the class's table has one place, whatever map a session is under."""
     table = mapper.local_table
-    return () if isinstance(table, Table) and table.metadata.info.get(UNTRANSLATED) else schemas
+    return isinstance(table, Table) and bool(table.metadata.info.get(UNTRANSLATED))
+
+
+def schemas_for(mapper: Mapper[Any], schemas: Schemas) -> Schemas:
+    """Those under which the class's table is."""
+    return () if is_untranslated(mapper) else schemas
 
 
 def _bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coord.session")
 
 _BEGUN = "coord.begun"
-"""In a session's `info`: the connections of its transaction, each with what `_transaction_ids` said at its begin."""
+"""In a session's `info`: the connections of its transaction, each with its `_transaction_ids` at the begin."""
 _FLUSHED = "coord.flushed"
-_turns: WeakKeyDictionary[Connection, asyncio.Lock] = WeakKeyDictionary()
+_mutexes: WeakKeyDictionary[Connection, asyncio.Lock] = WeakKeyDictionary()
 _LOCKS = "coord.locks"
 _ENQUEUED = "coord.enqueued"
 """In a session's `info`: the jobs of a transaction that has not ended."""
@@ -45,7 +45,7 @@ _TRANSACTION_IDS = text("""
 
 @event.listens_for(Session, "after_begin")
 def _note_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
-    """SQLAlchemy says so for each savepoint as well."""
+    """SQLAlchemy calls this for each savepoint as well."""
     begun = session.info.setdefault(_BEGUN, {})
     if connection not in begun:
         begun[connection] = _transaction_ids(connection) if session.bind is connection else None
@@ -73,19 +73,19 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
 
 @event.listens_for(Session, "after_commit")
 def _note_commit(session: Session) -> None:
-    """SQLAlchemy says so at a savepoint's release as well."""
+    """SQLAlchemy calls this at a savepoint's release as well."""
     if not session.in_nested_transaction():
         session.info.pop(_ENQUEUED, None)
 
 
 @event.listens_for(Session, "after_rollback")
 def _note_rollback(session: Session) -> None:
-    """Somebody has decided so, or an exception has; of a savepoint too."""
+    """On purpose or by an exception; also of a savepoint."""
     session.info.pop(_ENQUEUED, None)
 
 
 def expect_commit(session: Session, job: object) -> None:
-    """Have it told at WARNING if the session's transaction ends without a word: neither commit nor rollback."""
+    """Log a WARNING if the session's transaction ends by neither commit nor rollback."""
     session.info.setdefault(_ENQUEUED, []).append(job)
 
 
@@ -108,7 +108,7 @@ def connection_in_use(session: Session, **bind_arguments: Any) -> Connection | N
 
 
 def is_explicit(session: AsyncSession) -> bool:
-    """Whether somebody opened a block, `session.begin()` or a savepoint, that is theirs to end."""
+    """Whether the caller has opened a block, `session.begin()` or a savepoint, which only the caller may end."""
     transaction = session.sync_session.get_transaction()
     return transaction is not None and (
         session.in_nested_transaction() or transaction.origin is not SessionTransactionOrigin.AUTOBEGIN
@@ -116,7 +116,7 @@ def is_explicit(session: AsyncSession) -> bool:
 
 
 def own(session: AsyncSession) -> None:
-    """From now on each transaction of the session is that of whoever called this, to commit or to roll back."""
+    """From now on each transaction of the session is its request's or context's, to commit or to roll back."""
     session.sync_session.info[_OWNED] = True
 
 
@@ -126,7 +126,7 @@ def is_owned(session: AsyncSession) -> bool:
 
 
 def is_joined(session: AsyncSession) -> bool:
-    """Whether a block of the session's is part of a transaction that is somebody else's to end."""
+    """Whether a block of the session's is part of a transaction that something else ends."""
     return is_owned(session) or is_explicit(session) or bool(connections_in_use(session.sync_session))
 
 
@@ -145,24 +145,24 @@ def holds_lock(session: AsyncSession) -> bool:
     return bool(session.sync_session.info.get(_LOCKS))
 
 
-def turn(session: AsyncSession) -> AbstractAsyncContextManager[object]:
-    """To be held for statements that belong together, where the session shares its connection with others.
+def connection_mutex(session: AsyncSession) -> AbstractAsyncContextManager[object]:
+    """A mutex for statements that belong together, where the session shares its connection with other sessions.
 
-    As a test's sessions do: one of them waits, and reads, while another enqueues or locks. What is between a savepoint
-    and its release must not be somebody else's.
+    As a test's sessions do: one of them waits, and reads, while another enqueues or locks. No statement of another
+    session may come between a savepoint and its release.
     """
     bind = session.sync_session.bind
-    return _turns.setdefault(bind, asyncio.Lock()) if isinstance(bind, Connection) else nullcontext()
+    return _mutexes.setdefault(bind, asyncio.Lock()) if isinstance(bind, Connection) else nullcontext()
 
 
 async def has_written(session: AsyncSession) -> bool:
     """Whether others must wait for this transaction to end before they see, or can make, a change.
 
-    PostgreSQL assigns a transaction id at the first write or row lock (section 67.1 of its manual), so one question
+    PostgreSQL assigns a transaction id at the first write or row lock (section 67.1 of its manual), so one query
     also covers raw SQL and functions; a table lock stronger than a writer's counts as well. A session bound to one
-    connection shares that connection's transaction: there its own part is asked about, from its begin on.
+    connection shares that connection's transaction: there only its own part counts, from its begin on.
     """
-    async with turn(session):
+    async with connection_mutex(session):
         return await session.run_sync(_has_written)
 
 

@@ -1,4 +1,4 @@
-"""Routes to look after jobs, for whoever has the token: list, cancel, run again."""
+"""Routes to manage jobs, for clients that have the token: list, cancel, run again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class StateAnswer(BaseModel):
 
 
 def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
-    """A dependency that lets through who sends `token`, compared in constant time, or with None everybody.
+    """A dependency that lets requests with `token` through, compared in constant time, or with None all.
 
     Raises `ValueError` for a token of less than 16 characters.
     """
@@ -46,9 +46,9 @@ def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
 
 
 def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
-    """`GET /jobs`, `GET /jobs/{id}/details`, `POST /jobs/{id}/cancel` and `/retry`, for who has the bearer token.
+    """`GET /jobs`, `GET /jobs/{id}/details`, `POST /jobs/{id}/cancel` and `/retry`, for clients with the bearer token.
 
-    With `token=None` they are open to everybody who can reach them: for development.
+    With `token=None` they are open to all that can reach them: for development.
     """
     router = APIRouter(prefix="/jobs", tags=["job administration"], dependencies=[Depends(bearer_token(token))])
     database = Depends(get_db)
@@ -70,7 +70,7 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
 
     @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
     async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
-        """`cancelled`, or `running` while its worker is asked to, or what the job has already come to."""
+        """`cancelled`, or `running` until its worker has cancelled it, or the state in which it had already ended."""
         return StateAnswer(state=await queries.cancel_job(session, job_id))
 
     @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422))

@@ -1,4 +1,4 @@
-"""What ends a wait before its time: the client leaves, or the server is told to stop."""
+"""What ends a wait before its time: the client disconnects, or the server stops."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ T = TypeVar("T")
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T | None:
     """The result of `work`, None once the server stops, `ClientDisconnect` once the client has left; it has ended then.
 
-    Reads the rest of the request meanwhile, so it comes after the body; where a middleware hides who leaves, the work
-    goes on to its own end.
+    Reads the rest of the request meanwhile, so it comes after the body; where a middleware hides the disconnect,
+    the work goes on to its own end.
     """
     with stop_observed() as stopped:
         task: asyncio.Future[T] = asyncio.create_task(work)

@@ -45,7 +45,7 @@ class EventStreams:
                 yield ServerSentEvent(data=OrderAnswer.model_validate(order), id=version(order))
 
     What cannot begin is refused before the answer begins: one stream too many is a `TooManyWaitersError`. A stream ends
-    when its row is deleted, when the process is told to stop, and `duration` seconds after it began: a browser then
+    when its row is deleted, when the process is stopped, and `duration` seconds after it began: a browser then
     asks again with `Last-Event-ID`, and a server that stops without a signal need not wait longer. No stream holds a
     connection. Each has a session of its own, since FastAPI lets it begin while the request's still commits.
     """
@@ -75,9 +75,9 @@ class EventStreams:
     ) -> Dependency:
         """A dependency: the states of the row that the dependency `row` gives, as it is, then after each change.
 
-        `id` tells states apart: one with the id of the one before, or of the client's `Last-Event-ID`, is no news. The
+        `id` tells states apart: one with the id of the one before, or of the client's `Last-Event-ID`, is left out. The
         stream ends after a state that `is_final`; to a client that has that one already the answer is 204, after which
-        a browser asks no more.
+        a browser does not come back.
         """
 
         async def states(
@@ -85,7 +85,7 @@ class EventStreams:
         ) -> AsyncGenerator[AsyncIterator[Any], None]:
             _refuse_finished(now, last, id, is_final)
             async with self._watched(now, columns) as rows:
-                yield _news(rows, last, id, is_final)
+                yield _new_states(rows, last, id, is_final)
 
         return states
 
@@ -98,7 +98,7 @@ class EventStreams:
             _refuse_finished(JobStatus.model_validate(now), last, _event_id, _has_ended)
             watched = [Job.state, Job.attempt, Job.error]
             async with self._watched(now, watched, tick=HEARTBEAT_INTERVAL_SECONDS) as rows:
-                yield _news(self._statuses(rows), last, _event_id, _has_ended)
+                yield _new_states(self._statuses(rows), last, _event_id, _has_ended)
 
         return statuses
 
@@ -136,7 +136,7 @@ def _refuse_finished(state: Any, last: str | None, id: Callable[[Any], str], is_
         raise HTTPException(204)
 
 
-async def _news(
+async def _new_states(
     states: AsyncIterator[Any], last: str | None, id: Callable[[Any], str], is_final: Callable[[Any], bool]
 ) -> AsyncIterator[Any]:
     async for state in states:

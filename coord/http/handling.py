@@ -1,4 +1,4 @@
-"""What is raised becomes a problem document, and says nothing of how this service is made."""
+"""Errors become problem documents that show nothing of how this service is made."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from coord.http.problem import (
     problem_of,
     public_reason,
 )
-from coord.retryable import STATES, is_retryable, sqlstate_of
+from coord.retryable import CONTENTION_STATES, is_retryable, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coord.http")
 
 CLIENT_GONE = 499
-"""Nobody reads it; it is nginx's status for a client that went away, and looks right in access logs."""
+"""No client reads it; it is nginx's status for a client that went away, and looks right in access logs."""
 MAX_ERRORS = 20
 """Of one request, in a problem document."""
 VIOLATIONS = {"23505", "23P01"}
@@ -99,7 +99,7 @@ async def _database(_: Request, error: Exception) -> Response:
         return problem_of(CONFLICT)
     if not _of_the_database(error) or not (is_retryable(error) or isinstance(error, OSError)):
         raise error
-    if sqlstate_of(error) in STATES:
+    if sqlstate_of(error) in CONTENTION_STATES:
         return problem_of(CONTENTION)
     cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
     logger.warning("The database cannot be reached: %s", " ".join(str(cause).split()) or type(cause).__name__)

@@ -49,7 +49,7 @@ IDEMPOTENCY_KEY = Header(
 
 
 class IdempotencyError(HTTPException):
-    """The key cannot be used: 400 if it is malformed or nobody's, 422 if another request has it."""
+    """The key cannot be used: 400 if it is malformed or has no caller, 422 if another request has it."""
 
     def __init__(self, kind: Kind) -> None:
         super().__init__(kind.status, kind.detail)
@@ -66,7 +66,7 @@ class Idempotency:
         self._row = {"scope": scope, "key": key, "fingerprint": fingerprint}
         self._is_mine = (keys.c.scope == scope) & (keys.c.key == key)
         self._number = int.from_bytes(bytes.fromhex(_digest(scope, key or ""))[:8], signed=True)
-        """Of the advisory lock of whoever's transaction makes the key's job."""
+        """Of the advisory lock of the transaction that makes the key's job."""
 
     async def check(self, session: AsyncSession) -> None:
         """For a request that is answered without a job: raises what `enqueue` would, and keeps nothing."""
@@ -93,7 +93,7 @@ class Idempotency:
         queues = not mutex.locked() or await interruptible(_released(session))
         async with mutex if queues else nullcontext():
             pause = MIN_POLL_SECONDS
-            while (known := await self._known(session)) is None:  # read first: who joins writes nothing
+            while (known := await self._known(session)) is None:  # read first: a request that joins writes nothing
                 if (job := await self._first(session, enqueue(session, task, *args, **kwargs))) is not None:
                     return job
                 await self._wait(session, pause)
@@ -129,7 +129,7 @@ class Idempotency:
         return job
 
     async def _taken(self, session: AsyncSession) -> bool:
-        """Take the key, unless another transaction is about to, or somebody has it who has not had it too long."""
+        """Take the key, unless another transaction is about to, or a request has it and it has not expired."""
         row = [literal(value, keys.c[name].type) for name, value in self._row.items()]
         free = select(*row, func.now() + self._expires).where(func.pg_try_advisory_xact_lock(self._number))
         new = insert(keys).from_select([*self._row, "expires_at"], free)
@@ -148,11 +148,11 @@ class Idempotency:
 
 
 _mutexes: WeakValueDictionary[tuple[asyncio.AbstractEventLoop, int], asyncio.Lock] = WeakValueDictionary()
-"""Of those with one key in this process one asks PostgreSQL whether its turn has come, and the others wait for that."""
+"""Of the requests with one key in this process one polls PostgreSQL for the key, and the others wait for that one."""
 
 
 async def _released(session: AsyncSession) -> bool:
-    """End the transaction, unless it has written or is somebody's block; whether there is none now."""
+    """End the transaction, unless it has written or is in a caller's block; whether there is none now."""
     if session.in_transaction():
         if is_explicit(session) or holds_lock(session) or await has_written(session):
             return False
@@ -169,13 +169,13 @@ def idempotency(
 ) -> Callable[..., Awaitable[Idempotency]]:
     """A dependency: `Annotated[Idempotency, Depends(idempotency(caller=user_id))]`.
 
-    `caller` says who asks, as the application knows them: whoever they are, not what they show for it, which others
-    may share or which may change between two attempts. Keys are apart for each caller, method and route; `""` is
-    everybody together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
+    `caller` identifies the client as the application knows it: a principal, not a credential, which others may share
+    or which may change between two attempts. Keys are apart for each caller, method and route; `""` is for all clients
+    together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
     malformed key, or a missing one that is `required`. Reads the body, so not for forms.
     """
     if required and caller is None:
-        raise ValueError("idempotency(required=True) needs caller=, which says whose keys they are")
+        raise ValueError("idempotency(required=True) needs caller=, which tells whose keys they are")
     kept = timedelta(seconds=seconds("expires", expires))
 
     async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:
@@ -210,7 +210,7 @@ def _route(request: Request) -> str:
 
 
 async def _fingerprint(request: Request) -> str:
-    """Of what was asked for: path, query, and body, which as JSON may be written in many ways."""
+    """Of the request: path, query, and body, which as JSON may be written in many ways."""
     body = await request.body()
     with suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()

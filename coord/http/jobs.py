@@ -1,4 +1,4 @@
-"""Jobs for whoever has their id: what a 202 says, where its `Location` leads, and whether a job runs just now."""
+"""Jobs for clients that have their id: what a 202 has, where its `Location` leads, and whether a job runs just now."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Accepted(BaseModel):
 
 
 class JobStatus(BaseModel):
-    """A job as anybody may see it."""
+    """A job as any client may see it."""
 
     model_config = ConfigDict(from_attributes=True)
 
@@ -56,7 +56,7 @@ class JobStatus(BaseModel):
 
 
 def job_status_routes(get_db: Callable[..., Any]) -> APIRouter:
-    """`GET /jobs/{job_id}`: what has become of a job, for whoever knows its id, which cannot be guessed."""
+    """`GET /jobs/{job_id}`: the state of a job, for clients that know its id, which cannot be guessed."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     database = Depends(get_db)
 
@@ -68,7 +68,7 @@ def job_status_routes(get_db: Callable[..., Any]) -> APIRouter:
 
 
 class RunningJobs:
-    """What the workers' last heartbeats said."""
+    """The workers' last heartbeats."""
 
     def __init__(self, session_maker: async_sessionmaker[AsyncSession]) -> None:
         self._session_maker = session_maker

@@ -1,4 +1,4 @@
-"""What a request may cost before it has been looked at: its size, and its time until the answer begins."""
+"""What a request may cost before it is handled: its size, and its time until the answer begins."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ARRIVAL = "coord.arrival"
 """Where in its scope a request's `Arrival` is."""
 MAX_WAIT_SECONDS = 25.0
 """How long a request may wait for its answer: less than what proxies allow."""
-MARGIN_SECONDS = 2.0
+ANSWER_MARGIN_SECONDS = 2.0
 """How long beyond what the client would wait, after which no answer has begun in spite of it: a pool, or a lock."""
 CLEANUP_SECONDS = 0.5
 """For a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
@@ -54,7 +54,7 @@ class RequestLimits:
         app: ASGIApp,
         *,
         wait: float = MAX_WAIT_SECONDS,
-        margin: float = MARGIN_SECONDS,
+        margin: float = ANSWER_MARGIN_SECONDS,
         body: int = MAX_BODY_BYTES,
         head: int = MAX_HEAD_BYTES,
     ) -> None:
@@ -94,7 +94,7 @@ class _Exchange:
         self._send = send
         self._body = self._left = body
         self._complete = self._missed = False
-        """Whether all of the body has come; whether somebody waits, or has waited in vain, for more of it."""
+        """Whether all of the body has come; whether a reader waits, or has waited in vain, for more of it."""
         self._started = self._replaced = False
         """Whether the application has begun to respond, or a response was sent in its place."""
         self._deadline: asyncio.Timeout | None = None
@@ -175,6 +175,6 @@ def _size_of_head(scope: Scope) -> int:
 
 
 def _announced(scope: Scope) -> int:
-    """How long the body says that it is."""
+    """The length of the body by its header."""
     length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
     return int(length) if length.isdigit() else 0

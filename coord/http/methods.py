@@ -63,7 +63,7 @@ class _Head:
 
 
 def allowed(request: Request) -> list[str]:
-    """The methods of what the request has asked for, over all of its routes: each route knows only its own."""
+    """The methods of the request's path, over all of its routes: each route knows only its own."""
     names = ("type", "path", "raw_path", "root_path", "headers", "server", "scheme", "query_string")
     scope = {name: request.scope[name] for name in names if name in request.scope}
     routes = request.app.router.routes

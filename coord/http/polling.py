@@ -36,8 +36,8 @@ class Poll:
     async def changed(self, session: AsyncSession, row: M) -> M | None:
         """The row, tagged, or None: the client has it, and the time it wanted to wait is up. Answer `not_modified`.
 
-        Waits only if the client has the row as it is and says `Prefer: wait=N`; any tag that it has is no news. Raises
-        what `Reply.row` does.
+        Waits only if the client has the row as it is and sends `Prefer: wait=N`; a row with a tag that it has is
+        unchanged. Raises what `Reply.row` does.
         """
         mapper: Mapper[M] = inspect(type(row))
         version = _version(mapper)

@@ -23,18 +23,18 @@ class Preference:
     """How long the answer may take, and what to do then."""
 
     wait: float | None = None
-    """Whole seconds, as asked for, or infinity for a number too long to be one."""
+    """Whole seconds, as sent, or infinity for a number too long to be one."""
     respond_async: bool = False
 
     @classmethod
     def of(cls, headers: Iterable[str]) -> Preference:
-        """What is unknown, malformed or said a second time does not count."""
+        """What is unknown, malformed or repeated does not count."""
         found = dict(reversed([preference for header in headers for preference in _preferences(header)]))
         wait = found.get("wait") or ""
         return cls(float(wait) if wait.isascii() and wait.isdecimal() else None, "respond-async" in found)
 
     def seconds(self, cap: float) -> float:
-        """How long to wait at most: what was asked for, within the cap; at once to who would rather not wait."""
+        """How long to wait at most: what was sent, within the cap; 0 for `respond-async`."""
         if self.wait is None:
             return 0.0 if self.respond_async else cap
         return min(self.wait, cap)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MEDIA_TYPE = "application/problem+json"
-RETRY_AFTER = 1
-"""Seconds after which to ask again for what was refused for now."""
+RETRY_AFTER_SECONDS = 1
+"""After which a client may repeat a request that was refused for now."""
 
 
 class Kind(NamedTuple):
@@ -35,14 +35,14 @@ class Kind(NamedTuple):
     """The last part of its URN."""
     status: int
     detail: str
-    """What the client is told, in place of an error's own words, which may name tables and backends."""
+    """What the client gets, in place of an error's own text, which may name tables and backends."""
 
 
 MALFORMED_KEY = Kind("idempotency-key-malformed", 400, "Idempotency-Key is one quoted string of 1 to 255 characters")
 UNSCOPED_KEY = Kind(
     "idempotency-key-unscoped",
     400,
-    "no key is taken here: idempotency(caller=...) would have to say whose keys they are",
+    "Idempotency-Key is not accepted here: idempotency(caller=...) must tell whose keys they are",
 )
 MISSING_KEY = Kind("idempotency-key-missing", 400, "this request needs an Idempotency-Key")
 REUSED_KEY = Kind("idempotency-key-reused", 422, "another request has used this Idempotency-Key")
@@ -63,7 +63,7 @@ ERRORS: dict[type[Exception], Kind] = {
     WaitTimeoutError: Kind("wait-timeout", 503, "nothing has changed in time"),
     PoolTimeoutError: Kind("busy", 503, "every connection to the database is in use"),
 }
-"""Coord's errors and the pool's. What is not here is a bug: 500, and only the log says what it was."""
+"""Coord's errors and the pool's. What is not here is a bug: 500, and the error is only in the log."""
 KINDS = (
     *(MALFORMED_KEY, UNSCOPED_KEY, MISSING_KEY, REUSED_KEY, EXPIRED_JOB, INVALID),
     *(OUT_OF_TIME, DATABASE_AWAY, CONFLICT, CONTENTION),
@@ -81,13 +81,13 @@ _INTERNAL = re.compile(
 def problem(
     status: int, detail: str, *, kind: str | None = None, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
-    """A problem document of the type `urn:coord:problem:<kind>`, or of none of its own; 503 says when to ask again."""
+    """A problem document of the type `urn:coord:problem:<kind>`, or of none of its own; 503 has `Retry-After`."""
     title = phrase(status) if kind is None else kind.replace("-", " ").capitalize()
     found = {"type": _urn(kind), "title": title, "status": status, "detail": _text(detail), **members}
-    said = dict(headers or {})
+    fields = dict(headers or {})
     if status == http.client.SERVICE_UNAVAILABLE:
-        said.setdefault("Retry-After", str(RETRY_AFTER))
-    return JSONResponse(found, status, said, media_type=MEDIA_TYPE)
+        fields.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
+    return JSONResponse(found, status, fields, media_type=MEDIA_TYPE)
 
 
 def problem_of(kind: Kind, detail: str | None = None, **members: Any) -> JSONResponse:
@@ -105,7 +105,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def public_reason(text: str | None) -> str | None:
-    """A job's error as anybody may read it: of one that shows SQL, paths, addresses or the like, only its kind."""
+    """A job's error as any client may read it: of one that shows SQL, paths, addresses or the like, only its kind."""
     if text is None:
         return None
     line = " ".join(text.split())

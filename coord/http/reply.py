@@ -15,7 +15,7 @@ from coord.http.disconnect import while_connected
 from coord.http.jobs import Accepted, AcceptedJob
 from coord.http.limits import ARRIVAL, MAX_WAIT_SECONDS, Arrival
 from coord.http.prefer import Preference
-from coord.http.problem import RETRY_AFTER
+from coord.http.problem import RETRY_AFTER_SECONDS
 from coord.jobs.queries import get_job
 from coord.retryable import is_retryable
 from coord.waiting.job_wait import job_id_of
@@ -39,7 +39,7 @@ PREFERENCE_APPLIED = {
 
 
 class Reply:
-    """One request's wait and answer: how long it may take, counted from its arrival, and what to say then."""
+    """One request's wait and answer: how long it may take, counted from its arrival, and the answer."""
 
     def __init__(self, request: Request, response: Response) -> None:
         self._request = request
@@ -48,7 +48,7 @@ class Reply:
         self._cap = arrival.cap
         self._waited = False
         self.preference = Preference.of(request.headers.getlist("prefer"))
-        """What the client has asked for."""
+        """The preferences that the client has sent."""
         self.deadline = arrival.time + self.preference.seconds(arrival.cap)
         """Until when to wait, on the event loop's clock."""
 
@@ -90,10 +90,10 @@ class Reply:
     async def accepted(self, session: AsyncSession, job: Job | UUID, *, location: str, **members: Any) -> Response:
         """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger.
 
-        When that takes longer than half a second, or PostgreSQL is away, a `Job` is said to be in the state it had.
+        When that takes longer than half a second, or PostgreSQL is away, a `Job` is given in the state that it had.
         """
         self._say_what_applied(accepted=True)
-        headers = {"Location": location, "Retry-After": str(RETRY_AFTER)}
+        headers = {"Location": location, "Retry-After": str(RETRY_AFTER_SECONDS)}
         accepted = AcceptedJob(id=job_id_of(job), state=await _state_of(session, job))
         return self.with_headers(JSONResponse({"job": accepted.model_dump(mode="json"), **members}, 202, headers))
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a server waits for its open requests before it says that it stops, so these look for themselves.
+"""SIGTERM and SIGINT: a server waits for its open requests before its shutdown event, so coord handles them itself.
 
 Nothing has to be set up, and a mounted application, whose lifespan no server runs, learns of the signal as well.
 """
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class _StopSignals:
-    """Handles the signals while anybody observes them, beside whoever else does."""
+    """Handles the signals while any block observes them, beside the handlers of others."""
 
     def __init__(self) -> None:
         self._observers: set[Stopped] = set()
@@ -43,7 +43,7 @@ class _StopSignals:
         self._observers.discard(observer)
         if not self._observers:
             for number, handler in self._before.items():
-                if signal.getsignal(number) is self._installed:  # else somebody else has set another meanwhile
+                if signal.getsignal(number) is self._installed:  # else another handler was set meanwhile
                     signal.signal(number, handler)
 
     def _handle(self, before: dict[int, Any], number: int, frame: Any) -> None:
@@ -63,7 +63,7 @@ _signals = _StopSignals()
 
 @contextmanager
 def stop_observed() -> Iterator[Stopped]:
-    """A future that is done once the process was told to stop while any such block was open.
+    """A future that is done once the process was signalled to stop while any such block was open.
 
     Signals reach the main thread alone: for an event loop in another one it is never done.
     """

@@ -1,4 +1,4 @@
-"""Jobs: a ledger in PostgreSQL that says what is to be done and what is done.
+"""Jobs: a ledger in PostgreSQL of what is to be done and what is done.
 
 model.py        Job, the heartbeats, and wishes to cancel, as tables
 migrations.py   making and upgrading them

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-DEEPEST = 100
-"""Lists and objects within one another; whoever reads them may have less of a stack left than whoever wrote them."""
+MAX_DEPTH = 100
+"""Of nested lists and objects; the reader may have less stack left than the writer had."""
 
-MAX_BYTES = 1 << 20
+MAX_ARGUMENT_BYTES = 1 << 20
 """Of arguments, results and progress: what is queued lies in Redis, and what is read at once has a limit."""
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
@@ -21,7 +21,7 @@ def to_json(value: Any) -> str:
 
 
 def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
-    """`value` as JSON, and as it is read from that, which nobody else can change; a `TypeError` if it is not equal."""
+    """`value` as JSON, and a copy as it is read from that; a `TypeError` if the copy is not equal."""
     try:
         text = to_json(value)
         arriving = json.loads(text)
@@ -31,12 +31,12 @@ def as_it_arrives(what: str, value: Any) -> tuple[str, Any]:
         raise TypeError(f"{what} must be JSON: {error}") from error
     if not equal:
         raise TypeError(f"{what} would arrive as {arriving!r} and not as {value!r}: JSON has no tuples and text keys")
-    if len(text) > MAX_BYTES:
+    if len(text) > MAX_ARGUMENT_BYTES:
         raise TypeError(
-            f"{what} must be JSON of at most {MAX_BYTES} bytes, not {len(text)}: store it, and pass its key"
+            f"{what} must be JSON of at most {MAX_ARGUMENT_BYTES} bytes, not {len(text)}: store it, and pass its key"
         )
-    if depth > DEEPEST:
-        raise TypeError(f"{what} must be JSON that is at most {DEEPEST} lists and objects deep, not {depth}")
+    if depth > MAX_DEPTH:
+        raise TypeError(f"{what} must be JSON that is at most {MAX_DEPTH} lists and objects deep, not {depth}")
     return text, arriving
 
 

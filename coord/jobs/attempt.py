@@ -26,7 +26,7 @@ class Attempt:
     """Seconds that the ledger allows; None leaves it to the worker."""
     session_maker: async_sessionmaker[AsyncSession]
     max_attempts: int
-    """How many may count, if the ledger does not say."""
+    """How many may count, if the ledger has no limit."""
     worker_lock: int
     """The second half of the advisory lock of its worker."""
     idle_limit: float
@@ -44,5 +44,5 @@ class Attempt:
 
     def enter(self) -> None:
         if self.entered:
-            raise RuntimeError("An attempt has one job_transaction, and this one has had its.")
+            raise RuntimeError("An attempt has one job_transaction, and this is a second.")
         self.entered = True

@@ -12,7 +12,7 @@ from sqlalchemy.dialects.postgresql import insert as insert_into
 
 from coord.cancellation import interruptible
 from coord.database.engine import engine_of
-from coord.database.transaction import expect_commit, turn
+from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, is_same
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
@@ -43,7 +43,7 @@ _text = cast(bindparam("text", type_=Text), JSON)
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 """What is due before is due now; the driver does not know every time that Python does."""
 _now = func.statement_timestamp()
-"""By PostgreSQL's clock, whatever this process's says."""
+"""By PostgreSQL's clock, whatever this process's is."""
 _moment = func.greatest(func.coalesce(bindparam("moment", type_=DateTime(timezone=True)), _now), _now)
 _times = {"created_at": _now, "scheduled_at": _moment + bindparam("delay", type_=Interval)}
 _values: dict[str, Any] = {name: bindparam(name) for name in _given} | {"arguments": _text, **_times}
@@ -85,7 +85,7 @@ async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = _new(options)
     given = values | _due(options) | {"text": text}
-    async with turn(session):
+    async with connection_mutex(session):
         if options.unique_key is None:
             stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
         else:

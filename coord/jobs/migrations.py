@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     try:
         asyncio.run(_apply(_url(options.url)))
-    except Exception as error:  # noqa: BLE001 - whatever it is, one line says it
+    except Exception as error:  # noqa: BLE001 - any of them is shown in one line
         print(f"coord schema: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
@@ -170,7 +170,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _url(given: str | None) -> URL:
     if not given:
-        raise ValueError("say where with --url or COORD_DATABASE_URL")
+        raise ValueError("name the database with --url or COORD_DATABASE_URL")
     try:
         url = make_url(given)
     except (ArgumentError, ValueError):  # not shown: what cannot be parsed may hold a password anywhere

@@ -34,6 +34,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
+from coord.retryable import sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class JobState(StrEnum):
-    """A job's state. `running` is never stored: it is what the heartbeat of a living worker says of a queued job."""
+    """A job's state. `running` is never stored: it is a queued job that a living worker's heartbeat names."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -110,9 +111,9 @@ class Job(Ledger):
     uncounted: Mapped[int] = mapped_column(server_default="0")
     """Attempts that were begun and do not count: a neighbour killed their worker, PostgreSQL was away."""
     deaths: Mapped[int] = mapped_column(server_default="0")
-    """Workers that died while they ran it and nobody more suspect; with one or more the job is a suspect."""
+    """Workers that died while they ran it and no job more suspect; with one or more the job is a suspect."""
     hand_backs: Mapped[int] = mapped_column(server_default="0")
-    """How often a worker that was told to stop has given it back unfinished."""
+    """How often a worker that was stopping has given it back unfinished."""
     unknown_seconds: Mapped[float] = mapped_column(Double, server_default="0")
     """Seconds that it was put off for by workers that do not know its task, or refuse its arguments."""
     priority: Mapped[int] = mapped_column(server_default="0")
@@ -134,12 +135,12 @@ class Job(Ledger):
     traceback: Mapped[str | None] = mapped_column(Text)
     result: Mapped[Any] = mapped_column(_Json, nullable=True)
     trace: Mapped[dict[str, str] | None] = mapped_column(_Json)
-    """The trace context of whoever enqueued it, as OpenTelemetry's propagators write it."""
+    """The trace context of its `enqueue`, as OpenTelemetry's propagators write it."""
 
     due_in = 0.0
+    """Seconds until it is due, as known when it was read: not by comparing clocks."""
     due_said_at = 0.0
-    """When that was so, on the monotonic clock."""
-    """Seconds until it is due, as whoever made the snapshot has learned it: not by comparing clocks."""
+    """When that was so, on the monotonic clock; 0 if it is so now."""
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
 
@@ -169,7 +170,7 @@ class Job(Ledger):
 
 
 class Worker(Ledger):
-    """A living worker's heartbeat, and the jobs it runs: the one place that says so, since their rows are locked."""
+    """A living worker's heartbeat, and the jobs it runs: the only record of that, since their rows are locked."""
 
     __tablename__ = "coord_workers"
     id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -184,7 +185,7 @@ class Worker(Ledger):
     tasks: Mapped[dict[str, str]] = mapped_column(_Json, server_default="{}")
     """What it can run: the signature of each task by its name."""
     stopping: Mapped[bool] = mapped_column(server_default=false())
-    """Whether it was told to stop: if it dies now, no job is to blame."""
+    """Whether it is stopping: if it dies now, no job is to blame."""
     dead: Mapped[bool] = mapped_column(server_default=false())
     """Whether its heartbeat has seen it die."""
 
@@ -199,7 +200,7 @@ class Queue(Ledger):
     paused_at: Mapped[datetime | None] = mapped_column(_Time)
     """Since when workers take nothing of it."""
     leader: Mapped[UUID | None]
-    """The worker that looks after what others have lost or left."""
+    """The worker that does the maintenance of the queue."""
     leader_until: Mapped[datetime | None] = mapped_column(_Time)
 
 
@@ -235,7 +236,7 @@ class Schedule(Ledger):
 
 
 class Cancellation(Ledger):
-    """A wish to cancel a job whose row its worker has locked; gone with the job's end."""
+    """A request to cancel a job whose row its worker has locked; deleted with the job's end."""
 
     __tablename__ = "coord_cancellations"
 
@@ -250,10 +251,10 @@ class IdempotencyKey(Ledger):
     __table_args__ = (Index("coord_idempotency_keys_expiry", "expires_at"),)
 
     scope: Mapped[str] = mapped_column(Text, primary_key=True)
-    """A digest of who sent it, and by which route."""
+    """A digest of the caller and the route."""
     key: Mapped[str] = mapped_column(Text, primary_key=True)
     fingerprint: Mapped[str] = mapped_column(Text)
-    """A digest of what was asked for."""
+    """A digest of the request."""
     job_id: Mapped[UUID | None]
     expires_at: Mapped[datetime] = mapped_column(_Time)
 
@@ -289,7 +290,7 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
     try:
         return connection.execute(statement, values, execution_options=_UNTRANSLATED)
     except ProgrammingError as error:
-        if getattr(error.orig, "sqlstate", None) == "42P01":
+        if sqlstate_of(error) == "42P01":
             error.add_note(MISSING)
         raise
 

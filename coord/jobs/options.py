@@ -17,12 +17,12 @@ Task = Callable[Concatenate[Any, P], Awaitable[Any]]
 
 DEFAULT_QUEUE = "default"
 
-LONGEST_NAME, LONGEST_KEY = 500, 2_000
+MAX_NAME_BYTES, MAX_UNIQUE_KEY_BYTES = 500, 2_000
 """Bytes of a task's or queue's name, and of a unique key; PostgreSQL refuses an index entry of a third of a page."""
 MAX_ATTEMPTS = 1_000_000
 MAX_PRIORITY = 100
-LONGEST = 100 * 365 * 86_400
-"""Seconds; clocks, calendars and Redis agree on what is nearer than that."""
+MAX_SPAN_SECONDS = 100 * 365 * 86_400
+"""Within it clocks, calendars and Redis agree."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,9 @@ def task_options(
         raise ValueError(f"priority is a whole number, -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}")
     return TaskOptions(
         task,
-        None if unique_key is None else _text("unique_key", unique_key, LONGEST_KEY),
+        None if unique_key is None else _text("unique_key", unique_key, MAX_UNIQUE_KEY_BYTES),
         None if delay is None else _delay(delay),
-        None if queue is None else _text("queue", queue, LONGEST_NAME),
+        None if queue is None else _text("queue", queue, MAX_NAME_BYTES),
         max_attempts,
         priority,
         limit,
@@ -115,7 +115,7 @@ def name_of(task: object) -> str:
         name = getattr(task, "__qualname__", None)
     if not isinstance(name, str) or name.endswith("<lambda>"):
         raise TypeError(f"task is a function with a name, what arq's func makes of one, or a task's name; not {task!r}")
-    return _text("task", name, LONGEST_NAME)
+    return _text("task", name, MAX_NAME_BYTES)
 
 
 def _text(what: str, value: object, longest: int) -> str:
@@ -136,14 +136,14 @@ def _delay(delay: Seconds | datetime) -> float | datetime:
     if not isinstance(delay, datetime):
         return _span("delay", delay)
     if delay.utcoffset() is None:
-        raise ValueError(f"delay is an aware datetime, and {delay!r} says no time zone")
-    if (delay - datetime.now(UTC)).total_seconds() > LONGEST:
+        raise ValueError(f"delay is an aware datetime, and {delay!r} has no time zone")
+    if (delay - datetime.now(UTC)).total_seconds() > MAX_SPAN_SECONDS:
         raise ValueError(f"delay is at most a hundred years, not until {delay}")
     return delay
 
 
 def _span(what: str, value: object) -> float:
     number = seconds(what, value)
-    if number > LONGEST:
+    if number > MAX_SPAN_SECONDS:
         raise ValueError(f"{what} is at most a hundred years, not {value!r}")
     return number

@@ -1,4 +1,4 @@
-"""What can be done about jobs from outside: look, cancel, run again. None of it ever waits for a job that runs."""
+"""What can be done about jobs from outside: read, cancel, run again. None of it ever waits for a job that runs."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
 
-MOST = 1_000
-"""Jobs in one answer of `list_jobs`."""
-DEAD = 10.0
-"""Seconds since its heartbeat after which nothing is said of a worker: its jobs run elsewhere by then."""
-AGAIN = (JobState.FAILED, JobState.CANCELLED)
+MAX_LISTED_JOBS = 1_000
+"""In one answer of `list_jobs`."""
+HEARTBEAT_EXPIRY_SECONDS = 10.0
+"""Since a worker's last heartbeat, after which it is ignored: its jobs run elsewhere by then."""
+RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELLED)
 
 
 class Beat(NamedTuple):
-    """What a worker's heartbeat says of one job."""
+    """What a worker's heartbeat has of one job."""
 
     id: UUID
     attempt: int
@@ -52,7 +52,7 @@ class Beat(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobReport:
-    """A job as it is now; whether it runs, and how far it is, as its worker's last heartbeat says (2 s)."""
+    """A job as it is now; whether it runs, and how far it is, by its worker's last heartbeat (every 2 s)."""
 
     id: UUID
     task: str
@@ -94,8 +94,8 @@ async def list_jobs(
     `state` is that of the reports, "running" among them. Raises `ValueError` for an unknown one, or a `limit` that is
     not 1 to 1,000.
     """
-    if not isinstance(limit, int) or not 1 <= limit <= MOST:
-        raise ValueError(f"limit is a whole number, 1 to {MOST}, not {limit!r}")
+    if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED_JOBS:
+        raise ValueError(f"limit is a whole number, 1 to {MAX_LISTED_JOBS}, not {limit!r}")
     wanted = None if state is None else JobState(state)
     beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
     statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
@@ -116,7 +116,8 @@ async def list_jobs(
 
 
 async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
-    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for nobody.
+    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for no
+    running job.
 
     `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
     back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
@@ -134,7 +135,7 @@ async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
-    """Say how far the task is, in JSON: `get_job` tells it, from the next heartbeat on, as long as the job runs.
+    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
 
     Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
     """
@@ -170,18 +171,22 @@ def _retry(session: Session, job_id: UUID) -> Job:
     # Looked for first: an update would wait for a job that runs just now, this one or one with its key.
     conflict = UniqueKeyConflictError(f"another unfinished job has the unique key of {Job(**found._mapping)}")
     same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
-    if found.state in AGAIN and found.unique_key is not None and execute(session, same_key).first() is not None:
+    if (
+        found.state in RETRYABLE_STATES
+        and found.unique_key is not None
+        and execute(session, same_key).first() is not None
+    ):
         raise conflict
     used = jobs.c.attempt - jobs.c.uncounted
     more = case((jobs.c.max_attempts <= used, used + 1), else_=jobs.c.max_attempts)
     values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "max_attempts": more, "scheduled_at": func.now()}
-    again = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(AGAIN))
-    again = again.values(
+    retried = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))
+    retried = retried.values(
         values | {"finished_at": None, "started_at": None, "deaths": 0, "hand_backs": 0, "unknown_seconds": 0}
     )
     try:
-        with session.connection(bind_arguments={"mapper": job_mapper, "clause": again}).begin_nested():
-            row = execute(session, again.returning(jobs)).mappings().one_or_none()
+        with session.connection(bind_arguments={"mapper": job_mapper, "clause": retried}).begin_nested():
+            row = execute(session, retried.returning(jobs)).mappings().one_or_none()
     except IntegrityError as error:
         raise conflict from error
     if row is None:
@@ -197,12 +202,12 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
 
 
 async def heartbeats(session: AsyncSession) -> list[Beat]:
-    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=DEAD)
+    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
     found = (await session.run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
     return [
-        Beat(UUID(job_id), told["attempt"], told.get("progress"), worker.id)
+        Beat(UUID(job_id), running["attempt"], running.get("progress"), worker.id)
         for worker in found
-        for job_id, told in worker.jobs.items()
+        for job_id, running in worker.jobs.items()
     ]
 
 

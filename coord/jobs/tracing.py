@@ -1,4 +1,4 @@
-"""The trace that a job belongs to, carried from whoever enqueued it; nothing without OpenTelemetry."""
+"""The trace that a job belongs to, carried from its `enqueue`; nothing without OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def current_trace() -> dict[str, str] | None:
     """What OpenTelemetry's current context holds, as the configured propagators write it.
 
-    They take it from there (OpenTelemetry's specification, "Propagators API"): of an empty one they need not be asked.
+    They take it from there (OpenTelemetry's specification, "Propagators API"): an empty one has nothing to take.
     """
     if propagate is None or not context.get_current():
         return None

@@ -26,14 +26,12 @@ if TYPE_CHECKING:
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
-CONNECTION_CHECK = 1.0
-"""Seconds until the backend of a killed worker notices, also while it waits for a lock."""
-CONNECTION_TRIES = 3
-"""Connections that one attempt may find dead before its first statement."""
+CONNECTION_CHECK_SECONDS = 1.0
+"""Until the backend of a killed worker notices, also while it waits for a lock."""
+MAX_DEAD_CONNECTIONS = 3
+"""Which one attempt may find before its first statement."""
 FAILED_TRANSACTION = "25P02"
 APPLIED_NOTHING = "job_transaction has applied nothing: its transaction had failed or was ended."
-IDLE_LIMIT = 60.0
-"""Seconds that the transaction may do nothing: the worker is frozen or cut off, and holds locks."""
 
 
 class JobSuperseded(BaseException):
@@ -48,7 +46,7 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     with the ledger's arguments. Whatever is delivered twice, crashes or comes too late applies nothing. It also bounds
     what a dead worker leaves, for this transaction alone: `client_connection_check_interval` 1 s, and
     `idle_in_transaction_session_timeout` 60 s (`worker_settings(idle_limit=…)`): between two statements the task may
-    not do anything else for longer. While it is open nobody else writes the job's row.
+    not do anything else for longer. While it is open no other transaction writes the job's row.
 
         async def fulfil_order(ctx, order_id):
             async with job_transaction(ctx) as session, lock_tables(session, [Stock, Order]):
@@ -73,7 +71,7 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
                     returned = True
                 finally:
                     failure = _swallowed(session)
-            if not attempt.applied:  # SQLAlchemy leaves the block without a word
+            if not attempt.applied:  # SQLAlchemy leaves the block without an error
                 raise InvalidRequestError(APPLIED_NOTHING)
         except InvalidRequestError as error:
             error.__cause__ = error.__cause__ or failure
@@ -104,7 +102,7 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
     A pooled connection may have died since it was last used. Nothing was executed on it, so another one is taken; the
     first that is found dead has SQLAlchemy give up all that are as old.
     """
-    left = CONNECTION_TRIES
+    left = MAX_DEAD_CONNECTIONS
     while True:
         left -= 1
         # Used after the block, a closed session would begin another transaction.
@@ -131,7 +129,7 @@ def _swallowed(session: AsyncSession) -> BaseException | None:
 
 @event.listens_for(Session, "after_commit")
 def _note_commit(session: Session) -> None:
-    """SQLAlchemy says so at a savepoint's release as well."""
+    """SQLAlchemy calls this at a savepoint's release as well."""
     attempt = session.info.get(ATTEMPT)
     if attempt is not None and not session.in_nested_transaction():
         attempt.applied = True
@@ -168,7 +166,7 @@ is_ours = (
     & (cast(jobs.c.arguments, Text) == bindparam("given"))
     & jobs.c.timeout.is_not_distinct_from(bindparam("limit"))
 )
-"""Whether a row is the unfinished job that an attempt is for: Redis, which told of it, may hold anything."""
+"""Whether a row is the unfinished job that an attempt is for: the message is from Redis, which may hold anything."""
 
 _done = (
     update(jobs)
@@ -186,7 +184,7 @@ _set_result = update(jobs).where(jobs.c.id == bindparam("job")).values(result=ca
 async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     settings = {
         "began": attempt.began,
-        "check": f"{CONNECTION_CHECK:g}s",
+        "check": f"{CONNECTION_CHECK_SECONDS:g}s",
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
         "state": JobState.DONE,
@@ -194,7 +192,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     }
     try:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
-    except OSError as error:  # a missing socket's or a timeout, which from a task itself would not be passing
+    except OSError as error:  # a missing socket, or a time-out; neither is retryable when a task itself raises it
         raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
     attempt.claimed = bool(claimed)
     if not claimed:

@@ -1,10 +1,10 @@
-"""Hints in Redis: what is said of a commit after it, and heard by whoever waits. All of it may be lost.
+"""Hints in Redis: published after a commit, for the processes that wait for its rows. Any of them may be lost.
 
 changes.py    what a session's transaction has changed, once it has committed
-channels.py   what rows, tables and jobs are called
+channels.py   the channels of rows and tables
 client.py     the redis-py client that all of this goes through
-publisher.py  sending it, in order
-subscriber.py hearing it
+publisher.py  sends commands, in order
+subscriber.py notifies the listeners of channels
 bell.py       both, as one process uses them
-outage.py     saying once that Redis is away, and once that it is back
+outage.py     logs once that Redis is away, and once that it is back
 """

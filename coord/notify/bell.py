@@ -1,4 +1,4 @@
-"""The bell: Redis publish/subscribe that says "look again" and never what has changed; losing it costs an interval."""
+"""The bell: Redis publish/subscribe that says "read again" and never what has changed; losing it costs an interval."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from coord.notify.publisher import Batch
 
 REFUSAL_SECONDS = 10.0
-"""How long what Redis has refused counts as refused, whatever else it does."""
+"""How long a command that Redis has refused counts as a failure, although it carries out others."""
 
 
 class Bell:
-    """Rings and hears channels of one Redis, by one connection to publish and one to subscribe, as `redis` makes them.
+    """Publishes and subscribes to channels of one Redis, by one connection for each, as `redis` makes them.
 
-    A process hears only the channels it listens to. No method waits for Redis; without it they do nothing, which is
-    said in the log once, and once when it is over.
+    A process receives only the channels that it has listeners for. No method waits for Redis; while it is away they do
+    nothing, which is logged once, and once when it is back.
     """
 
     def __init__(self, redis: Redis, outage: Outage) -> None:
@@ -37,15 +37,15 @@ class Bell:
         self._outage = outage
         self._refused_until = 0.0
         """On the loop's clock."""
-        self._publisher = Publisher(self._client, self._published)
-        self._subscriber = Subscriber(self._client, self._heard)
+        self._publisher = Publisher(self._client, self._on_publisher_result)
+        self._subscriber = Subscriber(self._client, self._on_subscriber_result)
         self.listen = self._subscriber.listen
         self.leave = self._subscriber.leave
-        self.holds = self._publisher.holds
+        self.is_pending = self._publisher.is_pending
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
-        """Hear Redis until the block ends; what has been rung by then is still sent."""
+        """Publish and subscribe until the block ends; what has been published by then is still sent."""
         async with AsyncExitStack() as stack:
             stack.push_async_callback(close_client, self._client)
             await stack.enter_async_context(self._publisher.open())
@@ -56,17 +56,17 @@ class Bell:
     def connected(self) -> bool:
         return self._subscriber.connected
 
-    def ring(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({})) -> None:
-        """Publish soon, after the commands of the batch, in one round trip with whatever else there is by then."""
+    def publish(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({})) -> None:
+        """Send soon, after the commands of the batch, in one round trip with whatever else there is by then."""
         self._publisher.publish({**batch, **{channel: [notice(channel)] for channel in channels}})
 
-    def _published(self, error: Exception | None) -> None:
-        """Commands of one kind may be refused while others are carried out: that is no end of it."""
+    def _on_publisher_result(self, error: Exception | None) -> None:
+        """Redis may refuse commands of one kind and carry out others: success of these does not end the outage."""
         now = asyncio.get_running_loop().time()
         if isinstance(error, ResponseError):
             self._refused_until = now + REFUSAL_SECONDS
         if error is not None or now >= self._refused_until:
             self._outage.report(error, "publisher")
 
-    def _heard(self, error: Exception | None) -> None:
+    def _on_subscriber_result(self, error: Exception | None) -> None:
         self._outage.report(error, "subscriber", everybody=True)

@@ -1,4 +1,4 @@
-"""Which rows a session's transaction has changed, told once the outermost commit is done and never otherwise."""
+"""Which rows a session's transaction has changed: notified after the outermost commit and never otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     """A row by its key, or with None any row of the table."""
     Changed = Mapping[Change, Any]
     """What has changed, and if that is the row of a job to be handed to a worker, the job."""
-    Tell = Callable[[Session, Changed], None]
+    Notify = Callable[[Session, Changed], None]
 
 logger = logging.getLogger("coord.bell")
 
@@ -37,13 +37,13 @@ _observed: Counter[Dialect] = Counter()
 class Changes:
     """Collects what sessions change by way of the engine with this dialect, whichever maker made them.
 
-    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`. Which
-    engine it was is asked of the connection that a row went by, as a session may have several.
+    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`. The
+    connection that a row went by tells its engine, as a session may have several.
     """
 
-    def __init__(self, dialect: Dialect, tell: Tell) -> None:
+    def __init__(self, dialect: Dialect, notify: Notify) -> None:
         self._dialect = dialect
-        self._tell = tell
+        self._notify = notify
 
     @contextmanager
     def observed(self) -> Iterator[None]:
@@ -65,11 +65,11 @@ class Changes:
                     del _observed[self._dialect]
 
     def add(self, session: Session, change: Change) -> None:
-        """Tell of the change after the commit; at once when no transaction is open."""
+        """Notify of the change after the commit; at once when no transaction is open."""
         if session.in_transaction():
             _collected(session, self._dialect)[change] = None
         else:
-            self._tell(session, {change: None})
+            self._notify(session, {change: None})
 
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
         if connection.dialect is self._dialect and state.session is not None:
@@ -77,12 +77,12 @@ class Changes:
             _collected(state.session, self._dialect).setdefault((mapper, key))
 
     def _after_update(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
-        """SQLAlchemy says so of rows as well that it has found to be as they were."""
+        """SQLAlchemy also calls this for rows whose values are unchanged."""
         if connection.dialect is self._dialect and _has_changed(mapper, state):
             self._after_delete(mapper, connection, state)
 
     def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
-        """The row by the key that it had before the flush: nobody waits for one to come."""
+        """The row by the key that it had before the flush: no wait is for a row that does not exist yet."""
         if connection.dialect is self._dialect and state.session is not None and state.identity is not None:
             _collected(state.session, self._dialect).setdefault((mapper, state.identity))
 
@@ -95,14 +95,14 @@ class Changes:
                 _collected(state.session, self._dialect)[mapper, None] = None
 
     def _after_commit(self, session: Session) -> None:
-        """SQLAlchemy says so at a savepoint's release as well."""
+        """SQLAlchemy calls this at a savepoint's release as well."""
         if session.in_nested_transaction():
             return
         changes: dict[Change, Any] = {}
         for collected in session.info.pop((_CHANGES, self._dialect), {}).values():
             changes |= collected
         if changes:
-            self._tell(session, changes)
+            self._notify(session, changes)
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
         if rolled_back.parent is None:
@@ -120,13 +120,13 @@ class Changes:
 
 
 def collect(session: Session, change: Change, job: Any = None) -> None:
-    """Have it told after the outermost commit, if this process has a `Coordinator`; else there is nobody to tell."""
+    """Notify of it after the outermost commit; nothing if this process has no `Coordinator`."""
     if _observed and (dialect := written_to(session, change[0])) in _observed:
         _collected(session, dialect)[change] = job
 
 
 def warn_if_uncoordinated() -> None:
-    """Say once that this process has no `Coordinator`, to whoever enqueues or waits first."""
+    """Warn, at the first enqueue or wait, that this process has no `Coordinator`."""
     if not _observed:
         _warn_uncoordinated()
 
@@ -146,7 +146,7 @@ def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:
 
 @lru_cache(maxsize=256)
 def _write(mapper: Mapper[Any]) -> Update:
-    """What a `get_bind` of the application's own may look at, to know that it is no read."""
+    """A statement for an application's own `get_bind`, which may route writes elsewhere than reads."""
     return update(mapper)
 
 

@@ -1,4 +1,4 @@
-"""How rows and tables are called on the bell."""
+"""The channels of rows and tables."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from coord.database.target import Key
     from coord.notify.changes import Change
 
-MANY = 100
-"""Rows of one table in one transaction from which its table's bell is rung instead."""
-LONGEST = 200
-"""Bytes of a key's name; longer ones are hashed."""
+MAX_ROWS_PER_TABLE = 100
+"""Of one transaction; for more of them the channel of the table is published instead."""
+MAX_KEY_BYTES = 200
+"""In a channel's name; longer keys are hashed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +35,18 @@ class Channels:
     database: str
 
     def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
-        """The bell of the table; classes that inherit share their base's, and with it the meaning of a key."""
+        """The channel of the table; classes that inherit share their base's, and with it the meaning of a key."""
         return _table(self.namespace, self.database, mapper, schemas_for(mapper, schemas))
 
     def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
         parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
         name = "/".join(parts).encode(errors="surrogatepass")
-        if len(name) > LONGEST:
+        if len(name) > MAX_KEY_BYTES:
             name = hashlib.blake2b(name, digest_size=16).hexdigest().encode()
         return self.table(mapper, schemas) + b":" + name
 
     def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
-        crowded = _crowded(changes) if len(changes) > MANY else ()
+        crowded = _crowded(changes) if len(changes) > MAX_ROWS_PER_TABLE else ()
         return [
             self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
             for mapper, key in changes
@@ -64,4 +64,4 @@ def _table(namespace: str, database: str, mapper: Mapper[Any], schemas: Schemas)
 
 def _crowded(changes: Collection[Change]) -> set[Mapper[Any]]:
     rows = Counter(mapper for mapper, key in changes if key is not None)
-    return {mapper for mapper, count in rows.items() if count > MANY}
+    return {mapper for mapper, count in rows.items() if count > MAX_ROWS_PER_TABLE}

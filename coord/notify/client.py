@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_SECONDS = 2.0
 
 # Who uses the client bounds each exchange. `socket_timeout` would do so by `asyncio.wait_for`, which before Python 3.12
-# may swallow a cancellation (python/cpython#86296): what is told to close would never end.
+# may swallow a cancellation (python/cpython#86296): a task that is cancelled to close would never end.
 _OWN: dict[str, Any] = {
     "socket_timeout": None,
     "health_check_interval": 0,

@@ -1,4 +1,4 @@
-"""Something that may be away, or refuse: said once when it does, and once when all is well again."""
+"""A server that may be away, or refuse commands: logged once when that begins, and once when it is over."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 class Outage:
-    """Told of every success and failure, by whom it befell, and logs what is news.
+    """Given every success and failure, by its source, and logs the first failure and the end of the last.
 
-    All is well when all who failed have succeeded since. With `everybody` a success ends the failures of others too,
-    but for what they were refused by a server that is there: MISCONF, NOPERM, READONLY and the like.
+    It is over when every source that failed has succeeded since. With `everybody` a success ends the failures of other
+    sources too, except what a server that is there has refused them: MISCONF, NOPERM, READONLY and the like.
     """
 
     def __init__(self, logger: logging.Logger, *, away: str, back: str) -> None:
@@ -38,7 +38,7 @@ class Outage:
                 self._logger.warning("%s", self._back)
 
     def _log_new(self, error: BaseException) -> None:
-        """A refusal is news also while the server was away, once for each kind."""
+        """A refusal is logged also during an outage, once for each kind."""
         if not self._failures:
             self._logger.warning("%s: %s", self._away, error or type(error).__name__)
         elif _refusal(error) and _refusal(error) not in map(_refusal, self._failures.values()):

@@ -21,19 +21,18 @@ if TYPE_CHECKING:
     """Commands by what they are about, in order; of two about the same the later ones count."""
 
 ANSWER_TIMEOUT_SECONDS = 2.0
-"""After which commands are dropped that Redis has not answered."""
-GAP_SECONDS = 0.004
-"""Between pipelines while several publish at once: most of what one costs, it costs however much is in it."""
-PAUSE_SECONDS = 0.1
-"""Until Redis is tried again; what is published meanwhile is sent then."""
+"""After which commands that Redis has not answered are dropped."""
+MIN_INTERVAL_SECONDS = 0.004
+"""Between pipelines while several publish at once: a pipeline costs nearly the same however many commands it has."""
+OUTAGE_PAUSE_SECONDS = 0.1
+"""Before the next attempt while Redis is away; what is published meanwhile is sent then."""
 
 
 class Publisher:
-    """Sends commands to one Redis. Who publishes never waits for it, and is told nothing.
+    """Sends commands to one Redis. `publish` waits for nothing and reports nothing.
 
-    What comes while an answer is awaited goes out together, so that the more comes, the more of it is sent at once.
-    Who publishes alone is not kept waiting.
-    `on_result` is called with None when Redis has carried a pipeline out, else with what kept it from that.
+    What is published while an answer is awaited is sent together, so that batches grow with the load. A lone command is
+    not delayed. `on_result` is called with None when Redis has carried a pipeline out, else with the error.
     """
 
     def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
@@ -74,7 +73,7 @@ class Publisher:
             self._idle.clear()
             self._wanted.set()
 
-    def holds(self, key: Hashable) -> bool:
+    def is_pending(self, key: Hashable) -> bool:
         """Whether commands about this are still to be sent, or Redis has not answered them."""
         return key in self._pending or key in self._sent
 
@@ -84,7 +83,7 @@ class Publisher:
             await self._wanted.wait()
             self._wanted.clear()
             while self._pending:
-                gap, self._calls = GAP_SECONDS * (self._calls > 1), 0
+                gap, self._calls = MIN_INTERVAL_SECONDS * (self._calls > 1), 0
                 next_at = loop.time() + gap
                 await self._send()
                 await asyncio.sleep(next_at - loop.time())
@@ -121,7 +120,7 @@ class Publisher:
         return refusal
 
     async def _failed(self, error: Exception) -> None:
-        """A connection that was of use may have been closed for any reason: what it was sent is sent once again."""
+        """A connection that has worked may have been closed for any reason: what it was sent is sent once more."""
         if self._is_proven and isinstance(error, RedisConnectionError):
             again, self._sent = self._sent, {}
             _add(again, self._pending)
@@ -130,16 +129,16 @@ class Publisher:
             return
         self._is_proven, self._sent, self._pending = False, {}, {}
         self._on_result(error)
-        await asyncio.sleep(PAUSE_SECONDS)
+        await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
 
 
 def notice(channel: bytes) -> Command:
-    """What tells a channel's subscribers that there is something to look at."""
+    """Tells a channel's subscribers to read again."""
     return ("PUBLISH", channel, b"")
 
 
 def _add(batch: dict[Hashable, Commands], more: Batch) -> None:
-    """The later ones come last, or a notice would come before what it is about."""
+    """The later ones go last: a notice must not be sent before the commands that it is about."""
     for key, commands in more.items():
         batch.pop(key, None)
         batch[key] = commands

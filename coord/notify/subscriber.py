@@ -1,4 +1,4 @@
-"""The subscriber: one connection that hears the channels somebody listens to, whatever happens to Redis."""
+"""The subscriber: one connection, subscribed to every channel that has a listener, made anew whenever it is lost."""
 
 from __future__ import annotations
 
@@ -18,32 +18,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("coord.bell")
 
-HEARTBEAT_SECONDS = 5.0
-"""Of silence after which Redis is asked whether it is there, and again after which it is taken for gone."""
+PING_INTERVAL_SECONDS = 5.0
+"""Without a message, after which Redis is sent a PING, and as long again after which the connection counts as lost."""
 CONFIRM_TIMEOUT_SECONDS = 0.05
-"""After which a listener goes on although Redis has not confirmed that its channel is heard."""
-BACKOFF_SECONDS = (0.1, 2.0)
-"""Before the first and any later attempt to reach Redis again."""
-BATCH = 1_000
-"""Channels in one command."""
-TURN = 100
-"""Messages after which other tasks have their turn."""
+"""After which a listener is called although Redis has not confirmed the subscription."""
+RECONNECT_PAUSE_SECONDS = (0.1, 2.0)
+"""Before the first attempt to connect again, and before any later one at most."""
+MAX_CHANNELS_PER_COMMAND = 1_000
+MAX_MESSAGES_PER_STEP = 100
+"""After which the event loop runs other tasks."""
 
 
 class Listener(Protocol):
-    """Whoever wants to hear a channel."""
+    """What is notified of a channel."""
 
-    def listening(self) -> None:
-        """The channel is heard from now on; what came before was not. Called again after an interruption."""
+    def subscribed(self) -> None:
+        """Messages come from now on; earlier ones were missed. Called again after a lost connection."""
 
-    def rung(self) -> None:
-        """A message has come."""
+    def on_message(self) -> None:
+        """A message was published."""
 
 
 class Subscriber:
     """Subscribes to the channels that have listeners, and notifies these.
 
-    No method waits for Redis. `on_result` is called with None when Redis has answered, else with what went wrong.
+    No method waits for Redis. `on_result` is called with None when Redis has answered a PING, else with the error.
     """
 
     def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
@@ -52,17 +51,17 @@ class Subscriber:
         self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
         self._changes: dict[bytes, bool] = {}
-        """Channels to subscribe to (true) or to leave; the last word on a channel counts."""
+        """Channels to subscribe to (true) or to unsubscribe from; the last call for a channel counts."""
         self._wanted = asyncio.Event()
         """Whether there is something to write, or the connection is lost."""
-        self._received_at = self._asked_at = 0.0
-        """When something last came, and when Redis was last asked for something, on the loop's clock."""
-        self._pause = BACKOFF_SECONDS[0]
+        self._received_at = self._pinged_at = 0.0
+        """When something was last received, and when a PING was last sent, on the loop's clock."""
+        self._pause = RECONNECT_PAUSE_SECONDS[0]
         self.connected = False
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Subscriber]:
-        """Hear Redis until the block ends."""
+        """Stay subscribed until the block ends."""
         task = asyncio.create_task(self._run(), name="coord subscriber")
         try:
             yield self
@@ -71,11 +70,11 @@ class Subscriber:
             await asyncio.wait([task])
 
     def listen(self, channel: bytes, listener: Listener) -> None:
-        """Have `listener` hear the channel. It is told when that is so, or soon in any case."""
+        """Notify `listener` of the channel's messages; `subscribed` is called on confirmation, or soon in any case."""
         others = self._listeners.get(channel, ())
         self._listeners[channel] = (*others, listener)
         if others and channel not in self._unconfirmed:
-            listener.listening()
+            listener.subscribed()
             return
         self._unconfirmed[channel] = None
         self._change(channel, True)
@@ -101,9 +100,9 @@ class Subscriber:
             except (RedisError, OSError) as error:
                 self._on_result(error)
             except Exception:
-                logger.exception("The subscriber has failed and begins anew; waits go on by polling meanwhile")
+                logger.exception("The subscriber has failed and connects again; waits poll meanwhile")
             await asyncio.sleep(self._pause * random.uniform(0.5, 1))
-            self._pause = min(2 * self._pause, BACKOFF_SECONDS[1])
+            self._pause = min(2 * self._pause, RECONNECT_PAUSE_SECONDS[1])
 
     async def _serve(self) -> None:
         """By one connection until it is lost, which is an error; the next one subscribes to everything again."""
@@ -128,22 +127,22 @@ class Subscriber:
         self._unconfirmed = dict.fromkeys(self._listeners)
         self._changes = dict.fromkeys(self._listeners, True)
         self._received_at = asyncio.get_running_loop().time()
-        self._asked_at = 0.0
+        self._pinged_at = 0.0
         self.connected = True
 
     async def _write(self, pubsub: PubSub, reader: asyncio.Task[None]) -> None:
         """Whatever is to be written, until the reader ends."""
         await self._subscribe(pubsub)
-        await self._ask(pubsub)  # its answer says that all of this was allowed
+        await self._ping(pubsub)  # its answer shows that all of the subscriptions were allowed
         while not reader.done():
-            await self._woken(max(self._received_at, self._asked_at) + HEARTBEAT_SECONDS)
+            await self._wait_until(max(self._received_at, self._pinged_at) + PING_INTERVAL_SECONDS)
             if not reader.done():
                 await self._subscribe(pubsub)
                 await self._check(pubsub)
         reader.result()
 
-    async def _woken(self, until: float) -> None:
-        """At the latest at a time of the loop's."""
+    async def _wait_until(self, until: float) -> None:
+        """For something to write, until a time on the loop's clock at the latest."""
         timer = asyncio.get_running_loop().call_at(until, self._wanted.set)
         try:
             await self._wanted.wait()
@@ -152,31 +151,31 @@ class Subscriber:
         self._wanted.clear()
 
     async def _subscribe(self, pubsub: PubSub) -> None:
-        """Send what this turn of the loop has brought."""
+        """Send the changes that have gathered since the last time."""
         changes, self._changes = self._changes, {}
         for send, wanted in ((pubsub.subscribe, True), (pubsub.unsubscribe, False)):
             channels = [channel for channel, is_wanted in changes.items() if is_wanted is wanted]
-            for start in range(0, len(channels), BATCH):
-                await _bounded(send(*channels[start : start + BATCH]))
+            for start in range(0, len(channels), MAX_CHANNELS_PER_COMMAND):
+                await _bounded(send(*channels[start : start + MAX_CHANNELS_PER_COMMAND]))
         if any(changes.values()):
             asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_SECONDS, self._confirm, [*changes])
 
     async def _check(self, pubsub: PubSub) -> None:
-        """Ask Redis whether it is there when it says nothing; `TimeoutError` if it still does not."""
-        if asyncio.get_running_loop().time() < max(self._received_at, self._asked_at) + HEARTBEAT_SECONDS:
+        """Send a PING after an interval without a message; `TimeoutError` if the last one was not answered."""
+        if asyncio.get_running_loop().time() < max(self._received_at, self._pinged_at) + PING_INTERVAL_SECONDS:
             return
-        if self._asked_at > self._received_at:
-            raise _silence()
-        await self._ask(pubsub)
+        if self._pinged_at > self._received_at:
+            raise _no_answer()
+        await self._ping(pubsub)
 
-    async def _ask(self, pubsub: PubSub) -> None:
-        self._asked_at = asyncio.get_running_loop().time()
+    async def _ping(self, pubsub: PubSub) -> None:
+        self._pinged_at = asyncio.get_running_loop().time()
         await _bounded(pubsub.ping())
 
     async def _read(self, pubsub: PubSub) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            for _ in range(TURN):
+            for _ in range(MAX_MESSAGES_PER_STEP):
                 message = await pubsub.get_message(timeout=None)
                 self._received_at = loop.time()
                 if message is not None:
@@ -187,36 +186,36 @@ class Subscriber:
         match message["type"]:
             case "message":
                 for listener in self._listeners.get(message["channel"], ()):
-                    _notify(listener.rung)
+                    _notify(listener.on_message)
             case "subscribe":
                 self._confirm([message["channel"]])
             case "pong":
-                self._pause = BACKOFF_SECONDS[0]
+                self._pause = RECONNECT_PAUSE_SECONDS[0]
                 self._on_result(None)
 
     def _confirm(self, channels: Iterable[bytes]) -> None:
-        """Those whose channels are not confirmed yet are told to go on."""
+        """Call `subscribed` of the listeners of those channels that are not confirmed yet."""
         for channel in channels:
             if channel in self._unconfirmed:
                 del self._unconfirmed[channel]
                 for listener in self._listeners.get(channel, ()):
-                    _notify(listener.listening)
+                    _notify(listener.subscribed)
 
 
 def _notify(method: Callable[[], None]) -> None:
     try:
         method()
     except Exception:
-        logger.exception("A listener has failed; the others are told all the same")
+        logger.exception("A listener has failed; the others are still notified")
 
 
 async def _bounded(exchange: Any) -> None:
     try:
-        async with asyncio.timeout(HEARTBEAT_SECONDS):
+        async with asyncio.timeout(PING_INTERVAL_SECONDS):
             await exchange
     except TimeoutError:
-        raise _silence() from None
+        raise _no_answer() from None
 
 
-def _silence() -> TimeoutError:
-    return TimeoutError(f"Redis has not answered for {HEARTBEAT_SECONDS:g} s")
+def _no_answer() -> TimeoutError:
+    return TimeoutError(f"Redis has not answered for {PING_INTERVAL_SECONDS:g} s")

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from coord.notify.client import Command, Commands
 
 
-BATCH = 100
-"""Jobs in one command."""
+MAX_JOBS_PER_COMMAND = 100
 
 
 def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Command | None:
@@ -48,8 +47,8 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
             remaining = job.due_in - (time.monotonic() - job.due_said_at) if job.due_said_at else job.due_in
             queues.setdefault(job.queue, []).append((job, remaining))
     for queue, waiting in queues.items():
-        for start in range(0, len(waiting), BATCH):
-            command = push(QueueKeys(namespace, queue), waiting[start : start + BATCH])
+        for start in range(0, len(waiting), MAX_JOBS_PER_COMMAND):
+            command = push(QueueKeys(namespace, queue), waiting[start : start + MAX_JOBS_PER_COMMAND])
             if command is not None:
                 commands[waiting[start][0].id] = (command,)
     return commands

@@ -59,7 +59,7 @@ def rank(priority: int) -> int:
 
 
 def rank_of(score: float) -> int:
-    """Of a score in the feed, which may be anybody's."""
+    """Of a score in the feed, which may have any value."""
     return int(min(max(score, 0.0), 2 * TOP_PRIORITY * RANK_SHIFT) // RANK_SHIFT)
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from coord.jobs.arguments import DEEPEST, depth_of, to_json
-from coord.jobs.options import LONGEST, name_of
+from coord.jobs.arguments import MAX_DEPTH, depth_of, to_json
+from coord.jobs.options import MAX_SPAN_SECONDS, name_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Row
@@ -41,7 +41,7 @@ class Message:
 
     @classmethod
     def read(cls, text: bytes) -> Message:
-        """`ValueError` if it is not one: whoever can write to Redis may have written anything."""
+        """`ValueError` if it is not one: Redis may hold anything."""
         try:
             found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
             message = cls(
@@ -75,16 +75,16 @@ class Message:
         return to_json([self.args, self.kwargs])
 
     def _check(self) -> None:
-        """PostgreSQL is asked only about what a job may be."""
+        """Only what may be a job is compared with the ledger."""
         trace = {} if self.trace is None else self.trace
         sound = (
             isinstance(self.args, list)
             and isinstance(self.kwargs, dict)
-            and depth_of([self.args, self.kwargs]) <= DEEPEST
+            and depth_of([self.args, self.kwargs]) <= MAX_DEPTH
             and type(self.attempt) is int
             and 0 < self.attempt < 2**31
             and type(self.deaths) is int
-            and (self.timeout is None or 0 < self.timeout <= LONGEST)
+            and (self.timeout is None or 0 < self.timeout <= MAX_SPAN_SECONDS)
             and isinstance(trace, dict)
             and all(isinstance(part, str) for part in trace.values())
         )

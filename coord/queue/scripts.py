@@ -1,4 +1,4 @@
-"""The scripts that move messages between a queue's keys, by Redis' own time and nobody else's."""
+"""The scripts that move messages between a queue's keys, by Redis' own clock and no other."""
 
 from __future__ import annotations
 

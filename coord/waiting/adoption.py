@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 async def adopt(waiting: AsyncSession, row: M, *, alone: bool, reader: Callable[[], OwnReader[M]], limit: float) -> M:
     """The session's own instance of the detached `row`, without a query where there is nothing else to be loaded.
 
-    `alone` is whether nobody else was handed this instance, so that it may be the one.
+    `alone` is whether no other wait was handed this instance, so that it may become the session's.
     """
     session = waiting.sync_session
     state: InstanceState[M] = inspect(row)
@@ -35,7 +35,7 @@ async def adopt(waiting: AsyncSession, row: M, *, alone: bool, reader: Callable[
         for name in column_names(state.mapper):
             state.dict[name] = own_copy(state.dict[name])
         if own is not None and state.mapper.version_id_col is not None:
-            # merge() takes another version for somebody's outdated row.
+            # merge() refuses another version as that of an outdated row.
             version = state.mapper.get_property_by_column(state.mapper.version_id_col).key
             set_committed_value(own, version, state.dict[version])
         return session.merge(row, load=False)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""
 Difference = Baseline | Literal[True] | None
-"""None; true; or what was seen of columns of which only PostgreSQL can tell whether they differ."""
+"""None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
 
 
 def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:

@@ -6,19 +6,19 @@ import asyncio
 from heapq import heapify, heappop, heappush
 from typing import Protocol
 
-EARLY = 0.001
-"""Seconds that a deadline may be ahead and count as passed: uvloop's timers are as coarse."""
+TIMER_RESOLUTION_SECONDS = 0.001
+"""By which a deadline may be ahead and count as passed: uvloop's timers are as coarse."""
 
 
 class Sleeper(Protocol):
-    """Whoever wants to know when its time has passed."""
+    """What is notified of its deadline."""
 
-    def overdue(self, when: float) -> None:
-        """It has; `when` was the time, on the loop's clock."""
+    def on_deadline(self, when: float) -> None:
+        """The deadline has passed; it was at `when`, on the loop's clock."""
 
 
 class Alarm:
-    """A deadline and whose it is, until it has passed or is cancelled."""
+    """A deadline and its sleeper, until it has passed or is cancelled."""
 
     __slots__ = ("sleeper", "when")
 
@@ -36,7 +36,7 @@ class Deadlines:
     def __init__(self) -> None:
         self._alarms: list[Alarm] = []
         self._cancelled = 0
-        """Those of the alarms that nobody waits for any more."""
+        """How many of the alarms are cancelled."""
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, when: float, sleeper: Sleeper) -> Alarm:
@@ -47,7 +47,7 @@ class Deadlines:
         return alarm
 
     def cancel(self, alarm: Alarm) -> None:
-        """Also one that has passed. Most waits end long before it would, so what is waste is thrown away at times."""
+        """Also one that has passed. Most waits end long before, so the heap is rebuilt when half of it is cancelled."""
         if alarm.sleeper is None:
             return
         alarm.sleeper = None
@@ -63,15 +63,15 @@ class Deadlines:
             self._timer.cancel()
             self._timer = None
         if self._alarms:
-            self._timer = asyncio.get_running_loop().call_at(self._alarms[0].when, self._ring)
+            self._timer = asyncio.get_running_loop().call_at(self._alarms[0].when, self._fire)
 
-    def _ring(self) -> None:
-        now = asyncio.get_running_loop().time() + EARLY
+    def _fire(self) -> None:
+        now = asyncio.get_running_loop().time() + TIMER_RESOLUTION_SECONDS
         while self._alarms and self._alarms[0].when <= now:
             alarm = heappop(self._alarms)
             sleeper, alarm.sleeper = alarm.sleeper, None
             if sleeper is None:
                 self._cancelled -= 1
             else:
-                sleeper.overdue(alarm.when)
+                sleeper.on_deadline(alarm.when)
         self._arm()

@@ -1,4 +1,4 @@
-"""Where no row depends on who asks, or it is declared on what: rows of the shared read are handed to who waits."""
+"""Where `read_settings` declare what rows depend on: waits are handed the rows of the shared read."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class HandedWaiter(Waiter[M]):
         self.difference: Difference = None
         """In what that row differs."""
         self.alone = False
-        """Whether nobody else was handed the same instance."""
+        """Whether no other wait was handed the same instance."""
 
     @property
     def reader(self) -> Reader:
@@ -51,7 +51,7 @@ class HandedWaiter(Waiter[M]):
         Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
         """
         if self.row is None and self.error is None and not self.over:
-            self._go_on()  # who asks again was not content with what was read
+            self._go_on()  # the last row did not end the wait
             try:
                 await self._asleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
             finally:
@@ -64,7 +64,7 @@ class HandedWaiter(Waiter[M]):
         return row
 
     def receive(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
-        """The row as it is; it is kept if it is news."""
+        """The row as it is; it is kept if it differs."""
         first, self.has_read = not self.has_read, True
         self._served = self._poller.generation
         if values is None or row is None:
@@ -100,14 +100,14 @@ class HandedWaiter(Waiter[M]):
 
     @property
     def _is_wanted(self) -> bool:
-        """Whether this read was waited for, be it news or not."""
+        """Whether this read is wanted whether or not the row differs."""
         return 0 < self.fresh <= self._poller.generation
 
     def differs_in(self, values: Mapping[str, Any]) -> Difference:
         return difference(self.target.mapper, self.baseline, values, self.target.columns)
 
     def begin_step(self) -> None:
-        """Forget a row that was read while nobody asked for it: its reader may have seen a newer one since."""
+        """Forget a row that was read between two steps: the caller may have seen a newer one since."""
         self.last = self.over = False
         if self.row is None:
             return
@@ -134,13 +134,13 @@ class HandedWaiter(Waiter[M]):
 
 
 class HandingPoller(Poller):
-    """Reads the watched columns of every row; the whole row of those that have changed, or are said to have."""
+    """Reads the watched columns of every row, and the whole row where they differ or a message came."""
 
     def on_message(self, key: Key | None) -> None:
         if key is None:
             self._due.update(self.waiters)
-        elif stay := [waiter for waiter in self.waiters.get(key, ()) if not waiter.defers_to_owner()]:
-            self._due.add(stay[0].target.key)
+        elif remaining := [waiter for waiter in self.waiters.get(key, ()) if not waiter.defers_to_owner()]:
+            self._due.add(remaining[0].target.key)
             self._changed.add(key)
         self._awake.set()
 
@@ -169,5 +169,5 @@ class HandingPoller(Poller):
 
 
 def _any_differs(waiters: Iterable[HandedWaiter[Any]], values: Mapping[str, Any]) -> bool:
-    """Ask each of them, since asking also completes their baselines."""
+    """Compares for each of them, since that also completes their baselines."""
     return sum([waiter.differs_in(values) is not None for waiter in waiters]) > 0

@@ -48,12 +48,12 @@ class JobWaiter(HandedWaiter[Job]):
             self._owner.conclude()
 
     def on_subscribed(self) -> None:
-        """A patient one knows that the job is as it was."""
-        self.has_read = self.has_read or self.patient
-        self.patient = False
+        """If it awaits a message, it knows that the job is unchanged."""
+        self.has_read = self.has_read or self.awaits_message
+        self.awaits_message = False
 
     def defers_to_owner(self) -> bool:
-        """The job's commit is its effect's as well, which is all that a wait mostly wants to know."""
+        """The job's commit is its effect's as well, and that mostly ends the wait."""
         self._owner.read_before(self)
         return True
 
@@ -71,7 +71,7 @@ class JobWaiter(HandedWaiter[Job]):
 
 
 def end_of(job: Job) -> JobFailedError | JobCancelledError | None:
-    """What a wait raises of a job that has ended otherwise than well."""
+    """What a wait raises for a failed or cancelled job."""
     match job.state:
         case JobState.FAILED:
             reason = " ".join((job.error or "no reason was recorded").split())
@@ -94,7 +94,7 @@ def job_waiter(
 ) -> AbstractContextManager[object]:
     """To be left when the wait ends. Nothing, for a wait without a job, and unless the shared read `reads` it.
 
-    The ledger is everybody's, and its rows are the same to whoever asks.
+    Rows of the ledger depend on no session's settings.
     """
     if job_id is None or not reads:
         return _NO_JOB
@@ -104,7 +104,7 @@ def job_waiter(
         {"state": JobState.QUEUED},
         settings=(),
         interval=owner.interval,
-        patient=watcher.holds(job_id),
+        awaits_message=watcher.is_job_pending(job_id),
         make=partial(JobWaiter, owner),
         counts=False,
     )

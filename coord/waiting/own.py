@@ -13,10 +13,10 @@ from sqlalchemy.orm import undefer
 from coord.cancellation import interruptible, uninterrupted
 from coord.database.schemas import schemas_of
 from coord.database.target import EAGER, M
-from coord.database.transaction import end_transaction, turn
+from coord.database.transaction import connection_mutex, end_transaction
 from coord.errors import RowNotFoundError
 from coord.waiting.job_wait import job_target
-from coord.waiting.reader import READ_LIMIT
+from coord.waiting.reader import READ_TIMEOUT_SECONDS
 from coord.waiting.statements import entity_with_identity, parameters_of
 from coord.waiting.stored import comparisons_of
 
@@ -44,7 +44,7 @@ class OwnRow(NamedTuple, Generic[M]):
     row: M | None
     """Detached, with every column loaded and no relationship."""
     identity: tuple[Any, ...] | None
-    """Where PostgreSQL keeps it, if that was asked for."""
+    """Where PostgreSQL keeps it, if `identified`."""
     job: Job | None
 
 
@@ -56,7 +56,7 @@ class OwnReader(Generic[M]):
     ever cancelled, and its end is awaited, so that nothing runs there when the wait is over.
     """
 
-    __slots__ = ("_bound", "_schemas", "_settings", "_turns", "_unguarded", "session", "target")
+    __slots__ = ("_bound", "_own_reads", "_schemas", "_settings", "_unguarded", "session", "target")
 
     def __init__(
         self,
@@ -64,20 +64,20 @@ class OwnReader(Generic[M]):
         target: Target[M],
         schemas: Schemas,
         settings: Settings | None,
-        turns: asyncio.Semaphore,
+        own_reads: asyncio.Semaphore,
     ) -> None:
         self.session = session
         self.target = target
         self._schemas = schemas
         self._settings = settings or ()
-        self._turns = turns
+        self._own_reads = own_reads
         self._bound = isinstance(session.bind, AsyncConnection)
         self._unguarded = False
         """Whether a table lock can no longer make a read on the bound connection wait."""
 
     @property
     def shares_errors(self) -> bool:
-        """Whether an error of a read leaves a transaction of others' in which nothing more can be done."""
+        """Whether a failed read leaves the caller's own transaction aborted."""
         return self._unguarded if self._bound else self.session.in_transaction()
 
     async def read(self, *, identified: bool, job_id: UUID | None, limit: float) -> OwnRow[M]:
@@ -87,7 +87,7 @@ class OwnReader(Generic[M]):
             async with self.connection() as connection:
                 if not self._bound or self._unguarded:
                     return await self._read(connection, identified, job_id)
-                async with _limited(connection, min(limit, READ_LIMIT)):
+                async with _limited(connection, min(limit, READ_TIMEOUT_SECONDS)):
                     found = await self._read(connection, identified, job_id)
                 self._unguarded = True  # this transaction now has a lock on the table that keeps others' away
                 return found
@@ -139,7 +139,7 @@ class OwnReader(Generic[M]):
             return
         translated = self._schemas and self._schemas != schemas_of(session.sync_session)
         options = {"schema_translate_map": dict(self._schemas)} if translated else None
-        async with self._turns:
+        async with self._own_reads:
             try:
                 connection = await session.connection(
                     bind_arguments={"mapper": self.target.mapper}, execution_options=options
@@ -170,11 +170,11 @@ class OwnReader(Generic[M]):
         if not self._bound:
             return await interruptible(work, limit=limit)
 
-        async def in_turn() -> T:
-            async with turn(self.session):
+        async def exclusively() -> T:
+            async with connection_mutex(self.session):
                 return await work
 
-        return await uninterrupted(in_turn())
+        return await uninterrupted(exclusively())
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:

@@ -10,8 +10,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from coord.retryable import is_server_away
 from coord.waiting.deadlines import Deadlines
-from coord.waiting.reader import is_passing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -28,20 +28,20 @@ T = TypeVar("T")
 
 logger = logging.getLogger("coord.waiting")
 
-PATIENT_SECONDS = 0.02
-"""How long a wait does not read a row to which nothing can have happened without a message."""
-RETRY_SECONDS = 0.2
+DEFERRED_READ_SECONDS = 0.02
+"""Before the first read of a row that cannot have changed without a message."""
+RETRY_INTERVAL_SECONDS = 0.2
 """Between attempts to read while PostgreSQL is away."""
 
 
 class Poller(ABC):
     """The waiters by key, and a loop that runs while there are any.
 
-    It reads for them all once an interval, the shortest that any asked for, from a random moment on; and at once the
-    rows that somebody has only begun to wait for, will wait for no longer, or had a message of. A read counts only for
-    who was waiting before it began, so nobody is shown a row older than what he has seen.
+    It reads for them all once an interval, the shortest of theirs, from a random moment on; and at once the rows of a
+    wait that has just begun, is at its deadline, or had a message. A read counts only for waits that were registered
+    before it began, so that none is given a row older than what its caller has seen.
 
-    The loop runs in an empty `contextvars.Context`: what a hook of the application reads there is nobody's.
+    The loop runs in an empty `contextvars.Context`: a hook of the application finds no caller's values there.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Poller(ABC):
         self._watched: Counter[ColumnNames] = Counter()
         self._due: set[Key] = set()
         self._changed: set[Key] = set()
-        """Those of the due rows that there was a message of: they have probably changed."""
-        self._patient: set[Key] = set()
-        """Those to be read in a little while."""
+        """Those of the due rows that had a message: they have probably changed."""
+        self._deferred: set[Key] = set()
+        """Those to be read after `DEFERRED_READ_SECONDS`."""
         self._awake = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -74,11 +74,11 @@ class Poller(ABC):
             self._awake.set()  # or the loop would sleep on by the longer one
         self._intervals[waiter.interval] += 1
         self._watched[waiter.target.columns] += 1
-        informed = self._subscription is not None and (len(others) > 1 or self._subscription.listen(self, key))
-        waiter.patient = waiter.patient and informed
-        if not waiter.patient and (not informed or len(others) > 1):
+        is_subscribed = self._subscription is not None and (len(others) > 1 or self._subscription.listen(self, key))
+        waiter.awaits_message = waiter.awaits_message and is_subscribed
+        if not waiter.awaits_message and (not is_subscribed or len(others) > 1):
             self.request(key)
-        elif waiter.patient and waiter.reads_at_first:
+        elif waiter.awaits_message and waiter.reads_at_first:
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
@@ -101,7 +101,7 @@ class Poller(ABC):
         self._on_leave(self, waiter)
 
     def subscribe(self, subscription: RowSubscription | None) -> None:
-        """Have messages by another subscription from now on, or none."""
+        """Use another subscription from now on, or none."""
         if self._subscription is not None:
             self._subscription.close()
         self._subscription = subscription
@@ -115,35 +115,35 @@ class Poller(ABC):
         self._awake.set()
 
     def _request_later(self, key: Key) -> None:
-        """Most waits that can be patient are over by then."""
-        if not self._patient:
-            asyncio.get_running_loop().call_later(PATIENT_SECONDS, self._request_patient)
-        self._patient.add(key)
+        """Most waits that can await a message are over by then."""
+        if not self._deferred:
+            asyncio.get_running_loop().call_later(DEFERRED_READ_SECONDS, self._request_deferred)
+        self._deferred.add(key)
 
-    def _request_patient(self) -> None:
-        patient, self._patient = self._patient, set()
-        if due := patient & self.waiters.keys():
+    def _request_deferred(self) -> None:
+        deferred, self._deferred = self._deferred, set()
+        if due := deferred & self.waiters.keys():
             self._due |= due
             self._awake.set()
 
     def on_subscribed(self, key: Key) -> None:
-        """Have the row read, since messages until now were missed; but for who knows that there were none."""
+        """Have the row read, since earlier messages were missed; unless its waiters know that there were none."""
         waiters = self.waiters.get(key, ())
-        if not all(waiter.patient for waiter in waiters):
+        if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
         for waiter in waiters:
             waiter.on_subscribed()
 
     @abstractmethod
     def on_message(self, key: Key | None) -> None:
-        """The row, or with no key any of them, is said to have changed."""
+        """The row, or with no key any of them, may have changed."""
 
     @abstractmethod
     async def _read(self, due: Due, changed: AbstractSet[Key]) -> None:
-        """Read the due rows, and tell who waits for them."""
+        """Read the due rows, and notify their waiters."""
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """Somebody has cancelled every task there is: nobody may wait for reads that will not come."""
+        """The task may have been cancelled with all others: no wait may be left without reads."""
         for waiters in self.waiters.values() if task.cancelled() else ():
             for waiter in waiters:
                 waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
@@ -192,13 +192,13 @@ class Poller(ABC):
             waiter.on_last_read()
 
     async def _failed(self, error: Exception, due: Due) -> None:
-        """Try again if the database is away; else the waiter whose read it was gets the error, and no other."""
-        if is_passing(error):
+        """Try again if the database is away; else find the row that failed: only its waiters get the error."""
+        if is_server_away(error):
             if self.error is None:
                 logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
             self.error = error
             self._due.update(due)
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
         elif len(due) > 1 and not self._concerns_all(error):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
@@ -209,7 +209,7 @@ class Poller(ABC):
                     waiter.on_read_error(error)
 
     def _concerns_all(self, _error: Exception) -> bool:
-        """Whether the error is not of one key, and to look for that one would be in vain."""
+        """Whether the error is not about one key, so that bisecting is useless."""
         return False
 
 
@@ -220,5 +220,5 @@ def _discount(counter: Counter[T], item: T) -> None:
 
 
 def _next(tick: float, now: float, interval: float) -> float:
-    """The beat goes on evenly unless a whole one was missed."""
+    """Ticks stay evenly spaced unless a whole one was missed."""
     return tick + interval if now < tick + 2 * interval else now

@@ -6,11 +6,8 @@ import asyncio
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import asyncpg
 from sqlalchemy import text
-from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import QueuePool
 
@@ -29,22 +26,18 @@ if TYPE_CHECKING:
 
     Found = dict[Key, Sequence[Any]]
 
-CHUNK = 5_000
-"""Keys in one query."""
-READ_LIMIT = 5.0
-"""Seconds after which a read is given up, to be tried again: the server may be gone without a word."""
-QUEUE_LIMIT = 30.0
-"""Seconds more for one that has to queue for a connection, unless the pool has a `pool_timeout` of its own."""
-
-PASSING = {"40001", "40P01", "55P03"}
-"""What a role's own settings or somebody's table lock may answer to a plain SELECT."""
+MAX_KEYS_PER_QUERY = 5_000
+READ_TIMEOUT_SECONDS = 5.0
+"""After which a read is given up and repeated: the connection may be dead without an error."""
+POOL_TIMEOUT_SECONDS = 30.0
+"""Added for a read that may have to queue for a connection, unless the pool has a `pool_timeout` of its own."""
 _SET = text("SELECT set_config(:name, :value, true)")
 
 
 class Reader:
-    """Reads rows of one mapped class for whoever waits for them: as the pool's role, outside any transaction.
+    """Reads rows of one mapped class for all their waits: as the pool's role, outside any transaction.
 
-    With `settings` in a transaction of its own, which has them and is rolled back.
+    With `settings`, in a transaction of its own that has them and is rolled back.
     """
 
     def __init__(
@@ -65,7 +58,7 @@ class Reader:
         return {key: row[1] for key, row in rows.items()}
 
     async def identities(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
-        """Of the rows that are there, which versions of them these are: the same is the same to whoever reads it."""
+        """Of the rows that are there, which version each is: an equal one has equal values in any session."""
         rows = await self._rows(keys, partial(identities_of, self.mapper, self.schemas))
         return {key: tuple(row[1:]) for key, row in rows.items()}
 
@@ -80,16 +73,16 @@ class Reader:
 
     @property
     def _limit(self) -> float:
-        """Longer if it may have to queue: who gives up a place in the pool's queue begins again at its end."""
+        """Longer if it may have to queue: giving up means to begin again at the end of the pool's queue."""
         pool = self.engine.pool
         if isinstance(pool, QueuePool) and pool.overflow() >= 0 and not pool.checkedin():
-            return READ_LIMIT + (pool.timeout() or QUEUE_LIMIT)
-        return READ_LIMIT
+            return READ_TIMEOUT_SECONDS + (pool.timeout() or POOL_TIMEOUT_SECONDS)
+        return READ_TIMEOUT_SECONDS
 
     async def _rows(self, keys: Sequence[Key], statement: Callable[..., Select[Any]]) -> Found:
         found: Found = {}
-        for start in range(0, len(keys), CHUNK):
-            chunk = keys[start : start + CHUNK]
+        for start in range(0, len(keys), MAX_KEYS_PER_QUERY):
+            chunk = keys[start : start + MAX_KEYS_PER_QUERY]
             # For an array PostgreSQL makes a plan each time, which takes longer than the rest.
             one = len(chunk) == 1
             session = AsyncSession(self.engine, autoflush=False)
@@ -117,18 +110,3 @@ class Reader:
                     # that it is over if it could not encode the values.
                     connection.exec_driver_sql("SELECT 1")
                 raise
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether the database is away or overloaded, as opposed to refusing this statement or its values."""
-    if isinstance(error, DBAPIError) and error.connection_invalidated:
-        return True
-    original = error.orig if isinstance(error, DBAPIError) else error
-    if isinstance(original, OSError | TimeoutError | PoolTimeoutError):
-        return True
-    if isinstance(original, asyncpg.InterfaceError):
-        return not isinstance(original, ValueError)  # a key that the driver cannot encode
-    if isinstance(original, AsyncAdapt_asyncpg_dbapi.InvalidCachedStatementError):
-        return True  # the table was altered; SQLAlchemy prepares anew the next time
-    state = str(getattr(original, "sqlstate", ""))
-    return state in PASSING or state[:2] in {"08", "53", "57"}  # connection, resources, intervention

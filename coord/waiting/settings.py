@@ -23,7 +23,7 @@ def check_declared(declared: object) -> None:
 
 
 def settings_of(declared: Declared, session: AsyncSession) -> Settings | None:
-    """Those under which a shared read sees what this session sees; None if nobody has said."""
+    """Those under which a shared read sees what this session sees; None if undeclared."""
     if declared is None:
         return None
     return _settings(declared(session) if callable(declared) else declared)

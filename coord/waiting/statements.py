@@ -9,6 +9,7 @@ from sqlalchemy import ARRAY, Integer, Table, and_, bindparam, cast, column, fun
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 
+from coord.database.schemas import is_untranslated
 from coord.database.target import EAGER
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, selected: Sequen
     else:
         wanted, match = _wanted(mapper, own)
         statement = select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
+    if is_untranslated(mapper):
+        return statement.execution_options(schema_translate_map=None)
     return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
 
 

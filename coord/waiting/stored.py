@@ -52,7 +52,7 @@ _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
 
 
 def is_certain(kind: TypeEngine[Any], seen: Any, value: Any) -> bool:
-    """Whether values of this type that differ in Python differ in PostgreSQL, so that it need not be asked."""
+    """Whether values of this type that differ in Python differ in PostgreSQL, so that PostgreSQL need not compare."""
     if seen is None or value is None:
         return True
     if isinstance(kind, String) and not isinstance(kind, Enum):

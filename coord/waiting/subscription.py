@@ -20,12 +20,12 @@ class _Listener(NamedTuple):
     poller: Poller
     key: Key | None
 
-    def listening(self) -> None:
-        """Whatever was published before has been missed."""
+    def subscribed(self) -> None:
+        """Messages from before were missed."""
         if self.key is not None:
             self.poller.on_subscribed(self.key)
 
-    def rung(self) -> None:
+    def on_message(self) -> None:
         self.poller.on_message(self.key)
 
 
@@ -43,7 +43,7 @@ class RowSubscription:
         """The channels of those that are subscribed to."""
 
     def listen(self, poller: Poller, key: Key) -> bool:
-        """Subscribe to the row; whether the poller will be told when that is so."""
+        """Subscribe to the row; whether `on_subscribed` of the poller will be called on confirmation."""
         if self._listener is None:
             self._listener = _Listener(poller, None)
             self._bell.listen(self._table, self._listener)

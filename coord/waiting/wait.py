@@ -58,7 +58,7 @@ async def wait_for_row_change(
 
     No connection is held meanwhile: a transaction that the session began by itself and that has only read is ended; an
     explicit block that has only read is left as it is. Changes by anybody are seen within `interval` seconds; the last
-    look is taken when `timeout` seconds have passed, and no call lasts more than a second longer.
+    read begins when `timeout` seconds have passed, and no call lasts more than a second longer.
 
         job = await enqueue(session, fulfil_order, 7)
         await session.commit()
@@ -71,7 +71,7 @@ async def wait_for_row_change(
     """
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
-    beat = _interval(interval)
+    interval_seconds = _interval(interval)
     if until is not None and iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)
@@ -80,9 +80,11 @@ async def wait_for_row_change(
         target = Target.of(model, pk_value, None)
     await _release(session, target, began, deadline)
     wait = Wait.of(session, target, schemas)
-    patient = job_id is not None and since is None and until is None and wait.watcher.holds(job_id)
+    awaits_message = job_id is not None and since is None and until is None and wait.watcher.is_job_pending(job_id)
     with (
-        wait.registered(baseline, interval=beat, fresh=until is not None, patient=patient) as row,
+        wait.registered(
+            baseline, interval=interval_seconds, fresh=until is not None, awaits_message=awaits_message
+        ) as row,
         job_waiter(wait.watcher, row.waiter, job_id, schemas, reads=not row.reads_job),
     ):
         return await row.changed(began, deadline, until=until, job_id=job_id)
@@ -110,11 +112,11 @@ async def watch_row(
                 ...
     """
     limit = None if timeout is None else seconds("timeout", timeout)
-    beat = _interval(interval)
+    interval_seconds = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
     wait = Wait.of(session, target, schemas_in_use(session.sync_session))
-    with wait.registered(baseline, interval=beat, fresh=since is None) as row:
+    with wait.registered(baseline, interval=interval_seconds, fresh=since is None) as row:
         async with aclosing(_states(session, row, limit)) as states:
             yield states
 
@@ -131,7 +133,7 @@ async def _states(session: AsyncSession, row: RowWait[M], limit: float | None) -
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:
-    """End what the session began by itself and only read in; refuse what nobody else could see past."""
+    """End a transaction that the session began by itself and has only read in; refuse one that hides the change."""
     if holds_lock(session):
         raise UncommittedChangesError("The wait is inside lock_tables or advisory_lock: leave the block first.")
     if not session.in_transaction():
@@ -151,7 +153,7 @@ async def _end_if_read_only(session: AsyncSession) -> None:
 
 
 def _interval(interval: Seconds) -> float:
-    beat = seconds("interval", interval)
-    if beat == 0:
+    number = seconds("interval", interval)
+    if number == 0:
         raise ValueError("interval is more than 0 seconds")
-    return beat
+    return number

@@ -19,16 +19,17 @@ LAST_READ_SECONDS = 0.8
 
 
 class Waiter(Generic[M]):
-    """A place among those who wait for rows of one mapped class."""
+    """A wait registered with the poller of one mapped class."""
 
     counts = 1
-    """How many it is of those that a process may have."""
+    """How many of the process's `max_waiters` it takes."""
     reads_at_first = True
-    """Whether its row is read although there is no message and it is not time."""
+    """Whether its row is read soon after it is registered, without a message."""
     __slots__ = (
         "_alarm",
         "_poller",
         "_signal",
+        "awaits_message",
         "baseline",
         "concluding",
         "error",
@@ -37,7 +38,6 @@ class Waiter(Generic[M]):
         "job",
         "last",
         "over",
-        "patient",
         "target",
         "then",
     )
@@ -52,12 +52,12 @@ class Waiter(Generic[M]):
         self.concluding = False
         """Whether the next row is the last, whatever it is."""
         self.has_read = False
-        self.patient = False
-        """Whether nothing can have happened to the row without a message."""
+        self.awaits_message = False
+        """Whether the row cannot have changed without a message."""
         self.job: Waiter[Any] | None = None
-        """Who waits for the job that may end this wait."""
+        """The waiter for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
-        """Whose row is to be read after the read with this number, unless that ends the wait."""
+        """The waiter whose row is read after the read with this number, unless that ends the wait."""
         self.last = False
         """Whether the deadline has passed and the next read is the last."""
         self.over = False
@@ -74,9 +74,9 @@ class Waiter(Generic[M]):
         self._poller.remove(self)
 
     def _asleep(self, until: float | None) -> asyncio.Future[None]:
-        """To be awaited, and `_awake` called whatever comes of it; `until` is when to be `overdue`, on the loop's time.
+        """To be awaited, and `_awake` called in any case; `on_deadline` is called at `until`, on the loop's clock.
 
-        No coroutine of its own, which every waiter would have to keep.
+        Not a coroutine: that would cost memory for every waiter.
         """
         self._signal = asyncio.get_running_loop().create_future()
         if until is not None:
@@ -97,11 +97,11 @@ class Waiter(Generic[M]):
         self.wake()
 
     def on_read_error(self, error: Exception) -> None:
-        """The shared read of its row has failed, not because PostgreSQL is away."""
+        """The shared read of its row has failed, and not because PostgreSQL is away."""
         self.fail(error)
 
     def on_job_unreadable(self, error: Exception) -> None:
-        """So has that of its job, or it has found none."""
+        """The shared read of its job has failed, or has found no job."""
         self.fail(error)
 
     def request(self) -> None:
@@ -113,18 +113,18 @@ class Waiter(Generic[M]):
         self.request()
 
     def on_subscribed(self) -> None:
-        """Messages of the row come from now on; when this is said again, they did not meanwhile."""
-        self.patient = False
+        """Messages of the row come from now on; when called again, some may have been missed."""
+        self.awaits_message = False
 
     def defers_to_owner(self) -> bool:
-        """Whether somebody else's row is read first when there is a message of this one."""
+        """Whether its owner's row is read first when this one has a message."""
         return False
 
     def conclude(self) -> None:
-        """Nothing is to be expected any more: the row as it is from now on is the answer."""
+        """The job is done: the row as it is from now on is the answer."""
         self.concluding = True
 
-    def overdue(self, when: float) -> None:
+    def on_deadline(self, when: float) -> None:
         """Have one last read at the deadline, of the job as well, and wait for it `LAST_READ_SECONDS` at most."""
         if self.last:
             self.give_up()

@@ -1,4 +1,4 @@
-"""A wait for a row by a session: whose read it takes, and when that is the answer."""
+"""A wait of a session for a row: whether it takes the shared read or reads itself, and which row ends it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.jobs.model import JobState
 from coord.notify.changes import warn_if_uncoordinated
+from coord.retryable import is_server_away
 from coord.waiting.adoption import adopt
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import end_of, job_not_found, job_target
 from coord.waiting.own import OwnReader
-from coord.waiting.poller import RETRY_SECONDS
-from coord.waiting.reader import READ_LIMIT, is_passing
+from coord.waiting.poller import RETRY_INTERVAL_SECONDS
+from coord.waiting.reader import READ_TIMEOUT_SECONDS
 from coord.waiting.waiter import LAST_READ_SECONDS
 from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
@@ -38,13 +39,13 @@ if TYPE_CHECKING:
     from coord.waiting.own import OwnRow
     from coord.waiting.settings import Settings
 
-ADOPTION_LIMIT = 5.0
-"""Seconds that the session may take to load what belongs to a row that ends a wait without a deadline."""
+ADOPTION_TIMEOUT_SECONDS = 5.0
+"""That the session may take to load what belongs to a row that ends a wait without a deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wait(Generic[M]):
-    """Who waits for what, before its transaction ends."""
+    """A session and what it waits for, from before its transaction ends."""
 
     session: AsyncSession
     target: Target[M]
@@ -60,9 +61,9 @@ class Wait(Generic[M]):
         return cls(session, target, schemas, settings, watcher)
 
     def registered(
-        self, baseline: Baseline, *, interval: float, fresh: bool, patient: bool = False
+        self, baseline: Baseline, *, interval: float, fresh: bool, awaits_message: bool = False
     ) -> _Handed[M] | _Woken[M]:
-        """A place among the waiters from now until its block ends."""
+        """Registered from now until its block ends."""
         bound = isinstance(self.session.bind, AsyncConnection)
         make: Any = partial(HandedWaiter, fresh=fresh)
         if self.settings is None:
@@ -73,7 +74,7 @@ class Wait(Generic[M]):
             baseline,
             settings=self.settings,
             interval=interval,
-            patient=patient,
+            awaits_message=awaits_message,
             make=make,
         )
         if self.settings is None:
@@ -81,7 +82,7 @@ class Wait(Generic[M]):
         return _Handed(waiter, self)
 
     def own_reader(self) -> OwnReader[M]:
-        return OwnReader(self.session, self.target, self.schemas, self.settings, self.watcher.turns)
+        return OwnReader(self.session, self.target, self.schemas, self.settings, self.watcher.own_reads)
 
 
 class _Handed(Generic[M]):
@@ -110,13 +111,13 @@ class _Handed(Generic[M]):
     ) -> M:
         waiter = self.waiter
         row = await waiter.changed(began, deadline)
-        while not waiter.concluded and not (until(row) if until else await self._is_news()):
+        while not waiter.concluded and not (until(row) if until else await self._has_changed()):
             row = await waiter.changed(began, deadline)
         limit = _limit(deadline)
         return await adopt(self._wait.session, row, alone=waiter.alone, reader=self._wait.own_reader, limit=limit)
 
-    async def _is_news(self) -> bool:
-        """Whether PostgreSQL says so as well where Python cannot tell; the row is then read once more."""
+    async def _has_changed(self) -> bool:
+        """Where Python cannot tell, PostgreSQL compares; if it finds a change the row is read once more."""
         waiter, seen = self.waiter, self.waiter.difference
         if not isinstance(seen, dict):
             return True
@@ -125,12 +126,12 @@ class _Handed(Generic[M]):
             if await waiter.reader.stores(waiter.target, seen):
                 return False
         except Exception as error:
-            if not is_passing(error):
+            if not is_server_away(error):
                 if isinstance(error, DBAPIError):
-                    return True  # it cannot be said in SQL, so what Python says is all there is
+                    return True  # SQL cannot compare it, so the comparison in Python counts
                 raise
             waiter.baseline.update(seen)
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             waiter.request()
             return False
         waiter.want_fresh()
@@ -179,30 +180,30 @@ class _Woken(Generic[M]):
             if until is not None and difference is not None:
                 difference = until(found.row) or None
                 waiter.on_tested(values)
-            if concluding or await self._is_news(difference, values, deadline):
+            if concluding or await self._has_changed(difference, values, deadline):
                 return await self._taken(found, deadline)
             waiter.on_unchanged(found.identity)
 
     async def _taken(self, found: OwnRow[M], deadline: float | None) -> M:
         waiter = self.waiter
         assert found.row is not None
-        waiter.on_news(inspect(found.row).dict, found.identity)
+        waiter.on_returned(inspect(found.row).dict, found.identity)
         own = self._own
         return await adopt(own.session, found.row, alone=True, reader=lambda: own, limit=_limit(deadline))
 
     async def _read(self, began: float, deadline: float | None, job_id: UUID | None) -> OwnRow[M] | None:
-        """None if the database is away, and it is to be tried again."""
+        """None if the database is away, and the read must be repeated."""
         limit = _limit(deadline)
         if limit <= 0:
             raise self.waiter.timed_out(began)
         try:
             return await self._own.read(identified=not self.waiter.solo, job_id=job_id, limit=limit)
         except Exception as error:
-            if self._own.shares_errors or not is_passing(error):
+            if self._own.shares_errors or not is_server_away(error):
                 raise
-            if _limit(deadline) <= RETRY_SECONDS:
+            if _limit(deadline) <= RETRY_INTERVAL_SECONDS:
                 raise self.waiter.timed_out(began) from error
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             self.waiter.due = True
             return None
 
@@ -215,16 +216,16 @@ class _Woken(Generic[M]):
             raise end
         return found.job.state is JobState.DONE
 
-    async def _is_news(self, difference: Difference, values: Any, deadline: float | None) -> bool:
+    async def _has_changed(self, difference: Difference, values: Any, deadline: float | None) -> bool:
         if not isinstance(difference, dict):
             return difference is not None
         try:
             if not await self._own.stores(difference, limit=_limit(deadline)):
                 return True
         except DBAPIError as error:
-            if is_passing(error):
+            if is_server_away(error):
                 raise
-            return True  # it cannot be said in SQL, so what Python says is all there is
+            return True  # SQL cannot compare it, so the comparison in Python counts
         self.waiter.baseline.update({name: values[name] for name in difference})
         return False
 
@@ -242,5 +243,5 @@ RowWait = _Handed[M] | _Woken[M]
 def _limit(deadline: float | None) -> float:
     """Seconds that a read of the session's may take: no wait ends later than a second after its deadline."""
     if deadline is None:
-        return READ_LIMIT + ADOPTION_LIMIT
+        return READ_TIMEOUT_SECONDS + ADOPTION_TIMEOUT_SECONDS
     return deadline + LAST_READ_SECONDS - asyncio.get_running_loop().time()

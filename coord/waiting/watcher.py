@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from coord.errors import TooManyWaitersError
 from coord.waiting.handed import HandingPoller
-from coord.waiting.reader import READ_LIMIT, Reader
+from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
 from coord.waiting.settings import settings_of
 from coord.waiting.woken import WakingPoller
 
@@ -34,7 +34,7 @@ W = TypeVar("W", bound="Waiter[Any]")
 
 MAX_WAITERS = 20_000
 MAX_OWN_READS = 4
-"""How many sessions read by themselves at a time: others want the pool's connections as well."""
+"""Sessions that read by themselves at a time: the pool's connections are for others as well."""
 
 
 class Watcher:
@@ -46,29 +46,29 @@ class Watcher:
     def __init__(self, engine: AsyncEngine) -> None:
         self.engine = engine
         self.waiters = 0
-        self.turns = asyncio.Semaphore(MAX_OWN_READS)
-        """Of the sessions that read by themselves."""
+        self.own_reads = asyncio.Semaphore(MAX_OWN_READS)
+        """Bounds the sessions that read by themselves."""
         self._max_waiters = MAX_WAITERS
         self._declared: Declared = None
         self._coordinated = False
         self._subscribe: Subscribe = _subscribe_to_nothing
-        self.holds: Callable[[object], bool] = _hold_nothing
-        """Whether a job is only being handed over, so that hardly anybody can have begun it."""
+        self.is_job_pending: Callable[[object], bool] = _is_never_pending
+        """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
-        self._unwanted: set[asyncio.Task[None]] = set()
-        """Those that read for nobody any more."""
-        self._resting = False
+        self._idle_tasks: set[asyncio.Task[None]] = set()
+        """Tasks of pollers whose last waiter has left."""
+        self._draining = False
 
     @classmethod
     def of(cls, engine: AsyncEngine) -> Watcher:
-        """The watcher that all waits through this engine share; it is there while anybody needs it."""
+        """The watcher that all waits through this engine share; it exists while one of them needs it."""
         watchers = _watchers.setdefault(asyncio.get_running_loop(), {})
         if (watcher := watchers.get(engine.dialect)) is None:
             watcher = watchers[engine.dialect] = cls(engine)
         return watcher
 
     def settings_of(self, session: AsyncSession) -> Settings | None:
-        """What the rows that the session reads depend on, as the coordinator was told; None if it was not."""
+        """What the rows that the session reads depend on, as declared to the coordinator; None if undeclared."""
         return settings_of(self._declared, session)
 
     def register(
@@ -80,13 +80,12 @@ class Watcher:
         settings: Settings | None,
         interval: float,
         make: Callable[..., W],
-        patient: bool = False,
+        awaits_message: bool = False,
         counts: bool = True,
     ) -> W:
-        """A place among the waiters from now until the waiter's block ends.
+        """A waiter, registered from now until its block ends.
 
-        `patient` knows that nothing can happen to its row without a message; what `counts` is one of those that a
-        process may have.
+        With `awaits_message` its row cannot change without a message; if it `counts`, it takes one of `max_waiters`.
         """
         if counts and self.waiters >= self._max_waiters:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
@@ -94,7 +93,7 @@ class Watcher:
         if (poller := self._pollers.get(kind)) is None:
             poller = self._pollers[kind] = self._poller(*kind)
         waiter = make(poller, target, baseline, interval=interval)
-        waiter.patient = patient
+        waiter.awaits_message = awaits_message
         poller.add(waiter)
         self.waiters += waiter.counts
         return waiter
@@ -106,29 +105,29 @@ class Watcher:
 
     @contextmanager
     def coordinate(
-        self, max_waiters: int, declared: Declared, subscribe: Subscribe, holds: Callable[[object], bool]
+        self, max_waiters: int, declared: Declared, subscribe: Subscribe, is_job_pending: Callable[[object], bool]
     ) -> Iterator[None]:
-        """Have another cap and messages until the block ends; waits that go on meanwhile have them too."""
+        """Use another cap, and messages, until the block ends, also for waits that have begun before."""
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
         self._set(max_waiters, declared, subscribe, coordinated=True)
-        self.holds, self._resting = holds, False
+        self.is_job_pending, self._draining = is_job_pending, False
         try:
             yield
         finally:
             self._set(MAX_WAITERS, None, _subscribe_to_nothing, coordinated=False)
-            self.holds = _hold_nothing
+            self.is_job_pending = _is_never_pending
             self._forget_if_idle()
 
-    async def rest(self) -> None:
-        """Stop what reads for nobody, now and later on, in `READ_LIMIT` at most: the pool has its connections back."""
-        self._resting = True
-        for task in self._unwanted:
+    async def drain(self) -> None:
+        """Stop reads that no wait needs, now and later on; their connections are in the pool again."""
+        self._draining = True
+        for task in self._idle_tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + READ_LIMIT
-        while self._unwanted and (left := deadline - loop.time()) > 0:
-            await asyncio.wait([*self._unwanted], timeout=left)
+        deadline = loop.time() + READ_TIMEOUT_SECONDS
+        while self._idle_tasks and (left := deadline - loop.time()) > 0:
+            await asyncio.wait([*self._idle_tasks], timeout=left)
 
     def _set(self, max_waiters: int, declared: Declared, subscribe: Subscribe, *, coordinated: bool) -> None:
         self._max_waiters, self._declared, self._coordinated = max_waiters, declared, coordinated
@@ -141,9 +140,9 @@ class Watcher:
         if not poller.waiters:
             self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
             if poller.task is not None and not poller.task.done():
-                self._unwanted.add(poller.task)
-                poller.task.add_done_callback(self._unwanted.discard)
-                if self._resting:
+                self._idle_tasks.add(poller.task)
+                poller.task.add_done_callback(self._idle_tasks.discard)
+                if self._draining:
                     poller.task.cancel()
             self._forget_if_idle()
 
@@ -156,13 +155,13 @@ def _subscribe_to_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
     """Waits go by polling alone."""
 
 
-def _hold_nothing(_job_id: object) -> bool:
-    """Whatever is to be handed over is handed over by somebody else."""
+def _is_never_pending(_job_id: object) -> bool:
+    """Without a coordinator this process sends no messages."""
     return False
 
 
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect, Watcher]] = WeakKeyDictionary()
-"""A wait is given a session and no coordinator, so this is where waits of one engine meet.
+"""A wait is given a session and no coordinator, so the waits of one engine find each other here.
 
 Each engine has a dialect of its own, which the engines made by its `execution_options()` share.
 """

@@ -1,9 +1,9 @@
-"""Where rows may depend on who asks: the shared read only wakes who waits, and the session of each reads by itself.
+"""Where rows may depend on the session that reads: the shared read only wakes waits, and each session reads its row.
 
-What is shared is not what a row holds but where PostgreSQL keeps it, which is another place after every change. As long
-as that is the same as when the session itself read it, the row is the same. Where the two keep disagreeing although the
-session's row is as it was, they see different rows, or one of them sees none: from then on that wait reads by itself at
-its interval.
+The shared read takes not a row's values but where PostgreSQL keeps it, which is another place after every change. As
+long as that is where the session itself found it, the row is the same. Where the two keep disagreeing although the
+session's row is unchanged, they see different rows, or one of them sees none: from then on that wait reads by itself
+at its interval.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.target import M
+from coord.retryable import sqlstate_of
 from coord.waiting.baseline import difference, own_copy
 from coord.waiting.poller import Poller
 from coord.waiting.statements import has_identity
@@ -37,11 +38,11 @@ logger = logging.getLogger("coord.waiting")
 
 _UNREAD = ()
 _warned: set[Mapper[Any]] = set()
-"""The classes that a line in the log was about; a process says it once."""
+"""The classes that a warning was logged for: one each in a process."""
 
 
 class WokenWaiter(Waiter[M]):
-    """Is woken when its session is to read the row."""
+    """Is woken when its session must read the row."""
 
     __slots__ = ("_deadline", "_expected", "_identity", "_reason", "_shared", "due", "fresh", "job_unreadable", "solo")
 
@@ -72,7 +73,7 @@ class WokenWaiter(Waiter[M]):
         self._shared: Identity = _UNREAD
         """As the shared read has just found it."""
         self._reason: object = None
-        """Why it reads by itself, as long as nobody was told."""
+        """Why it reads by itself, until that is logged."""
 
     async def wanted(self, began: float, deadline: float | None) -> None:
         """Return when the session is to read the row; times are the loop's.
@@ -94,11 +95,11 @@ class WokenWaiter(Waiter[M]):
                 self._awake()
         self.due, self._expected = False, self.then
 
-    def overdue(self, when: float) -> None:
+    def on_deadline(self, when: float) -> None:
         if self.last:
             self.give_up()
         elif self._deadline is not None and when >= self._deadline:
-            super().overdue(when)
+            super().on_deadline(when)
             self._require(self.solo)
         else:
             self._require(True)
@@ -112,11 +113,11 @@ class WokenWaiter(Waiter[M]):
             self._go_on()
 
     def on_unchanged(self, identity: Identity) -> None:
-        """The session has read the row, there, and it was no news."""
+        """The session has read the row, there, and nothing differs."""
         self.has_read = True
         if not self.solo and self._shared not in (_UNREAD, identity):
             if self._identity == identity:
-                self._go_solo(f"{self.target} is another row, or none, to who reads it without a session's context")
+                self._go_solo(f"{self.target} is another row, or none, when it is read without a session's context")
             else:
                 self.request()  # it has changed in between, or they disagree
         self._identity, self._shared = identity, _UNREAD
@@ -126,7 +127,7 @@ class WokenWaiter(Waiter[M]):
             self._go_on()
 
     def warn(self) -> None:
-        """Say that it reads by itself, where that was not to be foreseen and nothing else is wrong."""
+        """Log that it reads by itself, where that could not be known beforehand and nothing else is wrong."""
         reason, self._reason = self._reason, None
         if reason is None or self.target.mapper in _warned:
             return
@@ -147,14 +148,14 @@ class WokenWaiter(Waiter[M]):
 
     def on_job_unreadable(self, error: Exception) -> None:
         self.job_unreadable = True
-        self._go_solo(f"its job is not to be read without a session's context: {type(error).__name__}")
+        self._go_solo(f"its job cannot be read without a session's context: {type(error).__name__}")
 
     def _go_solo(self, reason: str) -> None:
         self.solo, self._reason = True, reason
         self._require(True)
 
     def read_before(self, other: Waiter[Any]) -> None:
-        """At the deadline the shared read says whether there is anything new to read, and else the session does."""
+        """At the deadline the shared read tells whether the session must read; a wait that shares none reads itself."""
         super().read_before(other)
         self._require(self.solo or not self.last)
 
@@ -166,14 +167,14 @@ class WokenWaiter(Waiter[M]):
         """The next wait of a watch."""
         self.last = self.over = False
 
-    def on_news(self, values: Mapping[str, Any], identity: Identity) -> None:
+    def on_returned(self, values: Mapping[str, Any], identity: Identity) -> None:
         """The row that the session has read is handed to its caller."""
         self.on_tested(values)
         self.has_read = True
         self._identity, self._shared = identity, _UNREAD
 
     def on_tested(self, values: Mapping[str, Any]) -> None:
-        """The row has been judged, and need not be again as long as it is so."""
+        """The row was tested, and need not be again until it changes."""
         self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
         self.fresh = False
 
@@ -192,10 +193,10 @@ class WokenWaiter(Waiter[M]):
 
 
 class WakingPoller(Poller):
-    """Reads where the rows are kept, and nothing of what they hold."""
+    """Reads where the rows are kept, and none of their values."""
 
     def on_message(self, key: Key | None) -> None:
-        """One row is for its sessions to read; of a table perhaps none has changed."""
+        """The sessions of one row must read it; of a whole table perhaps no row has changed."""
         if key is None:
             self._due.update(self.waiters)
             self._awake.set()
@@ -218,5 +219,4 @@ class WakingPoller(Poller):
 
     def _concerns_all(self, error: Exception) -> bool:
         """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-        original = error.orig if isinstance(error, DBAPIError) else None
-        return original is None or str(getattr(original, "sqlstate", "")).startswith("42")
+        return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")

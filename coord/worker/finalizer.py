@@ -18,7 +18,7 @@ from coord.errors import LockTimeoutError
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.notify.changes import collect
-from coord.retryable import is_retryable
+from coord.retryable import is_retryable, sqlstate_of
 from coord.session import create_db_context
 from coord.worker.failure import backoff, escaped, full_text, one_line
 
@@ -176,7 +176,7 @@ class Finalizer:
                 async with self._context() as session:
                     return await write(session, attempt, *arguments)
             except Exception as error:  # noqa: BLE001 - see below
-                if self._text is str and isinstance(error, DBAPIError) and _sqlstate(error) in UNTRANSLATABLE:
+                if self._text is str and isinstance(error, DBAPIError) and sqlstate_of(error) in UNTRANSLATABLE:
                     self._text = escaped
                     continue
                 # It goes on in any case: with its end unwritten the job would be handed over and run again.
@@ -231,7 +231,3 @@ def _put_off(session: Session, row: RowMapping, wait: float, values: dict[str, A
     job = Job(**{column.name: row[column.name] for column in jobs.c} | values)
     job.due_in, job.due_said_at = wait, time.monotonic()
     collect(session, (job_mapper, (job.id,)), job)
-
-
-def _sqlstate(error: DBAPIError) -> str | None:
-    return getattr(error.orig, "sqlstate", None)

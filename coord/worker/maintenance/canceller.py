@@ -1,4 +1,4 @@
-"""Which of the jobs that run here somebody has cancelled, or given to another worker."""
+"""Which of the jobs that run here were cancelled, or given to another worker."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
 
 
 class Canceller(Loop):
-    """Looks once a second, and when it is told that something was cancelled. `engine` commits each statement."""
+    """Reads the cancellations once a second, and when one is notified. `engine` commits each statement."""
 
     def __init__(self, engine: AsyncEngine, running: RunningJobs) -> None:
         super().__init__()
         self._engine = engine
         self._running = running
 
-    def rung(self) -> None:
-        """Somebody has cancelled a job: perhaps one that runs here."""
+    def on_message(self) -> None:
+        """A job was cancelled: perhaps one that runs here."""
         self.wake()
 
-    listening = rung
+    subscribed = on_message
 
     async def round(self) -> None:
         running = {job.message.id: job.message.attempt for job in self._running}
