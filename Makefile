@@ -21,7 +21,7 @@ serve: $(READY) ## start the stack and keep it up
 	@$(BIN)/python -m demo --serve
 
 test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
-	@$(BIN)/python -m pytest -n 3 --dist loadfile -m "not alone"
+	@$(BIN)/python -m pytest -n 6 --dist loadfile -m "not alone"
 	@$(BIN)/python -m pytest -m alone
 
 test-fast: $(READY) ## the suite without its slow tests

@@ -13,7 +13,8 @@ import httpx
 import pytest
 from sqlalchemy import make_url
 
-from coord.dev.embedded import PostgreSQL
+from coord.dev.embedded import PostgreSQL, Valkey
+from coord.dev.server import free_port
 from coord.jobs.model import Ledger
 from tests.raw import call
 from tests.serving import eventually
@@ -116,10 +117,10 @@ async def test_a_port_that_is_not_postgresql_is_one_line(command: tuple[str, ...
     assert "no PostgreSQL answered" in await refused(command, url, redis_url, DATABASE)
 
 
-@COMMANDS
-async def test_the_database_is_refused_while_redis_is_away_too(command: tuple[str, ...]) -> None:
+async def test_the_api_refuses_its_database_while_redis_is_away_too() -> None:
+    """arq's worker asks Redis before it calls anything of ours: it waits for that first, and says so."""
     url = REFUSED_DATABASES["nobody there"]
-    await refused(command, url, "redis://127.0.0.1:1/0", DATABASE)
+    await refused(API, url, "redis://127.0.0.1:1/0", DATABASE)
 
 
 @pytest.mark.slow
@@ -145,22 +146,24 @@ async def test_processes_started_together_on_an_empty_database_all_start(databas
         assert {name for (name,) in tables} == {*Base.metadata.tables, *Ledger.metadata.tables, "coord_schema"}
 
 
-async def test_a_worker_waits_for_redis_and_says_so_once(database_url: str, redis_url: str) -> None:
-    async with (
-        empty_database(database_url) as url,
-        Network(redis_url).opened() as network,
-        running(WORKER, url, network.url) as worker,
-    ):
-        await worker.says("Redis is away")
-        await network.visited(4)
-        network.up = True
-        await worker.says("Redis is back")
-        assert worker.count("Redis is") == 2, worker.lines
+async def test_a_worker_waits_for_redis_and_says_so_once(database_url: str, tmp_path: Path) -> None:
+    redis = Valkey(tmp_path, port=free_port())
+    url_of_redis = f"redis://127.0.0.1:{redis.port}/0"
+    async with empty_database(database_url) as url, running(WORKER, url, url_of_redis) as worker:
+        await worker.says("Redis does not serve arq")
+        await asyncio.to_thread(redis.start)
+        try:
+            await worker.says("Redis serves arq again")
+            await worker.says(WORKING)
+            assert worker.count("Redis (does not serve|serves) arq") == 2, worker.lines
+            assert await worker.stop() == 0
+        finally:
+            await asyncio.to_thread(redis.stop)
 
 
 async def test_a_worker_that_waits_for_redis_ends_when_told_to(database_url: str) -> None:
     async with empty_database(database_url) as url, running(WORKER, url, "redis://127.0.0.1:1/0") as worker:
-        await worker.says("Redis is away")
+        await worker.says("Redis does not serve arq")
         assert await worker.stop() == 0
     assert worker.count("Traceback") == 0
 

@@ -32,6 +32,10 @@ _OWN = (
 )
 
 
+CONNECT_RETRIES = 60
+"""Of arq's own, a second apart, at a server that takes a connection and ends it: redis-py asks no `Retry` there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Address:
     """Opens nothing by itself."""
@@ -45,7 +49,13 @@ class Address:
             settings = RedisSettings.from_dsn(settings.rstrip("/"))
             settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
             settings.password = settings.password and unquote(settings.password)
-        return replace(settings, retry=patience, retry_on_timeout=True, retry_on_error=list(WAITED_OUT))
+        return replace(
+            settings,
+            retry=patience,
+            retry_on_timeout=True,
+            retry_on_error=list(WAITED_OUT),
+            conn_retries=max(settings.conn_retries, CONNECT_RETRIES),
+        )
 
     def client(self) -> Redis:
         """For one event loop; its answers are bounded, and nothing is tried twice."""
