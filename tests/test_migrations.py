@@ -410,6 +410,10 @@ def parts(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from parts(part)
 
 
+A_FEW_PAGES = 8
+"""By which the levels of an index, and what vacuum has left, may differ."""
+
+
 def buffers(plan: dict[str, Any]) -> int:
     return int(plan["Shared Hit Blocks"] + plan["Shared Read Blocks"])
 
@@ -439,4 +443,4 @@ async def test_what_has_finished_costs_what_is_to_be_done_nothing(database_url: 
             assert used <= indexes[name], json.dumps(plan, indent=1)
             assert "Seq Scan" not in {part["Node Type"] for part in parts(plan)}
         for key, few in read[2_000].items():
-            assert read[200_000][key] <= 2 * few, (key, read)
+            assert read[200_000][key] <= 2 * few + A_FEW_PAGES, (key, read)

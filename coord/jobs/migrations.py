@@ -51,7 +51,7 @@ ALTER TABLE coord_jobs
     ADD COLUMN uncounted integer NOT NULL DEFAULT 0,
     ADD COLUMN deaths integer NOT NULL DEFAULT 0,
     ADD COLUMN hand_backs integer NOT NULL DEFAULT 0,
-    ADD COLUMN unknown_seconds double precision NOT NULL DEFAULT 0,
+    ADD COLUMN unknown_seconds double precision NOT NULL DEFAULT '0',
     ADD COLUMN priority integer NOT NULL DEFAULT 0,
     ADD COLUMN one_at_a_time text
 """,
