@@ -369,7 +369,7 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
     try:
         url = f"redis://127.0.0.1:{port}/0"
         async with process(office, notes, started=False, COORD_REDIS_URL=url) as worker:
-            assert await worker.exit_status(within=30) != 0
+            assert await worker.exit_status(within=30) != 0, "\n".join(worker.lines)
             assert any("Redis Cluster" in line for line in worker.lines), "\n".join(worker.lines)
     finally:
         cluster.kill()

@@ -420,7 +420,7 @@ def buffers(plan: dict[str, Any]) -> int:
 
 async def test_what_has_finished_costs_what_is_to_be_done_nothing(database_url: str) -> None:
     indexes = {
-        "claim": {"coord_jobs_queued"},
+        "claim": {"coord_jobs_queued", "coord_cancellations_pkey"},
         "unique key": {"coord_jobs_unique"},
         "reconciler": {"coord_jobs_due", "coord_jobs_queued"},
         "failed": {"coord_jobs_failed"},

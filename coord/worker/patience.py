@@ -90,7 +90,13 @@ class Patience(Retry):
         """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
         if _is(asyncio.current_task(), Worker.close):
             await self.closing()
-            raise SystemExit(0)
+            raise SystemExit(self._status())
+
+    def _status(self) -> Any:
+        """What arq's main task has ended with, if that was an exit."""
+        ended = self._main is not None and self._main.done() and not self._main.cancelled()
+        error = self._main.exception() if ended and self._main is not None else None
+        return error.code if isinstance(error, SystemExit) else 0
 
     def _is_over(self) -> bool:
         task = asyncio.current_task()
