@@ -194,7 +194,6 @@ class Queue(Ledger):
     """What concerns a whole queue."""
 
     __tablename__ = "coord_queues"
-    __table_args__ = {"postgresql_with": {"fillfactor": "50", "autovacuum_vacuum_threshold": "200"}}  # noqa: RUF012
 
     name: Mapped[str] = mapped_column(Text, primary_key=True)
     paused_at: Mapped[datetime | None] = mapped_column(_Time)
@@ -279,6 +278,7 @@ MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, a
 # Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
 event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
 event.listen(workers, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
+event.listen(queues, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
