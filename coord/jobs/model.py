@@ -60,8 +60,8 @@ class JobState(StrEnum):
 _QUEUED = text("state = 'queued'")
 _Time = DateTime(timezone=True)
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
-_STORE_JOBS = """ALTER TABLE %(fullname)s SET (
-    autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000, autovacuum_analyze_scale_factor = 0.02)"""
+_BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
+_STORE_JOBS = f"ALTER TABLE %(fullname)s SET ({_BY_NUMBER}, autovacuum_analyze_scale_factor = 0.02)"
 _STORE_WORKERS = "ALTER TABLE %(fullname)s SET (fillfactor = 50, autovacuum_vacuum_threshold = 200)"
 
 
@@ -139,8 +139,7 @@ class Job(Ledger):
 
     due_in = 0.0
     """Seconds until it is due, as known when it was read: not by comparing clocks."""
-    due_said_at = 0.0
-    """When that was so, on the monotonic clock; 0 if it is so now."""
+    due_said_at = 0.0  # When that was so, on the monotonic clock; 0 is now.
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
 
@@ -274,11 +273,10 @@ _UNTRANSLATED = {"schema_translate_map": None}
 """The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
 
-
 # Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
 event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
-event.listen(workers, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
-event.listen(queues, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
+for _table in (workers, queues):
+    event.listen(_table, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
