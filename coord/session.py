@@ -109,7 +109,7 @@ async def _request_session(scope: MutableMapping[str, Any], session_maker: Sessi
 
 def _prepare(session_maker: SessionMaker) -> None:
     """Its engine, if it has one already: `configure(bind=…)` may come later, in a lifespan."""
-    if session_maker().bind is not None:
+    if getattr(session_maker(), "bind", None) is not None:
         prepare(engine_of(session_maker))
 
 

@@ -28,7 +28,8 @@ _FAILURE = "coord.failure"
 
 def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
-    bind = (source() if isinstance(source, async_sessionmaker) else source).bind
+    session = source() if isinstance(source, async_sessionmaker) else source
+    bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
     engine = bind.engine if isinstance(bind, AsyncConnection) else bind
     if not isinstance(engine, AsyncEngine):
         message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
