@@ -116,6 +116,32 @@ async def test_an_error_that_the_task_swallows_is_no_success(session_maker: Sess
     assert (await state(observer), await users(observer), ctx[ATTEMPT].applied) == ("queued", 0, False)
 
 
+async def test_a_commit_that_fails_speaks_for_itself_whatever_a_savepoint_has_contained(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    """It may be worth another attempt, which what was handled before is not."""
+    create_db_context(session_maker)
+    job = await committed(session_maker)
+    with pytest.raises(IntegrityError):
+        async with job_transaction(delivered(job, session_maker)) as session:
+            with contextlib.suppress(DBAPIError):
+                async with get_transaction(session):
+                    await session.execute(text("SELECT 1/0"))
+            session.add(Item(id=1, user_id=404))  # a deferred foreign key
+    assert await state(observer) == "queued"
+
+
+async def test_a_job_that_was_cancelled_before_it_began_applies_nothing(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    """Also where only the wish is known: its row was locked by somebody who did not run it."""
+    job = await committed(session_maker)
+    await observer.execute("INSERT INTO coord_cancellations (job_id) VALUES ($1)", job.id)
+    with pytest.raises(JobSuperseded):
+        await apply(delivered(job, session_maker))
+    assert (await state(observer), await users(observer)) == ("queued", 0)
+
+
 async def test_a_savepoint_inside_rolls_back_alone(session_maker: SessionMaker, observer: Connection) -> None:
     job = await committed(session_maker)
     async with job_transaction(delivered(job, session_maker)) as session:

@@ -479,6 +479,19 @@ async def test_a_table_that_is_not_there_is_sqlalchemys_own_error(session_maker:
                 pass
 
 
+async def test_a_level_that_was_set_by_sql_is_refused_where_its_snapshot_would_be_older_than_the_lock(
+    session_maker: SessionMaker, way: str
+) -> None:
+    async with session_maker() as session:
+        await session.execute(text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ"))
+        if way == "plain statements":
+            async with lock_tables(session, [User]):
+                return
+        with pytest.raises(InvalidRequestError, match=r'isolation_level="REPEATABLE READ"'):
+            async with lock_tables(session, [User]):
+                pass
+
+
 async def test_settings_of_the_connection_survive_a_lock(database_url: str) -> None:
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
     async with AsyncSession(engine) as session:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 from uuid import UUID
 
 import pytest
 
+from coord.jobs.model import Job, JobState
+from coord.queue.handover import hand_over
 from coord.queue.keys import QueueKeys, due_of, rank, rank_of, soon_member
 from coord.queue.message import Message
 
@@ -135,3 +138,11 @@ def test_a_score_says_the_priority_and_the_time_exactly(priority: int) -> None:
 def test_any_score_has_a_rank(score: float) -> None:
     assert 0 <= rank_of(score) <= 200
     assert not due_of(score) > 2**42
+
+
+def test_a_delay_counts_from_the_enqueue_and_not_from_the_commit() -> None:
+    job = Job(id=JOB.id, attempt=1, task="a_task", queue="default", arguments=[[], {}], priority=0, deaths=0)
+    job.state = JobState.QUEUED
+    job.due_in, job.due_said_at = 6.0, time.monotonic() - 5
+    ((command,),) = hand_over([job], "coord").values()
+    assert 0 < int(command[5]) <= 1_000
