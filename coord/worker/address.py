@@ -32,10 +32,6 @@ _OWN = (
 )
 
 
-CONNECT_RETRIES = 60
-"""Of arq's own, a second apart, at a server that takes a connection and ends it: redis-py asks no `Retry` there."""
-
-
 @dataclass(frozen=True, slots=True)
 class Address:
     """Opens nothing by itself."""
@@ -54,7 +50,6 @@ class Address:
             retry=patience,
             retry_on_timeout=True,
             retry_on_error=list(WAITED_OUT),
-            conn_retries=max(settings.conn_retries, CONNECT_RETRIES),
         )
 
     def client(self) -> Redis:
