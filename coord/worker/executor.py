@@ -152,6 +152,8 @@ class Executor:
         except BaseException as caught:  # noqa: BLE001 - it is the task's, and is recorded
             error = caught
         running.task = None  # from here on nobody cancels it
+        if running.abandoned:
+            return "lost"
         await call(hooks.on_job_end, ctx)
         if error is None and attempt.entered and not attempt.applied:
             error = attempt.failure or RuntimeError("its job_transaction was not committed")

@@ -30,6 +30,8 @@ class RunningJob:
     """Whether somebody has cancelled the job."""
     stopping: bool = False
     """Whether it is cancelled since its worker stops."""
+    abandoned: bool = False
+    """Whether its worker has stopped without it: its end is no longer its own to write."""
 
 
 class RunningJobs:
@@ -83,9 +85,12 @@ class RunningJobs:
 
     async def abandon(self, limit: float) -> None:
         """Their ends could not be written in time; others find out."""
-        tasks = [running.runner for running in self if running.runner is not None]
-        for task in tasks:
-            task.cancel()
+        tasks = []
+        for running in self:
+            running.abandoned = True
+            if running.runner is not None:
+                running.runner.cancel()
+                tasks.append(running.runner)
         if tasks:
             await asyncio.wait(tasks, timeout=limit)
 
