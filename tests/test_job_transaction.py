@@ -24,7 +24,7 @@ from coord import (
     task_options,
 )
 from coord.jobs.attempt import ATTEMPT
-from coord.jobs.transaction import CLASS
+from coord.jobs.job_transaction import CLASS
 from coord.retryable import is_retryable
 from tests.ledger import WORKER_LOCK, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
 from tests.models import Item, User
