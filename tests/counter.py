@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator  # noqa: TC003 - FastAP
 from typing import TYPE_CHECKING, Any
 from uuid import UUID  # noqa: TC003
 
+import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -31,7 +32,7 @@ from coord.http import (
     reply,
 )
 from tests.ledger import a_task, delivered
-from tests.serving import eventually
+from tests.serving import eventually, served
 from worker.models import Base, Order, OrderStatus
 
 if TYPE_CHECKING:
@@ -68,6 +69,13 @@ async def orders(engine: AsyncEngine, ledger: None) -> AsyncIterator[None]:
 
 def user(request: Request) -> str:
     return request.headers.get("x-user", "")
+
+
+@pytest.fixture(scope="module")
+async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the counter, with as many connections as it needs."""
+    async with served(counter(session_maker), limits=httpx.Limits(max_connections=None)) as client:
+        yield client
 
 
 def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller: Any = user, **limits: Any) -> FastAPI:
@@ -123,6 +131,11 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
             yield ServerSentEvent(data={"state": stage.state}, id=stage.event_id)
 
     return app
+
+
+async def pass_on(request: Request, call_next: Any) -> Any:
+    """The least that a middleware of `BaseHTTPMiddleware` does."""
+    return await call_next(request)
 
 
 def is_rejected(order: Order) -> bool:

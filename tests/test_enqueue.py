@@ -36,7 +36,7 @@ from coord import (
 )
 from coord.jobs.model import jobs
 from coord.retryable import is_retryable
-from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered, statements
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import empty_database, waiting_for_locks

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads t
 
 from coord import create_db_context, create_db_dependency, enqueue, get_transaction
 from tests.counter import jobs_of
-from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task
 from tests.serving import eventually, served
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ async def test_an_enqueue_after_the_requests_commit_is_told_of_unless_it_is_comm
     async with served(application(session_maker)) as client:
         assert (await client.post(path, params={"commits": commits})).status_code == 200
         if not commits:
-            await eventually(lambda: asyncio.sleep(0, warnings()))
+            await eventually(lambda: warnings())
     assert len(await jobs_of(session_maker)) == commits
     assert len(warnings()) == (not commits)
     if not commits:

@@ -12,14 +12,13 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 import coord.http.events
-import coord.http.jobs
 import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
-from coord.http.jobs import RunningJobs
+from coord.http.events import RunningJobs
 from coord.jobs.model import Worker, new_id
-from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
-from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, changed, counter, end, placed
+from tests.ledger import a_task, committed, statements
 from tests.raw import Call, call
 from tests.serving import eventually, served
 from tests.waits import registered
@@ -34,12 +33,6 @@ if TYPE_CHECKING:
     SessionMaker = async_sessionmaker[AsyncSession]
 
 pytestmark = pytest.mark.usefixtures("orders", "nobody_follows")
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
 
 
 @pytest.fixture
@@ -228,7 +221,7 @@ async def test_a_job_is_told_until_it_has_ended(
 ) -> None:
     """That it runs is nothing that the ledger says, but the heartbeat of its worker."""
     monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.1)
-    monkeypatch.setattr(coord.http.jobs, "MAX_AGE_SECONDS", 0.05)
+    monkeypatch.setattr(coord.http.events, "MAX_AGE_SECONDS", 0.05)
     job = await committed(session_maker, a_task)
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()

@@ -20,8 +20,8 @@ from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, t
 from coord.http import Idempotency, idempotency, problem_handlers
 from coord.http.idempotency import IdempotencyError, _sent
 from coord.jobs.model import keys
-from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job, user  # noqa: F401
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, placed, the_job, user
+from tests.ledger import a_task, committed
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
 from worker.models import Stock
@@ -38,13 +38,6 @@ pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
 KEY = '"8e03978e-40d5-43dd-bc93-6894a57f9324"'
 REUSED = (422, f"{URN}idempotency-key-reused")
 MALFORMED = (400, f"{URN}idempotency-key-malformed")
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
-    async with served(counter(session_maker), limits=limits) as client:
-        yield client
 
 
 async def fulfil(
@@ -400,7 +393,7 @@ async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
             await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
         else:
             assert not (await asyncio.wait({second}, timeout=0.3))[0]
-            await eventually(lambda: asyncio.sleep(0, not two.in_transaction()))
+            await eventually(lambda: not two.in_transaction())
         await (one.commit() if commits else one.rollback())
         found = await second
         assert (found.id == job.id, found.joined) == (commits, commits)

@@ -26,7 +26,7 @@ from coord.http import (
 from coord.jobs.model import Worker, new_id
 from tests.contract import Contract
 from tests.counter import PROBLEM, end, user
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed
 from tests.serving import served
 
 if TYPE_CHECKING:

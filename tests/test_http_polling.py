@@ -6,22 +6,19 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI
 from sqlalchemy import delete, text
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
 
 from coord import create_db_dependency
 from coord.http import Poll, poll
-from tests.counter import URN, changed, counter, orders, placed  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import URN, changed, placed
 from tests.models import Account, User
 from tests.serving import served
 from tests.waits import registered
 from worker.models import Order, OrderStatus
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import httpx
     from sqlalchemy.ext.asyncio import async_sessionmaker
 
@@ -30,12 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
 
 FIRST = '"1"'
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
 
 
 async def read(http: httpx.AsyncClient, order_id: int, method: str = "GET", **headers: str) -> httpx.Response:
@@ -186,9 +177,9 @@ async def test_a_key_of_two_columns_can_be_polled_and_a_row_without_a_version_ca
         return found.balance if found else poll.not_modified()
 
     @app.get("/users")
-    async def user(request: Request, response: Response, session: AsyncSession = Depends(get_db)) -> Any:
+    async def user(poll: Poll = Depends(poll), session: AsyncSession = Depends(get_db)) -> Any:
         with pytest.raises(ValueError, match="User has no version_id_col"):
-            await Poll(request, response).changed(session, User(id=1))
+            await poll.changed(session, User(id=1))
 
     async with session_maker() as session, session.begin():
         session.add(Account(region="north", number=3))

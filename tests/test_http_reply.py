@@ -11,8 +11,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, JobState
 from coord.jobs.model import Worker, new_id
-from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, placed, the_job
 from tests.serving import served
 from tests.waits import registered
 from worker.models import Order
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
 
 CAP = 1
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from coord.http.stopping import stop_observed
-from tests.counter import changed, orders, placed, the_job  # noqa: F401 - a fixture
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from coord.http.interruption import stop_observed
+from tests.counter import placed, the_job
 from tests.raw import call
 from tests.shop import SERVING, Command, running
 

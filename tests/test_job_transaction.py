@@ -26,7 +26,7 @@ from coord import (
 from coord.jobs.attempt import ATTEMPT
 from coord.jobs.job_transaction import CLASS
 from coord.retryable import is_retryable
-from tests.ledger import WORKER_LOCK, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import WORKER_LOCK, a_task, committed, delivered, statements
 from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually

@@ -28,7 +28,7 @@ from coord import (
     task_options,
 )
 from coord.jobs.attempt import ATTEMPT
-from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import waiting_for_locks

@@ -14,6 +14,7 @@ from tests.serving import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.waiting.waiter import Waiter
@@ -40,6 +41,22 @@ async def read_settings(
     else:
         async with Coordinator(session_maker, read_settings=request.param):
             yield
+
+
+@pytest.fixture
+async def user(tables: None, observer: Connection) -> int:
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    return 1
+
+
+@pytest.fixture
+async def coordinator(
+    nobody_left_waiting: None, session_maker: async_sessionmaker[AsyncSession], redis_url: str
+) -> AsyncIterator[Coordinator]:
+    """Whose shared rows are handed out, and whose bell is connected."""
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
+        await eventually(lambda: coordinator._bell and coordinator._bell.connected)
+        yield coordinator
 
 
 async def registered(count: int = 1) -> None:
