@@ -31,6 +31,7 @@ from coord.http import (
     replies,
     reply,
 )
+from coord.jobs.model import Worker, new_id
 from tests.ledger import a_task, delivered
 from tests.serving import eventually, served
 from worker.models import Base, Order, OrderStatus
@@ -180,6 +181,12 @@ async def do(maker: SessionMaker, job: Job) -> None:
     async with job_transaction(delivered(job, maker)) as session:
         order = await session.get_one(Order, job.arguments[0][0])
         order.status = OrderStatus.FULFILLED
+
+
+async def runs(maker: SessionMaker, job: Job) -> None:
+    """Have a worker's heartbeat say that it runs the job."""
+    async with maker() as session, session.begin():
+        session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
 
 
 async def end(maker: SessionMaker, job: Job, state: JobState, error: str | None = None) -> None:

@@ -199,7 +199,7 @@ async def test_a_handler_that_does_not_stop_is_answered_for(service: Service) ->
         assert (await client.get("/stubborn")).json() == "late"
 
 
-async def test_what_a_handler_says_too_late_is_not_heard() -> None:
+async def test_what_a_handler_sends_after_the_deadline_is_dropped() -> None:
     said: list[dict[str, Any]] = []
     refused = asyncio.Event()
 

@@ -24,6 +24,12 @@ def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.T
     return asyncio.create_task(wait_for_row_change(session, *arguments, **{"interval": 0.05, "timeout": 10, **options}))
 
 
+def open_waits() -> int:
+    """How many wait in this event loop, as its cap counts them."""
+    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    return sum(watcher.waiters for watcher in watchers)
+
+
 def waiters() -> list[Waiter[Any]]:
     """All that wait in this event loop."""
     watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
