@@ -172,7 +172,7 @@ async def test_the_sessions_page_says_what_is_committed(namespace: Namespace) ->
         assert set(await session.scalars(select(Stock.sku))) == {"tea", "cocoa", "after the handler"}
 
 
-async def test_a_dependency_without_the_scope_writes_in_vain_as_the_page_says(namespace: Namespace) -> None:
+async def test_a_dependency_without_the_scope_loses_its_writes_as_the_page_says(namespace: Namespace) -> None:
     await run(ROOT / "docs" / "sessions.md", namespace)
     app: FastAPI = namespace["app"]
     stocked = namespace["stocked"]

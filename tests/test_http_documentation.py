@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from coord import create_ledger
-from coord.http import admin, events, handling, limits
+from coord.http import events, jobs, limits
 from coord.http.idempotency import EXPIRY_SECONDS, MAX_KEY_LENGTH
-from coord.http.problem import KINDS
+from coord.http.problem import KINDS, MAX_ERRORS
 from coord.jobs.queries import MAX_LISTED_JOBS
 from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
@@ -86,12 +86,12 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
             (limits.MAX_WAIT_SECONDS, limits.ANSWER_MARGIN_SECONDS),
             (25, 2),
         ),
-        ("security", "faults told of one request | 20 |", handling.MAX_ERRORS, 20),
+        ("security", "faults told of one request | 20 |", MAX_ERRORS, 20),
         ("security", "event streams of a process | 1,000 |", events.MAX_STREAMS, 1_000),
         ("security", "waits of a process | 20,000 |", MAX_WAITERS, 20_000),
         ("security", "`Idempotency-Key` | 255 characters | 400 |", MAX_KEY_LENGTH, 255),
         ("security", "jobs in one list | 1,000 | 422 |", MAX_LISTED_JOBS, 1_000),
-        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.MIN_TOKEN_LENGTH, 16),
+        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", jobs.MIN_TOKEN_LENGTH, 16),
     ],
 )
 def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, expected: object) -> None:
