@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from coord import create_ledger
 from coord.http import events, jobs, limits
 from coord.http.idempotency import EXPIRY_SECONDS, MAX_KEY_LENGTH
 from coord.http.problem import KINDS, MAX_ERRORS
 from coord.jobs.queries import MAX_LISTED_JOBS
 from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
+from tests.pages import Namespace, prose, run
 from tests.raw import call
 from tests.serving import served
-from tests.test_documentation import Namespace, database, namespace, prose, run, session_maker  # noqa: F401 - fixtures
+from tests.shop import ROOT
 from tests.waits import registered
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 async def test_the_application_of_the_http_page_behaves(
-    namespace: Namespace,  # noqa: F811
-    session_maker: async_sessionmaker[AsyncSession],  # noqa: F811
+    namespace: Namespace,
 ) -> None:
-    async with session_maker.kw["bind"].begin() as connection:
-        await create_ledger(connection)
+    session_maker = namespace["session_maker"]
     await run(DOCS / "http.md", namespace)
     path = f"/orders/{await placed(session_maker)}"
     async with served(namespace["app"]) as client:
@@ -52,10 +45,8 @@ async def test_the_application_of_the_http_page_behaves(
         assert (await client.post("/orders/0/fulfil", headers={"Idempotency-Key": "k"})).status_code == 422
 
 
-async def test_the_routes_of_the_security_page_need_their_token(namespace: Namespace) -> None:  # noqa: F811
+async def test_the_routes_of_the_security_page_need_their_token(namespace: Namespace) -> None:
     await run(DOCS / "security.md", namespace)
-    async with namespace["session_maker"].kw["bind"].begin() as connection:
-        await create_ledger(connection)
     async with served(namespace["app"]) as client:
         assert (await client.get("/jobs")).status_code == 401
         token = {"Authorization": "Bearer correct horse battery"}
