@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from coord.database.engine import engine_of, prepare
 from coord.database.target import key_of, mapper_of
 from coord.notify.bell import Bell
-from coord.notify.changes import Changes, written_to
+from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
 from coord.queue.handover import hand_over
@@ -78,9 +78,9 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self._changes = Changes(self._engine.dialect, self._publish_changes)
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
+        self._watcher: Watcher | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
 
@@ -91,13 +91,15 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
-            watcher = Watcher.of(self._engine)
-            stack.push_async_callback(watcher.drain)  # last of all: waits that are cancelled with the server end before
+            stack.push_async_callback(self._drain)  # last of all: waits that are cancelled meanwhile are gone by then
             if self._redis is not None:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
-            stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, self.channels))
-            stack.enter_context(self._changes.observed())
+            self._watcher = Watcher.of(self._engine)
+            stack.enter_context(
+                self._watcher.coordinate(self._max_waiters, self._read_settings, self._bell, self.channels)
+            )
+            stack.enter_context(observed(self._engine.dialect, self._publish_changes))
             self._stack = stack.pop_all()
         return self
 
@@ -121,7 +123,7 @@ class Coordinator:
         key = None if pk_value is None else key_of(mapper, pk_value)
         if written_to(session.sync_session, mapper) is not self._engine.dialect:
             raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
-        self._changes.add(session.sync_session, (mapper, key))
+        announce(session.sync_session, self._engine.dialect, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Notify a worker's listener of a channel as long as this is open; nothing without Redis."""
@@ -132,6 +134,10 @@ class Coordinator:
         """Notify of rows that this process has changed otherwise than by a session, and committed."""
         if self._bell is not None:
             self._bell.publish([self.channels.row(mapper, (), (id_,)) for id_ in ids])
+
+    async def _drain(self) -> None:
+        if self._watcher is not None:
+            await self._watcher.drain()
 
     def _publish_changes(self, session: Session, changes: Changed) -> None:
         if self._bell is None or self._loop is None:

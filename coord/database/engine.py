@@ -16,7 +16,7 @@ from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import SessionTransaction
 
 logger = logging.getLogger("coord.engine")
@@ -39,19 +39,9 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     if not isinstance(engine, AsyncEngine):
         message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
         raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
-    require_asyncpg(engine.dialect)
+    if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "asyncpg"):
+        raise ValueError(f"coord needs postgresql+asyncpg, not {engine.dialect.name}+{engine.dialect.driver}")
     return engine
-
-
-def source_of(session: AsyncSession) -> AsyncEngine | AsyncConnection:
-    """What reads for this session go through: its engine, or the one connection it is bound to."""
-    engine = engine_of(session)
-    return session.bind if isinstance(session.bind, AsyncConnection) else engine
-
-
-def require_asyncpg(dialect: Dialect) -> None:
-    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
-        raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
 
 
 def prepare(engine: AsyncEngine) -> None:

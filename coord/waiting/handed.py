@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class HandedWaiter(Waiter[M]):
     """Is handed the newest row that differs from what it has seen."""
 
-    __slots__ = ("_alone", "_difference", "_own", "_row", "_served", "fresh")
+    __slots__ = ("_alone", "_difference", "_own", "_served", "fresh", "row")
 
     def __init__(
         self, own: SessionReader[M], baseline: Baseline, *, interval: float, fresh: bool, awaits_message: bool
@@ -37,7 +37,7 @@ class HandedWaiter(Waiter[M]):
         """The read from which on a row is wanted although nothing differs; 0 for none."""
         self._served = 0
         """The number of the last read that has come to its end; another may be under way."""
-        self._row: M | None = None
+        self.row: M | None = None
         self._difference: Difference = None
         """In what that row differs."""
         self._alone = False
@@ -56,13 +56,13 @@ class HandedWaiter(Waiter[M]):
         Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
         """
         while True:
-            if self._row is None and self.error is None and not self.over:
+            if self.row is None and self.error is None and not self.over:
                 self._go_on()  # the last row did not end the wait
                 try:
                     await self._asleep(deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline)
                 finally:
                     self._awake()
-            row, self._row = self._row, None
+            row, self.row = self.row, None
             if row is None:
                 raise self.error or self.timed_out(began)
             is_last = self.concluding and not self.fresh
@@ -99,12 +99,12 @@ class HandedWaiter(Waiter[M]):
         if found is None:
             self.on_unchanged()
             return
-        if self._row is not None:  # which was not taken yet: what differs in either
+        if self.row is not None:  # which was not taken yet: what differs in either
             earlier = self._difference
             found = found | earlier if isinstance(found, dict) and isinstance(earlier, dict) else True
         self.fresh = 0 if is_wanted else self.fresh
         self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
-        self._difference, self._row, self._alone = found, row, alone
+        self._difference, self.row, self._alone = found, row, alone
         self.wake()
 
     def differs_in(self, values: Mapping[str, Any]) -> Difference:
@@ -123,7 +123,7 @@ class HandedWaiter(Waiter[M]):
     def begin_step(self) -> None:
         """Forget a row that was read between two steps: the caller may have seen a newer one since."""
         super().begin_step()
-        row, self._row = self._row, None
+        row, self.row = self.row, None
         if row is not None and isinstance(self._difference, dict):
             self.baseline.update(self._difference)
             self.request()
