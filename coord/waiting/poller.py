@@ -225,7 +225,7 @@ class Poller:
             waiter.on_last_read()
 
     async def _read_identities(self, due: Due) -> None:
-        """Where the rows are kept, and none of their values, for waits that read by themselves when they are woken."""
+        """Which versions of the rows there are, and no values, for waits whose sessions read when they are woken."""
         shared = {key: [waiter for waiter in waiters if not waiter.solo] for key, waiters in due.items()}
         keys = [key for key, waiters in shared.items() if waiters]
         found = await self.reader.identities(keys) if keys else {}

@@ -23,7 +23,7 @@ from coord.notify.changes import warn_if_uncoordinated
 from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
-from coord.waiting.statements import comparisons_of, entity_with_identity, parameters_of
+from coord.waiting.statements import comparisons_of, entity_of, parameters_of
 from coord.waiting.waiter import LAST_READ_SECONDS
 from coord.waiting.watcher import Watcher
 
@@ -51,7 +51,7 @@ class OwnRow(NamedTuple, Generic[M]):
     row: M | None
     """Detached, with every column loaded and no relationship."""
     identity: tuple[Any, ...] | None
-    """Where PostgreSQL keeps it, if `identified`."""
+    """Which version it is, if `identified`."""
     job: Job | None
 
 
@@ -208,7 +208,7 @@ def seconds_left(deadline: float | None) -> float:
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
-    statement = entity_with_identity(target.mapper, schemas, identified=identified)
+    statement = entity_of(target.mapper, schemas, one=True, identified=identified)
     return session.execute(statement, parameters_of(target.mapper, [target.key], one=True)).one_or_none()
 
 

@@ -56,24 +56,17 @@ def columns_of(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, *, one
 
 
 @lru_cache(maxsize=256)
-def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
-    """The row as an instance. Of a class with subclasses, it is loaded with the columns of its own class."""
+def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool, identified: bool = False) -> Select[Any]:
+    """The row as an instance, and which version it is. A subclass's is loaded with the columns of its own class."""
     entity = _entity(mapper)
-    return _select(mapper, schemas, entity, [entity], one=one).options(*_all_columns(mapper))
+    selected = [entity, *(_identity(mapper) if identified else ())]
+    return _select(mapper, schemas, entity, selected, one=one).options(*_all_columns(mapper))
 
 
 @lru_cache(maxsize=256)
 def identities_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
-    """Where PostgreSQL keeps the row: another place after every change, and in every other table."""
+    """Which version of the row there is: another one after every change, and in every other table."""
     return _select(mapper, schemas, _entity(mapper), _identity(mapper), one=one)
-
-
-@lru_cache(maxsize=256)
-def entity_with_identity(mapper: Mapper[Any], schemas: Schemas, *, identified: bool) -> Select[Any]:
-    """Of one key: its position, the row as an instance, and where PostgreSQL keeps it, if that can be told."""
-    entity = _entity(mapper)
-    selected = [entity, *(_identity(mapper) if identified else ())]
-    return _select(mapper, schemas, entity, selected, one=True).options(*_all_columns(mapper))
 
 
 def has_identity(mapper: Mapper[Any]) -> bool:
@@ -82,7 +75,10 @@ def has_identity(mapper: Mapper[Any]) -> bool:
 
 
 def _identity(mapper: Mapper[Any]) -> list[ColumnElement[Any]]:
-    """The system columns `tableoid` and `ctid` (section 5.6 of PostgreSQL's manual) of each table."""
+    """System columns (section 5.6 of PostgreSQL's manual) of each table: its place, and who wrote it there.
+
+    The place alone is used again as soon as nobody sees the version that was there.
+    """
     names = sorted(
         {
             _DIALECT.identifier_preparer.quote(table.name)
@@ -90,7 +86,7 @@ def _identity(mapper: Mapper[Any]) -> list[ColumnElement[Any]]:
             for table in each.tables
         }
     )
-    return [literal_column(f"{name}.{system}") for name in names for system in ("tableoid", "ctid")]
+    return [literal_column(f"{name}.{system}") for name in names for system in ("tableoid", "ctid", "xmin")]
 
 
 def _entity(mapper: Mapper[Any]) -> Any:

@@ -1,7 +1,7 @@
 """Where rows may depend on the session that reads: the shared read only wakes waits, and each session reads its row.
 
-The shared read takes not a row's values but where PostgreSQL keeps it, which is another place after every change. As
-long as that is where the session itself found it, the row is the same. Where the two keep disagreeing although the
+The shared read takes not a row's values but which version of it there is, another one after every change. As long as
+that is the one that the session itself found, the row is the same. Where the two keep disagreeing although the
 session's row is unchanged, they see different rows, or one of them sees none: from then on that wait reads by itself
 at its interval.
 """
