@@ -18,7 +18,7 @@ from coord.jobs.model import attempts, cancellations, jobs, keys
 from coord.worker.maintenance.pruner import Pruner, _expired
 from tests.ledger import a_task, ledger
 from tests.serving import eventually
-from tests.workers import office, opened, script, until, working
+from tests.workers import a_state, office, opened, script, until, working
 
 if TYPE_CHECKING:
     import pytest
@@ -47,7 +47,9 @@ async def left(engine: AsyncEngine) -> set[UUID]:
 
 
 def pruning(engine: AsyncEngine) -> Pruner:
-    return Pruner(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
+    state = a_state(engine, keep=KEPT.total_seconds())
+    state.leads_until = float("inf")
+    return Pruner(state)
 
 
 async def test_only_what_ended_long_ago_goes(ledger: None, engine: AsyncEngine) -> None:

@@ -102,7 +102,7 @@ async def held_up(observer: asyncpg.Connection, notes: Notes, jobs: dict[str, Jo
         notes.let("fail now")
 
         async def all_wait() -> bool:
-            statements = ("SELECT %coord_lock(%", "SELECT coord_jobs%", "UPDATE coord_workers%")
+            statements = ("SELECT %coord_lock(%", "SELECT coord_jobs%", "%INSERT INTO coord_workers%")
             return min([await waiting(observer, statement) for statement in statements]) == 1
 
         await eventually(all_wait)

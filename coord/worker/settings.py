@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
@@ -14,20 +16,20 @@ from coord.durations import seconds
 from coord.jobs.options import DEFAULT_QUEUE
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
-from coord.worker.config import Hooks, WorkerConfig, health_check_key, positive, text, whole
-from coord.worker.hooks import guarded
+from coord.worker.config import WorkerConfig, positive, text, whole
 from coord.worker.lifecycle import Lifecycle
 from coord.worker.patience import Patience
 from coord.worker.stopping import also_on_signal, guard_forks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from arq.connections import RedisSettings
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.durations import Seconds
+    from coord.worker.config import Hook
 
 logger = logging.getLogger("arq.coord")
 
@@ -80,40 +82,41 @@ def worker_settings(
     keys = QueueKeys(text("namespace", namespace), text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
     address, patience = Address(redis), Patience()
-    own: dict[str, Any] = {
-        "session_maker": session_maker,
-        "address": address,
-        "namespace": namespace,
-        "queue": queue,
-        "tasks": tasks,
-        "grace": seconds("grace", grace),
-        "idle_limit": positive("idle_limit", idle_limit),
-        "keep": seconds("keep", keep),
-        "unknown_after": None if unknown_after is None else seconds("unknown_after", unknown_after),
-    }
+    hooks = {name: _guarded(arq_settings.get(name)) for name in HOOKS}
+    configure = partial(
+        WorkerConfig,
+        session_maker=session_maker,
+        address=address,
+        keys=keys,
+        tasks=tasks,
+        grace=seconds("grace", grace),
+        idle_limit=positive("idle_limit", idle_limit),
+        keep=seconds("keep", keep),
+        unknown_after=None if unknown_after is None else seconds("unknown_after", unknown_after),
+        hooks=hooks,
+    )
     settings: dict[str, Any] = {
         "__doc__": "Made by coord's worker_settings.",
         "queue_name": f"arq:queue:{namespace}:{queue}",
-        "health_check_key": health_check_key(keys),
+        "health_check_key": keys.health(socket.gethostname()),
         **arq_settings,
+        **hooks,
         "functions": [*tasks.values()],
         "redis_settings": address.settings(patience),
         "health_check_interval": NEVER_SECONDS,
-        **{name: guarded(arq_settings.get(name)) for name in HOOKS},
     }
     made = type("Settings", (), settings)
-    host = _Host(made, own, arq_settings, patience)
+    host = _Host(lambda: _config(made, configure), arq_settings, patience)
     made.on_startup, made.on_shutdown = host.on_startup, host.on_shutdown  # type: ignore[attr-defined]
-    _config(made, own, arq_settings)
+    host.config()
     return made
 
 
 class _Host:
     """What arq calls of a settings class, which any number of workers may share, one after another or at once."""
 
-    def __init__(self, made: type, own: dict[str, Any], given: Mapping[str, Any], patience: Patience) -> None:
-        self._made = made
-        self._own = own
+    def __init__(self, config: Callable[[], WorkerConfig], given: Mapping[str, Any], patience: Patience) -> None:
+        self.config = config
         self._given = given
         self._patience = patience
 
@@ -129,7 +132,7 @@ class _Host:
         if (hook := self._given.get("on_startup")) is not None:
             await hook(ctx)
         await _refuse_cluster(ctx["redis"])
-        lifecycle = Lifecycle(_config(self._made, self._own, self._given), ctx)
+        lifecycle = Lifecycle(self.config(), ctx)
         await lifecycle.start()
         ctx["coord.lifecycle"] = lifecycle
         main.add_done_callback(lambda ended: _begin_stopping(ctx, lifecycle, ended))
@@ -142,7 +145,7 @@ class _Host:
         finally:
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await engine_of(self._own["session_maker"]).dispose()
+            await engine_of(self.config().session_maker).dispose()
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
@@ -162,17 +165,28 @@ async def _refuse_cluster(redis: Any) -> None:
         raise SystemExit(1)
 
 
-def _config(made: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> WorkerConfig:
+def _config(made: Any, configure: Callable[..., WorkerConfig]) -> WorkerConfig:
     """As the class says now: its attributes may have been set since it was made."""
     options = {name: getattr(made, name, default) for name, default in DEFAULTS.items()}
-    return WorkerConfig(
-        **own,
+    return configure(
         max_jobs=whole("max_jobs", options["max_jobs"]),
         max_attempts=whole("max_tries", options["max_tries"]),
         job_timeout=positive("job_timeout", options["job_timeout"]),
         health_check_key=made.health_check_key,
-        hooks=Hooks(**{name: given.get(name) for name in HOOKS}),
     )
+
+
+def _guarded(hook: Hook | None) -> Hook:
+    """A hook of the application's around jobs, arq's own included: one that fails must not end the worker."""
+
+    async def run(ctx: dict[Any, Any]) -> None:
+        try:
+            if hook is not None:
+                await hook(ctx)
+        except Exception:
+            logger.exception("%s has failed", getattr(hook, "__qualname__", hook))
+
+    return run
 
 
 def _by_name(tasks: Sequence[Function]) -> dict[str, Function]:
