@@ -14,10 +14,12 @@ from arq.worker import Worker, func
 from coord.database.engine import engine_of
 from coord.durations import seconds
 from coord.jobs.options import DEFAULT_QUEUE
+from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
 from coord.worker.config import WorkerConfig, positive, text, whole
 from coord.worker.lifecycle import Lifecycle
+from coord.worker.maintenance.heartbeat import another
 from coord.worker.patience import Patience
 from coord.worker.stopping import also_on_signal, guard_forks
 
@@ -43,6 +45,8 @@ REFUSED = {
     "health_check_interval": "the heartbeat writes the key, every two seconds",
     "max_burst_jobs": "a burst runs whatever is due in the ledger",
 }
+POSTGRESQL_SECONDS = 2.0
+"""For PostgreSQL to accept a connection."""
 DEFAULTS = {"max_jobs": 10, "job_timeout": 300, "max_tries": 10}
 """For jobs of the ledger; arq's own have arq's."""
 HOOKS = ("on_job_start", "on_job_end", "after_job_end")
@@ -119,12 +123,25 @@ class _Host:
         self.config = config
         self._given = given
         self._patience = patience
+        patience.meanwhile = self.report_postgresql
+        self._outage = Outage(logger, away="PostgreSQL is away as well", back="PostgreSQL answers")
+
+    async def report_postgresql(self) -> None:
+        """While Redis is waited for: the application's `on_startup`, which will want PostgreSQL, is not called yet."""
+        engine = another(engine_of(self.config().session_maker))
+        try:
+            async with asyncio.timeout(POSTGRESQL_SECONDS), engine.connect():
+                self._outage.report(None)
+        except Exception as error:  # noqa: BLE001 - it is only reported
+            self._outage.report(error)
+        finally:
+            await engine.dispose()
 
     async def on_startup(self, ctx: dict[Any, Any]) -> None:
         """First the application's own, which may make the tables."""
         main = asyncio.current_task()
         assert main is not None
-        self._patience.belongs_to(main)
+        self._patience.has_started = True
         self._patience.closing = lambda: self.on_shutdown(ctx)
         guard_forks()
         if "coord.stopping" in ctx:  # of a worker that ran before, and was not closed
