@@ -1,6 +1,5 @@
 """How jobs get from Redis to a worker: at once, once, at little cost, and whatever becomes of Redis."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -22,12 +21,11 @@ from coord import cancel_job, job_transaction, task_options
 from coord.dev.embedded import Valkey
 from coord.jobs.model import queues
 from coord.queue.message import Message
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import KEYS, Notes, Office, fresh, notes, office, opened, process, script, until, working
+from tests.workers import KEYS, Notes, Office, fresh, opened, process, until, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from coord import Job
 
@@ -217,10 +215,10 @@ async def test_of_a_paused_queue_nothing_is_taken_until_it_goes_on(office: Offic
         """Nothing."""
 
     async with working(office, [task]) as worker:
-        registry = worker.worker.ctx["coord.lifecycle"].registry
+        state = worker.worker.ctx["coord.lifecycle"].state
         await eventually(lambda: _leader(office))
         await paused(office, text("now()"))
-        await until(lambda: registry.is_paused, within=2)
+        await until(lambda: state.is_paused, within=2)
         jobs = [await office.enqueue(task) for _ in range(5)]
         await office.waiting(5)
         await asyncio.sleep(1)  # in which somebody might take one

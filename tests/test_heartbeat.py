@@ -1,10 +1,8 @@
 """The heartbeat: who is on the list of workers, from when, and until when."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -15,10 +13,10 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import set_progress, worker_settings
 from coord.jobs.model import JobState
-from tests.ledger import a_task, ledger
+from tests.ledger import a_task
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.workers import Working, office, script, until, working
+from tests.workers import Working, until, working
 
 if TYPE_CHECKING:
     from tests.workers import Office
@@ -67,7 +65,8 @@ async def test_the_jobs_that_run_and_the_tasks_that_are_known_are_on_the_list(of
 
         async def is_named() -> bool:
             (row,) = await office.workers()
-            return bool(row.jobs.get(str(job.id)) == {"attempt": 1, "progress": {"done": 0.5}})
+            told = row.jobs.get(str(job.id), {})
+            return bool(told.get("progress") == {"done": 0.5} and told["attempt"] == 1)
 
         await eventually(is_named)
         (row,) = await office.workers()

@@ -1,10 +1,8 @@
 """What the ledger and Redis forget: jobs that ended long ago, those that nobody wants any more, and expired keys."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -16,9 +14,9 @@ import coord.worker.maintenance.pruner
 from coord import cancel_job, retry_job, task_options
 from coord.jobs.model import attempts, cancellations, jobs, keys
 from coord.worker.maintenance.pruner import Pruner, _expired
-from tests.ledger import a_task, ledger
+from tests.ledger import a_task
 from tests.serving import eventually
-from tests.workers import office, opened, script, until, working
+from tests.workers import a_state, working
 
 if TYPE_CHECKING:
     import pytest
@@ -47,7 +45,9 @@ async def left(engine: AsyncEngine) -> set[UUID]:
 
 
 def pruning(engine: AsyncEngine) -> Pruner:
-    return Pruner(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
+    state = a_state(engine, keep=KEPT.total_seconds())
+    state.leads_until = float("inf")
+    return Pruner(state)
 
 
 async def test_only_what_ended_long_ago_goes(ledger: None, engine: AsyncEngine) -> None:
