@@ -44,7 +44,7 @@ chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up t
 bench-waiting: $(BENCH) ## measure how waits scale, in five minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
-bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in twenty minutes, and write docs/roundtrip.md
+bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in 25 minutes, and write docs/roundtrip.md
 	@$(BIN)/python -m benchmarks.roundtrip
 
 bench-scaling: $(BENCH) ## measure more processes, in six minutes, and write docs/scaling.md
