@@ -18,6 +18,7 @@ from coord.queue.keys import soon_member, taken_member
 from coord.queue.message import Message
 from coord.worker.freshness import RedisClock
 from coord.worker.maintenance.reconciler import Reconciler
+from coord.worker.maintenance.rows import QueuedJobs
 from tests.ledger import a_task, ledger
 from tests.workers import KEYS, fresh, office, opened, script
 
@@ -185,6 +186,22 @@ async def test_what_would_be_first_in_the_feed_is_found_at_once(looks: Looks, sc
     assert found[:2] == [str(urgent.id), str(eldest.id)]
     assert str(recent.id) in found
     assert len(found) == 303
+
+
+async def test_what_would_be_first_is_found_behind_a_wave_that_became_due_just_now(
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of which is in Redis, and eldest first more than is read of what is recent."""
+    monkeypatch.setattr(QueuedJobs.ids, "__kwdefaults__", {"limit": 20, "after": None})
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "REST", 1)
+    wave = [await looks.aged(await script.enqueue(a_task), 6) for _ in range(40)]
+    urgent = await looks.aged(await script.enqueue(task_options(a_task, priority=1)), 3)
+    for job in wave:
+        await looks.office.put(Message.of(job).text(), fresh() - 6_000)
+    looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    looks.reconciler._counted_at = time.monotonic()
+    await looks(2)
+    assert (await looks.waiting())[0] == str(urgent.id)
 
 
 @pytest.mark.slow
