@@ -130,6 +130,7 @@ class Lifecycle:
         ]
         stack.push_async_callback(_resign, leader)
         for loop in loops:
+            loop.outage = outage
             await stack.enter_async_context(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         self._queued = QueuedJobs(engine, config.queue)

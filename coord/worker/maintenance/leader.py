@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("arq.coord")
 
+NOW = "return redis.call('TIME')"
+"""A script, since who may run none can look after nothing."""
 LEASE_SECONDS = 3.0
 MARGIN_SECONDS = 0.5
 """Before its end by which the leader takes its lease for over."""
@@ -50,7 +52,7 @@ class Leader(Loop):
     ) -> None:
         super().__init__()
         self._engine = engine
-        self._redis = redis
+        self._redis: Any = redis
         self._queue = queue
         self._own = own
         self._clock = clock
@@ -65,7 +67,7 @@ class Leader(Loop):
 
     async def round(self) -> None:
         asked = time.monotonic()
-        seconds, microseconds = await self._redis.time()
+        seconds, microseconds = map(int, await self._redis.eval(NOW, 0))
         self._clock.set(seconds, microseconds, asked)
         if self._is_served():
             self._board.redis_answered = time.monotonic()

@@ -7,12 +7,14 @@ import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from coord.retryable import is_retryable
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    from coord.notify.outage import Outage
 
 logger = logging.getLogger("arq.coord")
 
@@ -27,6 +29,8 @@ class Loop(ABC):
 
     interval = 1.0
     limit = ROUND_SECONDS
+    outage: Outage | None = None
+    """Told of what Redis refuses."""
 
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
@@ -58,7 +62,9 @@ class Loop(ABC):
 
     def failed(self, error: Exception) -> None:
         """Told of a round that has failed; the next one is tried in any case."""
-        if isinstance(error, RedisError) or is_retryable(error):
+        if isinstance(error, ResponseError) and self.outage is not None:
+            self.outage.report(error, type(self).__name__)
+        elif isinstance(error, RedisError) or is_retryable(error):
             logger.debug("%s goes on after: %s", type(self).__name__, error)
         else:
             logger.error("%s has failed, and goes on", type(self).__name__, exc_info=error)
@@ -70,6 +76,8 @@ class Loop(ABC):
             try:
                 async with asyncio.timeout(self.limit):
                     pause = await self.round()
+                if self.outage is not None:
+                    self.outage.report(None, type(self).__name__)
             except Exception as error:  # noqa: BLE001 - whatever it is, the loop goes on
                 self.failed(error)
             timer = asyncio.get_running_loop().call_later(self.interval if pause is None else pause, self.wake)
