@@ -276,6 +276,22 @@ async def test_an_unfinished_job_of_the_same_key_is_joined(session_maker: Sessio
     assert await count(observer) == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": {"x": 1, "y": {"z": 2, "é": 3}}}, {"a": {"y": {"é": 3, "z": 2}, "x": 1}}),
+        ({"a": [{"x": 1, "y": 2}], "b": None}, {"b": None, "a": [{"y": 2, "x": 1}]}),
+    ],
+)
+async def test_the_order_of_keyword_arguments_makes_no_other_job(
+    session_maker: SessionMaker, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    made = await committed(session_maker, task_options(a_task, unique_key="k"), **first)
+    joined = await committed(session_maker, task_options(a_task, unique_key="k"), **second)
+    assert (joined.joined, joined.id) == (True, made.id)
+
+
 async def test_a_key_belongs_to_its_task(session_maker: SessionMaker) -> None:
     one = await committed(session_maker, task_options(a_task, unique_key="k"))
     other = await committed(session_maker, task_options("another", unique_key="k"))
