@@ -192,7 +192,7 @@ async def test_what_would_be_first_is_found_behind_a_wave_that_became_due_just_n
     looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All of which is in Redis, and eldest first more than is read of what is recent."""
-    monkeypatch.setitem(QueuedJobs.ids.__kwdefaults__, "limit", 5)
+    monkeypatch.setattr(QueuedJobs.ids, "__kwdefaults__", {"limit": 5, "after": None})
     monkeypatch.setattr(coord.worker.maintenance.reconciler, "REST", 1)
     for _ in range(10):
         job = await looks.aged(await script.enqueue(a_task), 6)

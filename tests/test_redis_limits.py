@@ -53,7 +53,7 @@ async def test_a_full_redis_drains(ledger: None, database_url: str, valkey: Valk
 
 async def test_what_comes_due_in_a_full_redis_is_moved_and_not_lost(valkey: Valkey) -> None:
     """The script takes a message out first: a full Redis refuses one that begins by putting it elsewhere."""
-    redis = client(valkey.url)
+    redis: Any = client(valkey.url)
     await redis.zadd(KEYS.soon, {f"100{{{n}}}": 1 for n in range(20)})
     await redis.config_set("maxmemory", "1")
     assert await redis.eval(MOVE, 2, KEYS.feed, KEYS.soon, 500) == -1
@@ -71,7 +71,8 @@ def documented() -> tuple[list[str], list[str]]:
 async def allow(office: Office, name: str, rights: list[str], *refused: str) -> str:
     """A user that has these rights and no other; his URL."""
     rules = ["resetkeys", "resetchannels", "-@all", "~*", "&*", "on", ">secret", *rights, *refused]
-    await office.redis.execute_command("ACL", "SETUSER", name, *rules)
+    redis: Any = office.redis
+    await redis.execute_command("ACL", "SETUSER", name, *rules)
     url = make_url(office.redis_url).set(username=name, password="secret")
     return url.render_as_string(hide_password=False)
 
@@ -104,8 +105,8 @@ async def test_the_documented_rights_are_enough(
             await until(lambda: ran, within=10)
             await asyncio.wait_for(ticked.wait(), 10)
             await eventually(lambda: admin.redis.keys("*health*"), within=10)
-        denied = await admin.redis.execute_command("ACL", "LOG")
-    assert [entry for entry in denied if b"command" in entry or "command" in entry] == []
+        redis: Any = admin.redis
+        assert await redis.execute_command("ACL", "LOG") == []
     assert "NOPERM" not in caplog.text
     assert "no permissions" not in caplog.text
 
