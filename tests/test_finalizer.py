@@ -2,7 +2,6 @@
 somebody else has cancelled.
 """
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -18,11 +17,10 @@ import coord.worker.failure
 import coord.worker.finalizer
 from coord import create_ledger, job_transaction, lock_tables
 from coord.jobs.model import attempts
-from tests.ledger import ledger
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import dsn_of
-from tests.workers import Office, office, opened, until, working
+from tests.workers import Office, opened, until, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -1,11 +1,10 @@
 """What the reconciler makes of each difference between the ledger and what Redis and the heartbeats say."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
@@ -19,8 +18,8 @@ from coord.queue.message import Message
 from coord.worker.freshness import RedisClock
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.rows import MAX_ROWS, PAGE, QueuedJobs
-from tests.ledger import a_task, executed, ledger
-from tests.workers import KEYS, fresh, office, opened, script
+from tests.ledger import a_task, executed
+from tests.workers import KEYS, fresh
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

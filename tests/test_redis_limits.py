@@ -1,6 +1,5 @@
 """A Redis that is full, and one that allows a worker no more than the documentation says, or less."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -16,9 +15,8 @@ from sqlalchemy import make_url
 from coord import job_transaction, task_options
 from coord.dev.embedded import Valkey
 from coord.queue.scripts import MOVE
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import KEYS, Office, client, fresh, opened, until, working
+from tests.workers import KEYS, Office, client, opened, until, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

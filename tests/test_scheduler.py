@@ -1,6 +1,5 @@
 """Jobs that come near: a wave that is due in the same second, of which one look at the ledger reads a part."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -11,9 +10,8 @@ from sqlalchemy import text
 
 from coord.worker.maintenance import scheduler as scheduling
 from coord.worker.maintenance.rows import QueuedJobs
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import KEYS, Office, office, until, working
+from tests.workers import KEYS, Office, until, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,7 +24,7 @@ from coord import (
     wait_for_row_change,
 )
 from coord.database.engine import prepare
-from tests.ledger import committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import delivered
 from tests.models import Item, User
 from tests.serving import eventually
 

@@ -46,7 +46,7 @@ from sqlalchemy.types import UserDefinedType
 
 from coord import WaitTimeoutError, wait_for_row_change
 from coord.waiting.stored import is_certain
-from tests.waits import read_settings, registered, waiting  # noqa: F401 - a fixture
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -16,7 +16,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from coord import Coordinator, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
 from coord.waiting import woken
-from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
 
@@ -291,4 +290,4 @@ async def test_a_hook_of_the_sessions_sees_the_wait_read(database_url: str) -> N
         async with maker() as session:
             with pytest.raises(WaitTimeoutError):
                 await wait_for_row_change(session, Order, 1, timeout=0.1)
-    await eventually(lambda: asyncio.sleep(0, seen))
+    await eventually(lambda: seen)

@@ -39,7 +39,7 @@ from coord import (
 from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import all_given_back, eventually
-from tests.waits import read_settings, registered, waiting  # noqa: F401 - a fixture
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -48,12 +48,6 @@ if TYPE_CHECKING:
     SessionMaker = async_sessionmaker[AsyncSession]
 
 pytestmark = pytest.mark.usefixtures("tables", "nobody_left_waiting", "read_settings")
-
-
-@pytest.fixture
-async def user(tables: None, observer: Connection) -> int:
-    await observer.execute("INSERT INTO users VALUES (1, 'before')")
-    return 1
 
 
 async def test_a_change_by_anybody_is_seen_within_the_interval(
@@ -184,7 +178,7 @@ async def test_until_needs_no_change_and_gets_a_detached_row(
         task = waiting(session, User, user, until=finished)
         await registered()
         await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, "half" in seen))
+        await eventually(lambda: "half" in seen)
         await observer.execute("UPDATE users SET name = 'done'")
         assert (await task).name == "done"
         assert seen == ["before", "half", "done"]
@@ -668,7 +662,7 @@ async def test_watching_never_goes_behind_what_its_caller_has_read(
         await observer.execute("UPDATE users SET name = 'older'")
         group = next(iter(Watcher.of(session_maker.kw["bind"])._pollers.values()))
         (waiter,) = group.waiters[user,]
-        await eventually(lambda: asyncio.sleep(0, getattr(waiter, "due", True) and getattr(waiter, "row", True)))
+        await eventually(lambda: getattr(waiter, "due", True) and getattr(waiter, "row", True))
         await observer.execute("UPDATE users SET name = 'newest'")
         await session.refresh(row)
         assert row.name == "newest"
