@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TO_WORKERS = ("worker killed", "worker frozen")
 TO_SERVERS = ("Redis flushed", "Redis restarted", "PostgreSQL restarted")
 TO_NETWORKS = {"a worker cut off from Redis": "Redis", "a worker cut off from PostgreSQL": "PostgreSQL"}
-BETWEEN_WORKERS = 2.0  # seconds, on average
+BETWEEN_WORKERS = 3.0  # seconds, on average
 BETWEEN_SERVERS = 6.0
 BETWEEN_CUTS = 9.0
 FROZEN = (0.5, 12.0)
@@ -35,7 +35,7 @@ class Fault(NamedTuple):
 
 
 def forecast(seconds: float, seed: int) -> list[Fault]:
-    """A worker is killed or frozen every two seconds; the others take turns, in random order."""
+    """A worker is killed or frozen every three seconds; the others take turns, in random order."""
     chance = random.Random(seed)
     faults, at = [], 1.0
     while at < seconds:
