@@ -156,8 +156,9 @@ async def test_a_task_may_call_its_parameters_anything(session_maker: SessionMak
 
 
 async def committed_with(session_maker: SessionMaker, kwargs: dict[str, Any]) -> Job:
+    options: Any = task_options(a_task, unique_key="k")
     async with session_maker() as session:
-        job = await enqueue(session, task_options(a_task, unique_key="k"), **kwargs)
+        job: Job = await enqueue(session, options, **kwargs)
         await session.commit()
     return job
 

@@ -57,6 +57,7 @@ async def test_who_is_cut_off_from_one_server_alone_leads_nothing(office: Office
                 assert (row.state, row.attempt) == ("done", 1)
                 assert ran in (["second"], ["third"])
                 assert await leader(office) != first
+                assert eldest.lives
             network.up = True
             await office.final(await script.enqueue("task"), within=2 * WITHIN)
             assert ran[1:] == ["eldest"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arq.worker import Worker, async_check_health
@@ -57,6 +58,7 @@ class Patience(Retry):
         self.closing: Callable[[], Awaitable[None]] = _nothing
         """What is still to be done if arq cannot close for want of Redis."""
         self._main: asyncio.Task[Any] | None = None
+        self._is_nested = ContextVar("coord.patience", default=False)
         self._outage = Outage(
             logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"
         )
@@ -68,10 +70,38 @@ class Patience(Retry):
     def belongs_to(self, main: asyncio.Task[Any] | None) -> None:
         self._main = main
 
+    async def takes_over(self, redis: Any) -> None:
+        """Have the client make its connections anew, and `greet` on each."""
+        pool = redis.connection_pool
+        pool.connection_kwargs["redis_connect_func"] = self.greet
+        await pool.disconnect()
+        pool.reset()
+
+    async def greet(self, connection: Any) -> None:
+        """What redis-py says on a new connection, and does not try again: a proxy accepts one before it finds that the
+        server is away, and closes it.
+        """
+
+        async def attempt() -> None:
+            if not connection.is_connected:
+                connection.redis_connect_func = _only_connected
+                try:
+                    await connection.connect()
+                finally:
+                    connection.redis_connect_func = self.greet
+            try:
+                await connection.on_connect()
+            except BaseException:
+                await connection.disconnect()
+                raise
+
+        await self.call_with_retry(attempt, lambda _error: connection.disconnect())
+
     async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
         """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
-        pause = PAUSE_SECONDS[0]
+        pause, is_nested = PAUSE_SECONDS[0], self._is_nested.get()
         while True:
+            token = self._is_nested.set(True)
             try:
                 answer = await do()
             except WAITED_OUT as error:
@@ -81,8 +111,11 @@ class Patience(Retry):
                     raise
                 self._outage.report(error)
             else:
-                self._outage.report(None)
+                if not is_nested:  # a connection alone says nothing
+                    self._outage.report(None)
                 return answer
+            finally:
+                self._is_nested.reset(token)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, PAUSE_SECONDS[1])
 
@@ -103,6 +136,10 @@ class Patience(Retry):
         if self._main is None or self._main.get_loop() is not asyncio.get_running_loop():
             self._main = task
         return (self._main is not None and self._main.done()) or _is(task, async_check_health)
+
+
+async def _only_connected(_connection: Any) -> None:
+    """Said later."""
 
 
 async def _nothing() -> None:

@@ -128,6 +128,7 @@ class _Host:
             await ctx.pop("coord.stopping")
         if (hook := self._given.get("on_startup")) is not None:
             await hook(ctx)
+        await self._patience.takes_over(ctx["redis"])
         await _refuse_cluster(ctx["redis"])
         lifecycle = Lifecycle(_config(self._made, self._own, self._given), ctx)
         await lifecycle.start()
