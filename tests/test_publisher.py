@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 import coord.notify.publisher
 from coord.dev.embedded import Valkey
-from coord.notify.client import close_client, own_client
+from coord.notify.bell import close_client, own_client
 from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 

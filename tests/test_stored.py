@@ -45,7 +45,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, composite, mapped_column
 from sqlalchemy.types import UserDefinedType
 
 from coord import WaitTimeoutError, wait_for_row_change
-from coord.waiting.stored import is_certain
+from coord.waiting.baseline import is_certain
 from tests.waits import registered, waiting
 
 if TYPE_CHECKING:

@@ -654,6 +654,24 @@ async def test_a_row_that_never_rests_ends_an_until_by_its_deadline(
     await asyncio.wait([changing])
 
 
+async def test_a_row_that_was_changed_and_is_kept_where_it_was_before_is_a_change(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    """PostgreSQL uses the place of an outdated version again as soon as nobody can see that any more."""
+    change = "UPDATE users SET name = name || '.' WHERE id = $1 RETURNING ctid"
+    before = await observer.fetchval(change, user)
+    async with session_maker() as session:
+        task = waiting(session, User, user, columns=[User.name], interval=60, timeout=3)
+        await registered()
+        for _ in range(10):
+            await observer.execute("VACUUM users")
+            if await observer.fetchval(change, user) == before:
+                break
+        else:
+            raise AssertionError("it has not come back to its place")
+        assert "." in (await task).name
+
+
 async def test_watching_never_goes_behind_what_its_caller_has_read(
     session_maker: SessionMaker, observer: Connection, user: int
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arq.worker import Worker, async_check_health
@@ -35,8 +34,10 @@ WAITED_OUT = (RedisConnectionError, RedisTimeoutError, OSError, ResponseError)
 """For redis-py, which asks about no more than the class."""
 _PASSING = (RedisConnectionError, RedisTimeoutError, OSError, OutOfMemoryError, ReadOnlyError, NoPermissionError)
 _PASSING_CODES = ("BUSY ", "CLUSTERDOWN ", "LOADING ", "MASTERDOWN ", "MISCONF ", "NOREPLICAS ", "TRYAGAIN ")
-PAUSE_SECONDS = (0.1, 2.0)
+RETRY_PAUSE_SECONDS = (0.1, 2.0)
 """Before the second attempt, and before any later one at most."""
+SILENCE_SECONDS = 2.0
+"""Without a first answer, after which that is said: arq's connections wait for one without a limit."""
 
 
 def passes(error: BaseException) -> bool:
@@ -57,8 +58,12 @@ class Patience(Retry):
         super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type]
         self.closing: Callable[[], Awaitable[None]] = _nothing
         """What is still to be done if arq cannot close for want of Redis."""
+        self.meanwhile: Callable[[], Awaitable[None]] = _nothing
+        """What is to be done between two attempts before the worker has started."""
+        self.has_started = False
         self._main: asyncio.Task[Any] | None = None
-        self._is_nested = ContextVar("coord.patience", default=False)
+        self._silence: asyncio.TimerHandle | None = None
+        """Of the first answer that is waited for."""
         self._outage = Outage(
             logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"
         )
@@ -66,9 +71,6 @@ class Patience(Retry):
     def __deepcopy__(self, _memo: Any) -> Patience:
         """redis-py gives each connection a copy."""
         return self
-
-    def belongs_to(self, main: asyncio.Task[Any] | None) -> None:
-        self._main = main
 
     async def takes_over(self, redis: Any) -> None:
         """Have the client make its connections anew, and `greet` on each."""
@@ -99,9 +101,9 @@ class Patience(Retry):
 
     async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
         """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
-        pause, is_nested = PAUSE_SECONDS[0], self._is_nested.get()
+        pause = RETRY_PAUSE_SECONDS[0]
+        self._begin()
         while True:
-            token = self._is_nested.set(True)
             try:
                 answer = await do()
             except WAITED_OUT as error:
@@ -111,13 +113,16 @@ class Patience(Retry):
                     raise
                 self._outage.report(error)
             else:
-                if not is_nested:  # a connection alone says nothing
+                if answer is not None:  # a connection alone is no answer
                     self._outage.report(None)
+                    if self._silence is not None:
+                        self._silence.cancel()
+                        self._outage.report(None, "silence")
                 return answer
-            finally:
-                self._is_nested.reset(token)
+            if not self.has_started:
+                await self.meanwhile()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, PAUSE_SECONDS[1])
+            pause = min(2 * pause, RETRY_PAUSE_SECONDS[1])
 
     async def _gave_up(self) -> None:
         """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
@@ -131,11 +136,16 @@ class Patience(Retry):
         error = self._main.exception() if ended and self._main is not None else None
         return error.code if isinstance(error, SystemExit) else 0
 
+    def _begin(self) -> None:
+        """With the first call in an event loop, which is the main task's."""
+        loop = asyncio.get_running_loop()
+        if self._main is None or self._main.get_loop() is not loop:
+            self._main, self.has_started = asyncio.current_task(), False
+            silent = TimeoutError(f"it has not answered for {SILENCE_SECONDS:g} s")
+            self._silence = loop.call_later(SILENCE_SECONDS, self._outage.report, silent, "silence")
+
     def _is_over(self) -> bool:
-        task = asyncio.current_task()
-        if self._main is None or self._main.get_loop() is not asyncio.get_running_loop():
-            self._main = task
-        return (self._main is not None and self._main.done()) or _is(task, async_check_health)
+        return (self._main is not None and self._main.done()) or _is(asyncio.current_task(), async_check_health)
 
 
 async def _only_connected(_connection: Any) -> None:

@@ -12,15 +12,14 @@ from redis.exceptions import RedisError, ResponseError
 from coord.retryable import is_retryable
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from coord.worker.state import WorkerState
 
-    from coord.notify.outage import Outage
 
 logger = logging.getLogger("arq.coord")
 
 ROUND_SECONDS = 10.0
 """After which a round is given up: a server may be gone without a word."""
-END_SECONDS = 3.0
+LAST_ROUND_SECONDS = 3.0
 """For the last round to end by itself: to cancel a statement may cost a connection."""
 
 
@@ -29,10 +28,9 @@ class Loop(ABC):
 
     interval = 1.0
     limit = ROUND_SECONDS
-    outage: Outage | None = None
-    """Told of what Redis refuses."""
 
-    def __init__(self) -> None:
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
         self._task: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
         self._ending = False
@@ -41,16 +39,14 @@ class Loop(ABC):
         self._task = asyncio.create_task(self._run(), name=f"coord {type(self).__name__}")
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
         self._ending = True
         self.wake()
-        await asyncio.wait([self._task], timeout=END_SECONDS)
+        await asyncio.wait([self._task], timeout=LAST_ROUND_SECONDS)
         while not self._task.done():
             self._task.cancel()
-            await asyncio.wait([self._task], timeout=END_SECONDS)
+            await asyncio.wait([self._task], timeout=LAST_ROUND_SECONDS)
 
     def wake(self) -> None:
         """Begin the next round now."""
@@ -62,8 +58,8 @@ class Loop(ABC):
 
     def failed(self, error: Exception) -> None:
         """Told of a round that has failed; the next one is tried in any case."""
-        if isinstance(error, ResponseError) and self.outage is not None:
-            self.outage.report(error, type(self).__name__)
+        if isinstance(error, ResponseError):
+            self._state.outage.report(error, type(self).__name__)
         elif isinstance(error, RedisError) or is_retryable(error):
             logger.debug("%s goes on after: %s", type(self).__name__, error)
         else:
@@ -76,8 +72,7 @@ class Loop(ABC):
             try:
                 async with asyncio.timeout(self.limit):
                     pause = await self.round()
-                if self.outage is not None:
-                    self.outage.report(None, type(self).__name__)
+                self._state.outage.report(None, type(self).__name__)
             except Exception as error:  # noqa: BLE001 - whatever it is, the loop goes on
                 self.failed(error)
             timer = asyncio.get_running_loop().call_later(self.interval if pause is None else pause, self.wake)
