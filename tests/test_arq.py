@@ -220,6 +220,7 @@ class Project:
         worker = Worker(redis_pool=client(redis_url), handle_signals=False, **self.settings())
         task = asyncio.create_task(worker.async_run())
         await self.held.wait()
+        await until(lambda: sum(not job.done() for job in worker.tasks.values()) == 1)
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             await worker.close()
         await asyncio.wait([task])
