@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import (
-    DDL,
     JSON,
     CheckConstraint,
     DateTime,
@@ -21,7 +20,6 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
     cast,
-    event,
     false,
     func,
     inspect,
@@ -32,6 +30,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
+from coord.database.place import ledger_options
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
 from coord.retryable import sqlstate_of
@@ -59,10 +58,6 @@ class JobState(StrEnum):
 
 _QUEUED = text("state = 'queued'")
 _Time = DateTime(timezone=True)
-# Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
-_BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
-_STORE_JOBS = f"ALTER TABLE %(fullname)s SET ({_BY_NUMBER}, autovacuum_analyze_scale_factor = 0.02)"
-_STORE_WORKERS = "ALTER TABLE %(fullname)s SET (fillfactor = 50, autovacuum_vacuum_threshold = 200)"
 
 
 class _Json(TypeDecorator[Any]):
@@ -79,6 +74,12 @@ class _Json(TypeDecorator[Any]):
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
         return type_coerce(cast(column, Text), self)
+
+    def __repr__(self) -> str:
+        return "JSON()"
+
+
+_Json.__module__ = JSON.__module__  # so Alembic writes `sa.JSON()` into migrations, which do not import coord
 
 
 class Ledger(DeclarativeBase):
@@ -101,8 +102,8 @@ class Job(Ledger):
     arguments: Mapped[Any] = mapped_column(_Json)
     """`[args, kwargs]`, as text: an attempt that was given others applies nothing."""
     state: Mapped[JobState] = mapped_column(
-        Enum(JobState, native_enum=False, values_callable=lambda states: [*states], length=9),
-        server_default=JobState.QUEUED,
+        Enum(JobState, native_enum=False, values_callable=lambda states: [state.value for state in states], length=9),
+        server_default=JobState.QUEUED.value,
     )
     attempt: Mapped[int] = mapped_column(server_default="1")
     """The number of the attempt that may apply its effect; a retry and a rescue raise it."""
@@ -269,14 +270,7 @@ attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 
-_UNTRANSLATED = {"schema_translate_map": None}
-"""The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
-
-# Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
-event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
-for _table in (workers, queues):
-    event.listen(_table, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
@@ -286,7 +280,7 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
     """
     connection = session.connection(bind_arguments={"mapper": job_mapper, "clause": statement})
     try:
-        return connection.execute(statement, values, execution_options=_UNTRANSLATED)
+        return connection.execute(statement, values, execution_options=ledger_options(connection))
     except ProgrammingError as error:
         if sqlstate_of(error) == "42P01":
             error.add_note(MISSING)

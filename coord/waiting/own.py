@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import inspect, text
@@ -17,7 +18,7 @@ from coord.database.transaction import connection_mutex, end_transaction
 from coord.errors import RowNotFoundError
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_TIMEOUT_SECONDS
-from coord.waiting.statements import entity_with_identity, parameters_of
+from coord.waiting.statements import entity_with_identity, options_of, parameters_of
 from coord.waiting.stored import comparisons_of
 
 if TYPE_CHECKING:
@@ -99,8 +100,9 @@ class OwnReader(Generic[M]):
 
         async def work() -> bool:
             async with self.connection() as connection, connection.begin_nested():
+                options = await connection.run_sync(partial(options_of, self.target.mapper))
                 for statement, parameters in comparisons_of(self.target, self._schemas, seen):
-                    if not await connection.scalar(statement, parameters):
+                    if not await connection.scalar(statement, parameters, execution_options=options):
                         return False
             return True
 
@@ -179,7 +181,9 @@ class OwnReader(Generic[M]):
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
     statement = entity_with_identity(target.mapper, schemas, identified=identified)
-    return session.execute(statement, parameters_of(target.mapper, [target.key], one=True)).one_or_none()
+    parameters = parameters_of(target.mapper, [target.key], one=True)
+    options = options_of(target.mapper, session.connection())
+    return session.execute(statement, parameters, execution_options=options).one_or_none()
 
 
 @asynccontextmanager

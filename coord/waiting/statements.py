@@ -9,13 +9,14 @@ from sqlalchemy import ARRAY, Integer, Table, and_, bindparam, cast, column, fun
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 
+from coord.database.place import ledger_options
 from coord.database.schemas import is_untranslated
 from coord.database.target import EAGER
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import ColumnElement, Connection, Select
     from sqlalchemy.orm import Mapper
 
     from coord.database.schemas import Schemas
@@ -58,6 +59,11 @@ def entity_with_identity(mapper: Mapper[Any], schemas: Schemas, *, identified: b
     return _select(mapper, schemas, entity, selected, one=True).options(*_all_columns(mapper))
 
 
+def options_of(mapper: Mapper[Any], connection: Connection) -> dict[str, Any]:
+    """Those under which a statement about the class is executed: the ledger has one place."""
+    return ledger_options(connection) if is_untranslated(mapper) else {}
+
+
 def has_identity(mapper: Mapper[Any]) -> bool:
     """Whether its rows are kept in tables, as far as the mapping says; one of them may be a view all the same."""
     return all(isinstance(each.persist_selectable, Table) or each.inherits for each in mapper.self_and_descendants)
@@ -90,8 +96,6 @@ def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, selected: Sequen
     else:
         wanted, match = _wanted(mapper, own)
         statement = select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
-    if is_untranslated(mapper):
-        return statement.execution_options(schema_translate_map=None)
     return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
 
 

@@ -105,6 +105,9 @@ class Lifecycle:
         registry = self.registry = WorkerRegistry(engine, config.queue, worker)
         freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
         heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
+        if heartbeat.schema is not None:
+            for each in (maintenance, engine):
+                each.sync_engine.update_execution_options(schema_translate_map={None: heartbeat.schema})
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
         finalizer = Finalizer(config.session_maker, worker)

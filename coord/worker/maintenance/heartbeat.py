@@ -19,6 +19,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from coord.database.engine import engine_of
+from coord.database.place import ledger_options, ledger_schema
 from coord.jobs.model import workers
 from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
@@ -57,6 +58,8 @@ class Heartbeat:
         self.running: RunningJobs | None = None
         self._connect: Any = None
         """How the application's connections are made, as far as another process can be told."""
+        self.schema: str | None = None
+        """Where the ledger is."""
         self._process: asyncio.subprocess.Process | None = None
         self._sent: dict[str, Any] = {}
         self._ended = False
@@ -138,7 +141,9 @@ class Heartbeat:
         engine = another(engine_of(self._config.session_maker)).execution_options(isolation_level="AUTOCOMMIT")
         try:
             async with engine.connect() as connection:
-                await connection.execute(statement)
+                options = await connection.run_sync(ledger_options)
+                self.schema = await connection.run_sync(ledger_schema)
+                await connection.execute(statement, execution_options=options)
         finally:
             await engine.dispose()
 
@@ -180,7 +185,7 @@ class Heartbeat:
             "pid": os.getpid(),
             "slots": config.max_jobs,
             "worker": self._worker.hex,
-            "schema": workers.schema,
+            "schema": self.schema,
             "tasks": [*config.tasks],
             "health_key": config.health_check_key,
             "redis": config.address.parameters(),
