@@ -51,10 +51,11 @@ async def rename(ctx: dict[str, Any], user_id: int) -> None:
 async def test_a_ledger_in_a_schema_of_its_own_is_found_by_everybody(
     database_url: str, redis_url: str, way: str
 ) -> None:
-    tenant: dict[str, Any] = {
+    ways: dict[str, dict[str, Any]] = {
         "map": {"execution_options": {"schema_translate_map": {None: "acme"}}},
         "search_path": {"connect_args": {"server_settings": {"search_path": "acme"}}},
-    }[way]
+    }
+    tenant = ways[way]
     async with placed(database_url, PLACE) as (url, _, observer):
         engine = create_async_engine(url, **tenant)
         sessions = async_sessionmaker(engine, expire_on_commit=False)

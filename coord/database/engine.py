@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
-from sqlalchemy import event
-from sqlalchemy.exc import InterfaceError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy import Connection, TableClause, event, table, update
+from sqlalchemy.exc import InterfaceError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from collections.abc import Mapping
+
     from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.orm import Mapper
+
+AnySession = AsyncSession | async_scoped_session[AsyncSession]
 
 logger = logging.getLogger("coord.engine")
 
@@ -26,22 +31,61 @@ READ_ONLY = "25006"
 _FAILURE = "coord.failure"
 
 
-def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
-    """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
+def session_of(session: AnySession) -> AsyncSession:
+    """The session itself: of an `async_scoped_session` that of the current scope."""
+    return session() if isinstance(session, async_scoped_session) else session
+
+
+@lru_cache(maxsize=256)
+def written(target: Mapper[Any] | TableClause) -> Mapping[str, Any]:
+    """Bind arguments for where the class or table is written, and where coord reads it: a replica may be behind."""
+    mapper = {} if isinstance(target, TableClause) else {"mapper": target}
+    return {**mapper, "clause": update(target)}
+
+
+ANYWHERE = written(table("coord"))
+"""For what concerns no table."""
+
+
+def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: Any) -> AsyncEngine:
+    """The engine behind a session or its maker, for these arguments of `get_bind`.
+
+    `ValueError` unless it is `postgresql+asyncpg`.
+    """
     session = source() if isinstance(source, async_sessionmaker) else source
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
-    engine = bind.engine if isinstance(bind, AsyncConnection) else bind
-    if not isinstance(engine, AsyncEngine):
-        message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
-        raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
-    require_asyncpg(engine.dialect)
-    return engine
+    try:
+        found = session.sync_session.get_bind(**(bind_arguments or ANYWHERE))
+    except UnboundExecutionError:
+        message = "coord needs sessions that have an asynchronous engine here: async_sessionmaker(bind=engine)"
+        raise ValueError(message) from None
+    if isinstance(found, Connection) and own_connection(session) is None:
+        raise ValueError("coord takes a session on one connection by bind=, and not by binds=")
+    require_asyncpg(found.dialect)
+    return bind if isinstance(bind, AsyncEngine) and bind.sync_engine is found else AsyncEngine(found.engine)
 
 
-def source_of(session: AsyncSession) -> AsyncEngine | AsyncConnection:
-    """What reads for this session go through: its engine, or the one connection it is bound to."""
-    engine = engine_of(session)
-    return session.bind if isinstance(session.bind, AsyncConnection) else engine
+def engines_of(session: AsyncSession) -> list[AsyncEngine]:
+    """Those that the session has been given, and that which writes go to if its own `get_bind` tells."""
+    given = [getattr(session, "bind", None), *(getattr(session, "binds", None) or {}).values()]
+    known = [each.engine if isinstance(each, AsyncConnection) else each for each in given if each is not None]
+    engines = {each.sync_engine: each for each in known}
+    try:
+        found = session.sync_session.get_bind(**ANYWHERE).engine
+    except UnboundExecutionError:
+        found = None
+    if found is not None and found not in engines:
+        require_asyncpg(found.dialect)
+        engines[found] = AsyncEngine(found)
+    for engine in engines:
+        require_asyncpg(engine.dialect)
+    return [*engines.values()]
+
+
+def own_connection(session: AsyncSession) -> AsyncConnection | None:
+    """The one that the session is bound to, as a test's are."""
+    bind = getattr(session, "bind", None)
+    return bind if isinstance(bind, AsyncConnection) else None
 
 
 def require_asyncpg(dialect: Dialect) -> None:

@@ -77,6 +77,12 @@ ALTER TABLE coord_workers
     ADD COLUMN dead boolean NOT NULL DEFAULT false
 """,
     """
+ALTER TABLE coord_cancellations
+    ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid(),
+    DROP CONSTRAINT coord_cancellations_pkey,
+    ADD CONSTRAINT coord_cancellations_pkey PRIMARY KEY (job_id, id)
+""",
+    """
 CREATE FUNCTION coord_from_version_1() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
     IF NEW.due_at IS NOT NULL THEN

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Double,
     Enum,
     Index,
+    MetaData,
     Text,
     TypeDecorator,
     cast,
@@ -30,6 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
+from coord.database.engine import engine_of, written
 from coord.database.place import ledger_options
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session
 
 
@@ -85,8 +88,7 @@ _Json.__module__ = JSON.__module__  # so Alembic writes `sa.JSON()` into migrati
 class Ledger(DeclarativeBase):
     """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
 
-
-Ledger.metadata.info[UNTRANSLATED] = True
+    metadata = MetaData(info={UNTRANSLATED: True})
 
 
 class Job(Ledger):
@@ -240,6 +242,7 @@ class Cancellation(Ledger):
     __tablename__ = "coord_cancellations"
 
     job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=func.gen_random_uuid())
     requested_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
 
 
@@ -273,12 +276,14 @@ keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
 
 
-def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
-    """In the session's transaction, on the bind that it has for jobs, and wherever it takes the application's tables.
+def ledger_engine(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
+    """The engine by which sessions write jobs."""
+    return engine_of(source, **written(job_mapper))
 
-    Nothing pending is flushed. Always to be called by `session.run_sync`, as SQLAlchemy's own statements are.
-    """
-    connection = session.connection(bind_arguments={"mapper": job_mapper, "clause": statement})
+
+def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
+    """In the session's transaction, where the ledger is; nothing pending is flushed. To be called by `run_sync`."""
+    connection = session.connection(bind_arguments=dict(written(job_mapper)))
     try:
         return connection.execute(statement, values, execution_options=ledger_options(connection))
     except ProgrammingError as error:

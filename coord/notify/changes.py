@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from contextlib import ExitStack, contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, update
+from sqlalchemy import event
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import get_history
+
+from coord.database.engine import written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from sqlalchemy import Connection, Update
+    from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect
     from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
 
@@ -25,18 +26,20 @@ if TYPE_CHECKING:
     """A row by its key, or with None any row of the table."""
     Changed = Mapping[Change, Any]
     """What has changed, and if that is the row of a job to be handed to a worker, the job."""
-    Notify = Callable[[Session, Changed], None]
+    Notify = Callable[[Session, Changed], bool]
+    """Whether somebody could be notified."""
 
 logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"
-_observed: Counter[Dialect] = Counter()
-"""How often an engine's changes are collected, by its dialect: each engine has its own."""
+_observed: dict[Dialect, list[Changes]] = {}
+"""Who collects an engine's changes, by its dialect: each engine has its own."""
 
 
 class Changes:
     """Collects what sessions change by way of the engine with this dialect, whichever maker made them.
 
+    Of several for one engine the first that can notify anybody does.
     Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`. The
     connection that a row went by tells its engine, as a session may have several.
     """
@@ -56,12 +59,13 @@ class Changes:
             _listen(stack, Session, "after_commit", self._after_commit)
             _listen(stack, Session, "after_soft_rollback", self._after_soft_rollback)
             _listen(stack, Session, "after_transaction_end", self._after_transaction_end)
-            _observed[self._dialect] += 1
+            observers = _observed.setdefault(self._dialect, [])
+            observers.append(self)
             try:
                 yield
             finally:
-                _observed[self._dialect] -= 1
-                if not _observed[self._dialect]:
+                observers.remove(self)
+                if not observers:
                     del _observed[self._dialect]
 
     def add(self, session: Session, change: Change) -> None:
@@ -69,7 +73,10 @@ class Changes:
         if session.in_transaction():
             _collected(session, self._dialect)[change] = None
         else:
-            self._notify(session, {change: None})
+            self._notify_one(session, {change: None})
+
+    def _notify_one(self, session: Session, changes: Changed) -> None:
+        any(each._notify(session, changes) for each in _observed.get(self._dialect, ()))
 
     def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
         if connection.dialect is self._dialect and state.session is not None:
@@ -102,7 +109,7 @@ class Changes:
         for collected in session.info.pop((_CHANGES, self._dialect), {}).values():
             changes |= collected
         if changes:
-            self._notify(session, changes)
+            self._notify_one(session, changes)
 
     def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
         if rolled_back.parent is None:
@@ -119,9 +126,12 @@ class Changes:
             session.info.pop((_CHANGES, self._dialect), None)
 
 
-def collect(session: Session, change: Change, job: Any = None) -> None:
-    """Notify of it after the outermost commit; nothing if this process has no `Coordinator`."""
-    if _observed and (dialect := written_to(session, change[0])) in _observed:
+def collect(session: Session, change: Change, job: Any = None, *, beside: Mapper[Any] | None = None) -> None:
+    """Notify of it after the outermost commit; nothing if this process has no `Coordinator`.
+
+    `beside` is the class whose engine was used, if not the row's own.
+    """
+    if _observed and (dialect := written_to(session, beside or change[0])) in _observed:
         _collected(session, dialect)[change] = job
 
 
@@ -141,13 +151,7 @@ def _warn_uncoordinated() -> None:
 
 def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:
     """The dialect of the engine through which the session writes rows of this class."""
-    return session.get_bind(mapper, clause=_write(mapper)).dialect
-
-
-@lru_cache(maxsize=256)
-def _write(mapper: Mapper[Any]) -> Update:
-    """A statement for an application's own `get_bind`, which may route writes elsewhere than reads."""
-    return update(mapper)
+    return session.get_bind(**written(mapper)).dialect
 
 
 def _has_changed(mapper: Mapper[Any], state: InstanceState[Any]) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import undefer
 
 from coord.cancellation import interruptible, uninterrupted
+from coord.database.engine import own_connection, written
 from coord.database.schemas import schemas_of
 from coord.database.target import EAGER, M
 from coord.database.transaction import connection_mutex, end_transaction
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
     from uuid import UUID
 
+    from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.orm import InstanceState, Mapper, Session
 
     from coord.database.schemas import Schemas
@@ -72,7 +74,7 @@ class OwnReader(Generic[M]):
         self._schemas = schemas
         self._settings = settings or ()
         self._own_reads = own_reads
-        self._bound = isinstance(session.bind, AsyncConnection)
+        self._bound = own_connection(session) is not None
         self._unguarded = False
         """Whether a table lock can no longer make a read on the bound connection wait."""
 
@@ -133,19 +135,18 @@ class OwnReader(Generic[M]):
     async def connection(self) -> AsyncIterator[AsyncConnection]:
         """The session's, in its transaction; where it has none, as long as this lasts."""
         session = self.session
-        if isinstance(session.bind, AsyncConnection):
-            yield session.bind
+        if (own := own_connection(session)) is not None:
+            yield own
             return
+        bind_arguments = dict(written(self.target.mapper))
         if session.in_transaction():
-            yield await session.connection(bind_arguments={"mapper": self.target.mapper})
+            yield await session.connection(bind_arguments=bind_arguments)
             return
         translated = self._schemas and self._schemas != schemas_of(session.sync_session)
         options = {"schema_translate_map": dict(self._schemas)} if translated else None
         async with self._own_reads:
             try:
-                connection = await session.connection(
-                    bind_arguments={"mapper": self.target.mapper}, execution_options=options
-                )
+                connection = await session.connection(bind_arguments=bind_arguments, execution_options=options)
                 for name, value in self._settings:
                     await connection.execute(_SET, {"name": name, "value": value})
                 yield connection
@@ -155,7 +156,7 @@ class OwnReader(Generic[M]):
     async def _read(self, connection: AsyncConnection, identified: bool, job_id: UUID | None) -> OwnRow[M]:
         session = AsyncSession(
             connection,
-            sync_session_class=type(self.session.sync_session),
+            sync_session_class=_on_its_bind(type(self.session.sync_session)),  # type: ignore[arg-type]
             join_transaction_mode="rollback_only",
             autoflush=False,
             info={name: value for name, value in self.session.info.items() if not str(name).startswith("coord.")},
@@ -177,6 +178,12 @@ class OwnReader(Generic[M]):
                 return await work
 
         return await uninterrupted(exclusively())
+
+
+@lru_cache(maxsize=256)
+def _on_its_bind(session_class: type[Session]) -> type[Session]:
+    """With the class's hooks, but for a `get_bind` of its own: a connection was chosen."""
+    return type(session_class.__name__, (session_class,), {"get_bind": lambda session, *_, **__: session.bind})
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, Self
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from coord.database.engine import engine_of
+from coord.database.engine import engine_of, own_connection, written
 from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.jobs.model import JobState
@@ -56,15 +55,15 @@ class Wait(Generic[M]):
     @classmethod
     def of(cls, session: AsyncSession, target: Target[M], schemas: Schemas) -> Wait[M]:
         warn_if_uncoordinated()
-        watcher = Watcher.of(engine_of(session))
-        settings = None if isinstance(session.bind, AsyncConnection) else watcher.settings_of(session)
+        watcher = Watcher.of(engine_of(session, **written(target.mapper)))
+        settings = None if own_connection(session) else watcher.settings_of(session)
         return cls(session, target, schemas, settings, watcher)
 
     def registered(
         self, baseline: Baseline, *, interval: float, fresh: bool, awaits_message: bool = False
     ) -> _Handed[M] | _Woken[M]:
         """Registered from now until its block ends."""
-        bound = isinstance(self.session.bind, AsyncConnection)
+        bound = own_connection(self.session) is not None
         make: Any = partial(HandedWaiter, fresh=fresh)
         if self.settings is None:
             make = partial(WokenWaiter, fresh=fresh, solo=bound)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -37,6 +38,16 @@ MAX_OWN_READS = 4
 """Sessions that read by themselves at a time: the pool's connections are for others as well."""
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class _Coordination:
+    """What an open `Coordinator` gives to the waits of its engine."""
+
+    max_waiters: int
+    declared: Declared
+    subscribe: Subscribe
+    is_job_pending: Callable[[object], bool]
+
+
 class Watcher:
     """The waits of one event loop for rows of one database, and a cap on them all.
 
@@ -48,12 +59,7 @@ class Watcher:
         self.waiters = 0
         self.own_reads = asyncio.Semaphore(MAX_OWN_READS)
         """Bounds the sessions that read by themselves."""
-        self._max_waiters = MAX_WAITERS
-        self._declared: Declared = None
-        self._coordinated = False
-        self._subscribe: Subscribe = _subscribe_to_nothing
-        self.is_job_pending: Callable[[object], bool] = _is_never_pending
-        """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
+        self._coordinations: list[_Coordination] = []
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._idle_tasks: set[asyncio.Task[None]] = set()
         """Tasks of pollers whose last waiter has left."""
@@ -69,7 +75,8 @@ class Watcher:
 
     def settings_of(self, session: AsyncSession) -> Settings | None:
         """What the rows that the session reads depend on, as declared to the coordinator; None if undeclared."""
-        return settings_of(self._declared, session)
+        declared = (each.declared for each in self._coordinations if each.declared is not None)
+        return settings_of(next(declared, None), session)
 
     def register(
         self,
@@ -87,7 +94,7 @@ class Watcher:
 
         With `awaits_message` its row cannot change without a message; if it `counts`, it takes one of `max_waiters`.
         """
-        if counts and self.waiters >= self._max_waiters:
+        if counts and self.waiters >= max((each.max_waiters for each in self._coordinations), default=MAX_WAITERS):
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
         kind = (target.mapper, schemas, settings)
         if (poller := self._pollers.get(kind)) is None:
@@ -101,27 +108,34 @@ class Watcher:
     def _poller(self, mapper: Mapper[Any], schemas: Schemas, settings: Settings | None) -> Poller:
         made = WakingPoller if settings is None else HandingPoller
         reader = Reader(self.engine, mapper, schemas, settings)
-        return made(reader, self._subscribe(mapper, schemas), on_leave=self._left)
+        return made(reader, self._subscription(mapper, schemas), on_leave=self._left)
 
     @contextmanager
     def coordinate(
         self, max_waiters: int, declared: Declared, subscribe: Subscribe, is_job_pending: Callable[[object], bool]
     ) -> Iterator[None]:
-        """Use another cap, and messages, until the block ends, also for waits that have begun before."""
-        if self._coordinated:
-            raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
-        self._set(max_waiters, declared, subscribe, coordinated=True)
-        self.is_job_pending, self._draining = is_job_pending, False
+        """Use another cap, and messages, until the block ends, also for waits that have begun before.
+
+        Of several at a time the widest cap counts, the first declaration, and the first that has messages.
+        """
+        own = _Coordination(max_waiters, declared, subscribe, is_job_pending)
+        self._coordinations.append(own)
+        self._draining = False
+        self._resubscribe()
         try:
             yield
         finally:
-            self._set(MAX_WAITERS, None, _subscribe_to_nothing, coordinated=False)
-            self.is_job_pending = _is_never_pending
+            self._coordinations.remove(own)
+            self._resubscribe()
             self._forget_if_idle()
+
+    def is_job_pending(self, job_id: object) -> bool:
+        """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
+        return any(each.is_job_pending(job_id) for each in self._coordinations)
 
     async def drain(self) -> None:
         """Stop reads that no wait needs, now and later on; their connections are in the pool again."""
-        self._draining = True
+        self._draining = not self._coordinations
         for task in self._idle_tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
@@ -129,11 +143,13 @@ class Watcher:
         while self._idle_tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait([*self._idle_tasks], timeout=left)
 
-    def _set(self, max_waiters: int, declared: Declared, subscribe: Subscribe, *, coordinated: bool) -> None:
-        self._max_waiters, self._declared, self._coordinated = max_waiters, declared, coordinated
-        self._subscribe = subscribe
+    def _subscription(self, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
+        found = (each.subscribe(mapper, schemas) for each in self._coordinations)
+        return next((each for each in found if each is not None), None)
+
+    def _resubscribe(self) -> None:
         for (mapper, schemas, _), poller in self._pollers.items():
-            poller.subscribe(subscribe(mapper, schemas))
+            poller.subscribe(self._subscription(mapper, schemas))
 
     def _left(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
@@ -147,17 +163,8 @@ class Watcher:
             self._forget_if_idle()
 
     def _forget_if_idle(self) -> None:
-        if not self._pollers and not self._coordinated:
+        if not self._pollers and not self._coordinations:
             _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
-
-
-def _subscribe_to_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
-    """Waits go by polling alone."""
-
-
-def _is_never_pending(_job_id: object) -> bool:
-    """Without a coordinator this process sends no messages."""
-    return False
 
 
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect, Watcher]] = WeakKeyDictionary()

@@ -11,8 +11,7 @@ from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
-from coord.database.engine import engine_of
-from coord.jobs.model import Cancellation, job_mapper, jobs, new_id
+from coord.jobs.model import Cancellation, job_mapper, jobs, ledger_engine, new_id
 from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher, Gate
@@ -66,7 +65,7 @@ class Lifecycle:
 
     async def start(self) -> None:
         """Return when jobs are taken; what has been opened is closed if that fails."""
-        _warn_of_small_pool(engine_of(self._config.session_maker).pool, self._config.max_jobs)
+        _warn_of_small_pool(ledger_engine(self._config.session_maker).pool, self._config.max_jobs)
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -140,7 +139,7 @@ class Lifecycle:
 
     def _connections(self, stack: AsyncExitStack) -> tuple[AsyncEngine, Redis, Redis]:
         """For maintenance in PostgreSQL, for that in Redis, and for the pops that block; closed with the stack."""
-        maintenance = another(engine_of(self._config.session_maker))
+        maintenance = another(ledger_engine(self._config.session_maker))
         stack.push_async_callback(maintenance.dispose)
         redis, feed = self._config.address.client(), self._config.address.client()
         for client in (redis, feed):

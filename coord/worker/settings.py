@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
 
-from coord.database.engine import engine_of
 from coord.durations import seconds
+from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
@@ -75,7 +75,7 @@ def worker_settings(
     absence of Redis. Beside its pool it opens up to four connections to PostgreSQL and seven to Redis. Raises
     `ValueError` or `TypeError` here for what makes no sense.
     """
-    engine_of(session_maker)
+    ledger_engine(session_maker)
     _check(arq_settings)
     keys = QueueKeys(text("namespace", namespace), text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
@@ -142,7 +142,7 @@ class _Host:
         finally:
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await engine_of(self._own["session_maker"]).dispose()
+            await ledger_engine(self._own["session_maker"]).dispose()
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:

@@ -18,9 +18,8 @@ from sqlalchemy import delete, event, insert
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from coord.database.engine import engine_of
 from coord.database.place import ledger_options, ledger_schema
-from coord.jobs.model import workers
+from coord.jobs.model import ledger_engine, workers
 from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Beats, Board, redis_of
@@ -71,7 +70,7 @@ class Heartbeat:
         return bool(time.monotonic() - self.board.beaten < CREDIBLE_SECONDS)
 
     async def __aenter__(self) -> Self:
-        event.listen(engine_of(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
+        event.listen(ledger_engine(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
         try:
             await self._enrol()
         except BaseException:
@@ -90,7 +89,7 @@ class Heartbeat:
     async def __aexit__(self, *_: object) -> None:
         """Off the list, once nothing can put the worker back on it."""
         self._ended = True
-        event.remove(engine_of(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
+        event.remove(ledger_engine(self._config.session_maker).sync_engine, "do_connect", self._note_connect)
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(_line({"end": True}))
             self._process.stdin.close()
@@ -138,7 +137,7 @@ class Heartbeat:
 
     async def _execute(self, statement: Any) -> None:
         """By a connection of its own, which tells how one is made."""
-        engine = another(engine_of(self._config.session_maker)).execution_options(isolation_level="AUTOCOMMIT")
+        engine = another(ledger_engine(self._config.session_maker)).execution_options(isolation_level="AUTOCOMMIT")
         try:
             async with engine.connect() as connection:
                 options = await connection.run_sync(ledger_options)
@@ -229,7 +228,7 @@ class Heartbeat:
     async def _beat_here(self) -> None:
         """In an event loop of its own."""
         told = self._told()
-        engine = another(engine_of(self._config.session_maker)).execution_options(isolation_level="AUTOCOMMIT")
+        engine = another(ledger_engine(self._config.session_maker)).execution_options(isolation_level="AUTOCOMMIT")
         redis = redis_of(told["redis"])
         try:
             beats = Beats(self.board, told, engine, redis, lambda line: logger.warning("%s", line.partition(" ")[2]))
