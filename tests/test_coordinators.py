@@ -12,8 +12,8 @@ from redis.asyncio import Redis
 from coord import Coordinator, TooManyWaitersError, enqueue, wait_for_row_change
 from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
 from tests.models import User
+from tests.round_trip import rename
 from tests.serving import eventually
-from tests.test_place import rename
 from tests.waits import registered, waiting
 from tests.workers import KEYS, Office, client, working
 

@@ -11,9 +11,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
 
-from coord import Coordinator, Job, create_ledger, enqueue, get_job, job_transaction, lock_tables, wait_for_row_change
+from coord import Coordinator, Job, create_ledger, enqueue, get_job, lock_tables, wait_for_row_change
 from tests.ledger import a_task, executed
 from tests.models import User
+from tests.round_trip import rename
 from tests.shop import dsn_of, empty_database
 from tests.workers import Office, client, working
 
@@ -38,13 +39,6 @@ async def placed(database_url: str, *schemas: str | None) -> AsyncIterator[tuple
         yield url, engine, observer
         await observer.close()
         await engine.dispose()
-
-
-async def rename(ctx: dict[str, Any], user_id: int) -> None:
-    async with job_transaction(ctx) as session, lock_tables(session, [User]):
-        user = await session.get(User, user_id)
-        assert user is not None
-        user.name = "renamed"
 
 
 @pytest.mark.parametrize("way", ["map", "search_path"])

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from contextvars import copy_context
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 from sqlalchemy import Connection, TableClause, event, table, update
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from sqlalchemy import Engine
     from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.ext.asyncio import async_sessionmaker
     from sqlalchemy.orm import Mapper
 
 AnySession = AsyncSession | async_scoped_session[AsyncSession]
@@ -52,17 +55,23 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
 
     `ValueError` unless it is `postgresql+asyncpg`.
     """
-    session = source() if isinstance(source, async_sessionmaker) else source
+    session = source if isinstance(source, AsyncSession) else source()
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
-    try:
-        found = session.sync_session.get_bind(**(bind_arguments or ANYWHERE))
-    except UnboundExecutionError:
-        message = "coord needs sessions that have an asynchronous engine here: async_sessionmaker(bind=engine)"
-        raise ValueError(message) from None
+    found = _bind_of(session, bind_arguments or ANYWHERE)
+    if found is None:
+        raise ValueError("coord needs sessions that have an asynchronous engine here: async_sessionmaker(bind=engine)")
     if isinstance(found, Connection) and own_connection(session) is None:
         raise ValueError("coord takes a session on one connection by bind=, and not by binds=")
     require_asyncpg(found.dialect)
     return bind if isinstance(bind, AsyncEngine) and bind.sync_engine is found else AsyncEngine(found.engine)
+
+
+def _bind_of(session: AsyncSession, bind_arguments: Mapping[str, Any]) -> Engine | Connection | None:
+    """Asked in a context of its own, where a `get_bind` that remembers in one what it was asked for may note it."""
+    try:
+        return copy_context().run(session.sync_session.get_bind, **bind_arguments)
+    except UnboundExecutionError:
+        return None
 
 
 def engines_of(session: AsyncSession) -> list[AsyncEngine]:
@@ -70,13 +79,10 @@ def engines_of(session: AsyncSession) -> list[AsyncEngine]:
     given = [getattr(session, "bind", None), *(getattr(session, "binds", None) or {}).values()]
     known = [each.engine if isinstance(each, AsyncConnection) else each for each in given if each is not None]
     engines = {each.sync_engine: each for each in known}
-    try:
-        found = session.sync_session.get_bind(**ANYWHERE).engine
-    except UnboundExecutionError:
-        found = None
-    if found is not None and found not in engines:
+    found = _bind_of(session, ANYWHERE)
+    if found is not None and found.engine not in engines:
         require_asyncpg(found.dialect)
-        engines[found] = AsyncEngine(found)
+        engines[found.engine] = AsyncEngine(found.engine)
     for engine in engines:
         require_asyncpg(engine.dialect)
     return [*engines.values()]

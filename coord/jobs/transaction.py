@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, exists, func, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
@@ -108,7 +109,8 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
     while True:
         left -= 1
         # Used after the block, a closed session would begin another transaction.
-        session: AsyncSession = attempt.session_maker(close_resets_only=False)
+        options = {"close_resets_only": False} if isinstance(attempt.session_maker, async_sessionmaker) else {}
+        session: AsyncSession = attempt.session_maker(**options)
         session.info[ATTEMPT] = attempt
         transaction = session.begin()
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import undefer
+from sqlalchemy.orm import Session, undefer
 
 from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import own_connection, written
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.orm import InstanceState, Mapper, Session
+    from sqlalchemy.orm import InstanceState, Mapper
 
     from coord.database.schemas import Schemas
     from coord.database.target import Target
@@ -161,6 +161,8 @@ class OwnReader(Generic[M]):
             autoflush=False,
             info={name: value for name, value in self.session.info.items() if not str(name).startswith("coord.")},
         )
+        own, given = vars(session.sync_session), vars(self.session.sync_session)
+        own.update({name: value for name, value in given.items() if name not in own})
         return await session.run_sync(self._found, identified, job_id)
 
     def _found(self, session: Session, identified: bool, job_id: UUID | None) -> OwnRow[M]:
@@ -182,8 +184,9 @@ class OwnReader(Generic[M]):
 
 @lru_cache(maxsize=256)
 def _on_its_bind(session_class: type[Session]) -> type[Session]:
-    """With the class's hooks, but for a `get_bind` of its own: a connection was chosen."""
-    return type(session_class.__name__, (session_class,), {"get_bind": lambda session, *_, **__: session.bind})
+    """With the class's hooks, but with no constructor and no `get_bind` of its own: a connection was chosen."""
+    own = {"__init__": Session.__init__, "get_bind": lambda session, *_, **__: session.bind}
+    return type(session_class.__name__, (session_class,), own)
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
