@@ -137,7 +137,7 @@ async def test_a_named_lock_is_where_writes_go_and_refused_where_nothing_says_wh
     async with routed(engine, elsewhere)() as session, advisory_lock(session, 7):
         assert not await observer.fetchval("SELECT pg_try_advisory_lock(7)")
     async with async_sessionmaker(binds={Base: engine})() as session:
-        with pytest.raises(ValueError, match="have an asynchronous engine here"):
+        with pytest.raises(ValueError, match="bound to one asynchronous engine here"):
             advisory_lock(session, 7)
 
 

@@ -59,7 +59,7 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
     found = _bind_of(session, bind_arguments or ANYWHERE)
     if found is None:
-        raise ValueError("coord needs sessions that have an asynchronous engine here: async_sessionmaker(bind=engine)")
+        raise ValueError("coord needs sessions bound to one asynchronous engine here: async_sessionmaker(bind=engine)")
     if isinstance(found, Connection) and own_connection(session) is None:
         raise ValueError("coord takes a session on one connection by bind=, and not by binds=")
     require_asyncpg(found.dialect)
