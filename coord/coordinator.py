@@ -14,28 +14,23 @@ from coord.database.engine import engine_of, engines_of, prepare, session_of
 from coord.database.target import key_of, mapper_of
 from coord.jobs.model import ledger_engine
 from coord.notify.bell import Bell
-from coord.notify.changes import Changes, written_to
+from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
 from coord.queue.handover import hand_over
-from coord.waiting.settings import check_declared
-from coord.waiting.subscription import RowSubscription
-from coord.waiting.watcher import MAX_WAITERS, Watcher
+from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from types import TracebackType
 
-    from sqlalchemy.engine import Dialect
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
     from coord.database.engine import AnySession
-    from coord.database.schemas import Schemas
     from coord.notify.changes import Changed
     from coord.notify.subscriber import Listener
-    from coord.waiting.settings import Declared
-
+    from coord.waiting.watcher import Declared
 
 logger = logging.getLogger("coord.bell")
 
@@ -77,7 +72,8 @@ class Coordinator:
             raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
-        check_declared(read_settings)
+        if read_settings is not None and not callable(read_settings):
+            checked_settings(read_settings)
         self._read_settings = read_settings
         self._session_maker = session_maker
         engines_of(session_maker())  # refuses what is not PostgreSQL's; there may be none yet
@@ -86,7 +82,6 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self._changes: dict[Dialect, Changes] = {}
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
@@ -100,9 +95,7 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
-            stack.push_async_callback(
-                self._drain
-            )  # the last of all: waits that are cancelled with the server end meanwhile
+            stack.push_async_callback(self._drain)  # last of all: waits that are cancelled meanwhile are gone by then
             if self._redis is not None:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
@@ -130,10 +123,10 @@ class Coordinator:
         mapper = mapper_of(model)
         key = None if pk_value is None else key_of(mapper, pk_value)
         session = session_of(session)
-        changes = self._changes.get(written_to(session.sync_session, mapper))
-        if changes is None:
+        dialect = written_to(session.sync_session, mapper)
+        if all(watcher.engine.dialect is not dialect for watcher in self._watchers):
             raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
-        changes.add(session.sync_session, (mapper, key))
+        announce(session.sync_session, dialect, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Notify a worker's listener of a channel as long as this is open; nothing without Redis."""
@@ -161,19 +154,9 @@ class Coordinator:
     def _coordinate(self, engine: AsyncEngine, stack: AsyncExitStack) -> None:
         prepare(engine)
         channels, watcher = self._channels(engine), Watcher.of(engine)
-        changes = Changes(engine.dialect, partial(self._publish_changes, channels))
         self._watchers.append(watcher)
-        subscribe = partial(self._subscribe, channels)
-        stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, subscribe, self._is_pending))
-        stack.enter_context(changes.observed())
-        self._changes[engine.dialect] = changes
-        stack.callback(self._changes.pop, engine.dialect)
-
-    def _subscribe(self, channels: Channels, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
-        return None if self._bell is None else RowSubscription(self._bell, channels, mapper, schemas)
-
-    def _is_pending(self, job_id: object) -> bool:
-        return self._bell is not None and self._bell.is_pending(job_id)
+        stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
+        stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
 
     def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
         loop = self._loop

@@ -6,11 +6,13 @@ import logging
 from contextvars import copy_context
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import asyncpg
 from sqlalchemy import Connection, TableClause, event, table, update
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.engine import Dialect, ExceptionContext
     from sqlalchemy.ext.asyncio import async_sessionmaker
-    from sqlalchemy.orm import Mapper
+    from sqlalchemy.orm import Mapper, SessionTransaction
 
 AnySession = AsyncSession | async_scoped_session[AsyncSession]
 
@@ -32,6 +34,8 @@ READ_ONLY = "25006"
 """PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
 _FAILURE = "coord.failure"
+_SESSION = "coord.session"
+"""In a connection's `info`: a reference to the session whose transaction it was given to."""
 
 
 def session_of(session: AnySession) -> AsyncSession:
@@ -133,8 +137,11 @@ def _on_error(context: ExceptionContext) -> None:
         if isinstance(error, asyncpg.InternalClientError):  # which SQLAlchemy passes on as it is
             lost = InterfaceError(context.statement, None, error, connection_invalidated=True)
             raise lost from error
+    elif _is_committing(connection):
+        logger.warning("A statement in a listener of a commit has failed, so the commit fails: %s", error)
+        connection.invalidate(error)
     else:
-        note_failure(connection, context.sqlalchemy_exception or error)
+        _note_failure(connection, context.sqlalchemy_exception or error)
 
 
 def _is_lost(connection: Connection, error: Exception) -> bool:
@@ -155,7 +162,23 @@ def _is_read_only(driver: asyncpg.Connection) -> bool:
     return "on" in (getattr(settings, name, None) for name in ("in_hot_standby", "default_transaction_read_only"))
 
 
-def note_failure(connection: Connection, error: BaseException) -> None:
+@event.listens_for(Session, "after_begin")
+def _note_session(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    if session.bind is not connection:
+        connection.info[_SESSION] = ref(session)
+
+
+def _is_committing(connection: Connection) -> bool:
+    """Whether a listener of the engine's `commit` has sent the statement, after the last check that can be made.
+
+    A session counts as inactive once it has flushed and its connections commit. A savepoint of the listener's own is
+    its to roll back to.
+    """
+    session = connection.info.get(_SESSION, lambda: None)()
+    return session is not None and not session.is_active and not connection.in_nested_transaction()
+
+
+def _note_failure(connection: Connection, error: BaseException) -> None:
     """Have the next commit check that PostgreSQL has not aborted the transaction.
 
     Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
@@ -167,6 +190,7 @@ def note_failure(connection: Connection, error: BaseException) -> None:
 def _forget_failure(_dbapi_connection: Any, record: Any) -> None:
     """Else what its traceback refers to would live as long as the pooled connection."""
     record.info.pop(_FAILURE, None)
+    record.info.pop(_SESSION, None)
 
 
 def last_failure(connection: Connection) -> BaseException | None:
