@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import Delete, Update, text, update
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, make_transient_to_detached
 
@@ -20,7 +19,6 @@ from coord import (
     Coordinator,
     Job,
     UncommittedChangesError,
-    WaitTimeoutError,
     advisory_lock,
     cancel_job,
     create_db_context,
@@ -249,39 +247,3 @@ def test_every_public_function_with_a_session_takes_a_scoped_one() -> None:
     }
     assert len(found) > 15
     assert {name: given for name, given in found.items() if given != "AnySession"} == {}
-
-
-# One connection
-
-
-@pytest.mark.parametrize("end", ["time is up", "cancelled"])
-async def test_nothing_runs_on_the_sessions_connection_once_its_wait_has_ended(engine: AsyncEngine, end: str) -> None:
-    for n in range(40):
-        async with engine.connect() as connection:
-            outer = await connection.begin()
-            await connection.execute(text("INSERT INTO users VALUES (1, 'before')"))
-            maker = async_sessionmaker(connection, expire_on_commit=False, join_transaction_mode="create_savepoint")
-            async with maker() as session:
-                wait = wait_for_row_change(
-                    session, User, 1, interval=0.001, timeout=0.003 + n / 5000 if end[0] == "t" else None
-                )
-                task = asyncio.create_task(wait)
-                if end == "cancelled":
-                    await asyncio.sleep(0.003 + n / 5000)
-                    task.cancel()
-                with pytest.raises((WaitTimeoutError, asyncio.CancelledError)):
-                    await task
-                await outer.rollback()  # "another operation is in progress", if one is
-
-
-async def test_a_wait_on_one_connection_does_not_outlive_a_statement_that_hangs(engine: AsyncEngine) -> None:
-    """What cannot be read in time is ended by PostgreSQL, and the outer transaction goes on."""
-    async with engine.connect() as connection, engine.connect() as locker:
-        outer = await connection.begin()
-        async with locker.begin():
-            await locker.execute(text("LOCK TABLE users IN ACCESS EXCLUSIVE MODE"))
-            async with async_sessionmaker(connection, expire_on_commit=False)() as session:
-                with pytest.raises((WaitTimeoutError, DBAPIError)):
-                    await wait_for_row_change(session, User, 1, timeout=0.2)
-                assert await connection.scalar(text("SELECT 1")) == 1
-        await outer.rollback()

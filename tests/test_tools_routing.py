@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from advanced_alchemy.config.routing import RoutingConfig
-from advanced_alchemy.routing import RoutingAsyncSessionMaker
 from sqlalchemy import event, text
+from sqlalchemy.exc import SADeprecationWarning
 
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.round_trip import application, rename, running
 from tests.shop import empty_database
+
+with warnings.catch_warnings(action="ignore", category=SADeprecationWarning):  # on SQLAlchemy 2.1
+    from advanced_alchemy.config.routing import RoutingConfig
+    from advanced_alchemy.routing import RoutingAsyncSessionMaker
 
 if TYPE_CHECKING:
     from asyncpg import Connection

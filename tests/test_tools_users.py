@@ -10,9 +10,14 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if int(version("fastapi-users-db-sqlalchemy").split(".")[0]) < 7:
+    pytest.skip("the adapter for SQLAlchemy 2.0 cannot be installed beside this SQLAlchemy", allow_module_level=True)
+
 from fastapi import Depends, FastAPI
 from fastapi_users import BaseUserManager, FastAPIUsers, UUIDIDMixin, schemas
 from fastapi_users.authentication import AuthenticationBackend, BearerTransport, JWTStrategy
+from fastapi_users.db import SQLAlchemyBaseUserTableUUID, SQLAlchemyUserDatabase
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
@@ -22,11 +27,6 @@ from tests.shop import empty_database
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-if int(version("fastapi-users-db-sqlalchemy").split(".")[0]) < 7:
-    pytest.skip("the adapter for SQLAlchemy 2.0 cannot be installed beside this SQLAlchemy", allow_module_level=True)
-
-from fastapi_users.db import SQLAlchemyBaseUserTableUUID, SQLAlchemyUserDatabase
 
 
 class Base(DeclarativeBase):
