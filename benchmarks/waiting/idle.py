@@ -6,7 +6,6 @@ import asyncio
 import gc
 import math
 import time
-from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -25,6 +24,8 @@ from benchmarks.waiting.stage import Order, coord_wait, missing_peer, toolsets_w
 from coord import Coordinator
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from benchmarks.report import Row
