@@ -28,6 +28,11 @@ def place_ledger(dialect: Dialect, schema: str | None) -> None:
     _places[dialect] = schema
 
 
+def known_schema(dialect: Dialect) -> str | None:
+    """As `ledger_schema` has found it."""
+    return _places.get(dialect)
+
+
 def ledger_schema(connection: Connection) -> str | None:
     """None for that which names without a schema are in, also while there is no ledger.
 
