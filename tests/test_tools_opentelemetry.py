@@ -49,7 +49,7 @@ async def test_the_round_trip_is_seen_statement_by_statement(
     (request,) = [span for span in spans if span.name == "POST /users/{user_id}"]
     of_request = [statement(span) for span in spans if span.context.trace_id == request.context.trace_id]
     everywhere = [statement(span) for span in spans]
-    for own in ("INSERT INTO users", "INSERT INTO coord_jobs", "SELECT 1 AS"):  # the last is the wait's own read
+    for own in ("INSERT INTO users", "INSERT INTO coord_jobs", "SELECT 1, users.id"):  # the last is the wait's own read
         assert any(each.startswith(own) for each in of_request), (own, of_request)
     for by_worker in ("UPDATE coord_jobs SET state", "UPDATE users SET"):
         assert any(each.startswith(by_worker) for each in everywhere), (by_worker, everywhere)
