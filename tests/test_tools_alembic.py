@@ -1,4 +1,4 @@
-"""Alembic itself, as docs/jobs.md has it: a migration that runs, finds nothing afterwards, and leaves the ledger be."""
+"""Alembic itself, as docs/tenants.md has it: a migration that runs, finds nothing afterwards, and leaves the ledger be."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Project:
 
 def included() -> str:
     """`include_name` as the page has it."""
-    page = (ROOT / "docs" / "jobs.md").read_text()
+    page = (ROOT / "docs" / "tenants.md").read_text()
     (block,) = [block for block in page.split("```") if "def include_name" in block]
     return block.removeprefix("python\n")
 

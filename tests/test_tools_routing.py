@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import sqlalchemy
-from sqlalchemy import event, text
-from sqlalchemy.exc import SADeprecationWarning
-
-from tests.ledger import ledger  # noqa: F401 - a fixture
-from tests.round_trip import application, rename, running
-from tests.shop import empty_database
 
 if sqlalchemy.__version__ >= "2.1":  # `bind` is a property there, which its sessions set before they are made
     pytest.skip("advanced-alchemy 1.12 cannot make a routing session on SQLAlchemy 2.1", allow_module_level=True)
 
-with warnings.catch_warnings(action="ignore", category=SADeprecationWarning):  # on SQLAlchemy 2.1
-    from advanced_alchemy.config.routing import RoutingConfig
-    from advanced_alchemy.routing import RoutingAsyncSessionMaker
+from advanced_alchemy.config.routing import RoutingConfig
+from advanced_alchemy.routing import RoutingAsyncSessionMaker
+from sqlalchemy import event, text
+
+from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.round_trip import application, rename, running
+from tests.shop import empty_database
 
 if TYPE_CHECKING:
     from asyncpg import Connection
