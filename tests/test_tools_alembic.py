@@ -1,4 +1,4 @@
-"""Alembic itself, as docs/tenants.md has it: a migration that runs, finds nothing afterwards, and leaves the ledger be."""
+"""Alembic itself, as docs/tenants.md has it: a migration that runs, then finds nothing, and leaves the ledger be."""
 
 from __future__ import annotations
 
