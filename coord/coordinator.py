@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
 
-from coord.database.engine import engine_of, prepare
+from coord.database.engine import engine_of, engines_of, prepare, session_of
 from coord.database.target import key_of, mapper_of
+from coord.jobs.model import ledger_engine
 from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
     from types import TracebackType
 
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
+    from coord.database.engine import AnySession
     from coord.notify.changes import Changed
     from coord.notify.subscriber import Listener
     from coord.waiting.watcher import Declared
@@ -35,7 +38,8 @@ logger = logging.getLogger("coord.bell")
 class Coordinator:
     """Publishes which rows the sessions of this engine change, and wakes the waits of this process for them.
 
-    Sessions are recognised by their engine, whichever maker made them. Messages are sent after the outermost commit,
+    Sessions are recognised by their engine, whichever maker made them; of a maker with `binds` all engines count.
+    Messages are sent after the outermost commit,
     never delay or fail it, and are hints: a wait reads the row again, and reads it once an interval without any.
     `namespace` and the database's name keep services apart that share a Redis. Without `redis` waits go by polling
     alone, under the cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
@@ -71,23 +75,23 @@ class Coordinator:
         if read_settings is not None and not callable(read_settings):
             checked_settings(read_settings)
         self._read_settings = read_settings
-        self._engine = engine_of(session_maker)
+        self._session_maker = session_maker
+        engines_of(session_maker())  # refuses what is not PostgreSQL's; there may be none yet
         self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
         self._namespace = namespace
-        self.channels = Channels(namespace, self._engine.url.database or "")
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
-        self._watcher: Watcher | None = None
+        self._watchers: list[Watcher] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
             raise RuntimeError("This Coordinator is open already; it has one block at a time.")
-        prepare(self._engine)
+        engines = engines_of(self._session_maker()) or [engine_of(self._session_maker)]
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
@@ -95,11 +99,8 @@ class Coordinator:
             if self._redis is not None:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
-            self._watcher = Watcher.of(self._engine)
-            stack.enter_context(
-                self._watcher.coordinate(self._max_waiters, self._read_settings, self._bell, self.channels)
-            )
-            stack.enter_context(observed(self._engine.dialect, self._publish_changes))
+            for engine in engines:
+                self._coordinate(engine, stack)
             self._stack = stack.pop_all()
         return self
 
@@ -114,16 +115,18 @@ class Coordinator:
         async with self:
             yield
 
-    def ring(self, session: AsyncSession, model: type[Any], pk_value: Any = None) -> None:
+    def ring(self, session: AnySession, model: type[Any], pk_value: Any = None) -> None:
         """Announce what raw SQL has changed: one row, or with no key any row of the table.
 
         Sent after the session's commit and not after its rollback; at once when no transaction is open.
         """
         mapper = mapper_of(model)
         key = None if pk_value is None else key_of(mapper, pk_value)
-        if written_to(session.sync_session, mapper) is not self._engine.dialect:
+        session = session_of(session)
+        dialect = written_to(session.sync_session, mapper)
+        if all(watcher.engine.dialect is not dialect for watcher in self._watchers):
             raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
-        announce(session.sync_session, self._engine.dialect, (mapper, key))
+        announce(session.sync_session, dialect, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Notify a worker's listener of a channel as long as this is open; nothing without Redis."""
@@ -136,25 +139,43 @@ class Coordinator:
             self._bell.publish([self.channels.row(mapper, (), (id_,)) for id_ in ids])
 
     async def _drain(self) -> None:
-        if self._watcher is not None:
-            await self._watcher.drain()
+        watchers, self._watchers = self._watchers, []
+        for watcher in watchers:
+            await watcher.drain()
 
-    def _publish_changes(self, session: Session, changes: Changed) -> None:
-        if self._bell is None or self._loop is None:
-            return
+    @property
+    def channels(self) -> Channels:
+        """Those of the database that has the ledger."""
+        return self._channels(ledger_engine(self._session_maker))
+
+    def _channels(self, engine: AsyncEngine) -> Channels:
+        return Channels(self._namespace, engine.url.database or "")
+
+    def _coordinate(self, engine: AsyncEngine, stack: AsyncExitStack) -> None:
+        prepare(engine)
+        channels, watcher = self._channels(engine), Watcher.of(engine)
+        self._watchers.append(watcher)
+        stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
+        stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
+
+    def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
+        loop = self._loop
+        if self._bell is None or loop is None or loop.is_closed():
+            return False
         try:
             # No wait is for a job that is new.
             known = [change for change, job in changes.items() if job is None or job.attempt > 1 or job.state.is_final]
-            channels = self.channels.of_changes(session, known)
+            channels = to.of_changes(session, known)
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
-            return
-        if _running_loop() is self._loop:
+            return True
+        if _running_loop() is loop:
             self._bell.publish(channels, batch)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._bell.publish, channels, batch)
+        else:
+            loop.call_soon_threadsafe(self._bell.publish, channels, batch)
+        return True
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapper
 
 from coord.cancellation import cleaned_up, interruptible
 from coord.database.acquisition import Acquisition, acquire, literal
-from coord.database.engine import engine_of
+from coord.database.engine import ANYWHERE, engine_of, session_of, written
 from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
     from sqlalchemy.sql.compiler import IdentifierPreparer
 
+    from coord.database.engine import AnySession
     from coord.durations import Seconds
 
     Plan = Callable[[Connection], Acquisition]
@@ -70,7 +71,7 @@ _CONFLICTS = {  # table 13.2 of the manual, by strength
 
 
 def lock_tables(
-    session: AsyncSession,
+    session: AnySession,
     tables: Sequence[type[Any] | Table],
     *,
     mode: LockMode | str = LockMode.SHARE_ROW_EXCLUSIVE,
@@ -95,17 +96,17 @@ def lock_tables(
     """
     lock_mode = LockMode(mode)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
-    targets = _tables(tables)
-    engine_of(session)
+    session = session_of(session)
+    targets, binding = _tables(tables), _binding(session, tables)
 
     def plan(connection: Connection) -> Acquisition:
         return _table_acquisition(connection, targets, lock_mode, nowait=limit == 0)
 
-    return _held(session, {"clause": targets[0]}, plan, limit)
+    return _held(session, binding, plan, limit)
 
 
 def advisory_lock(
-    session: AsyncSession,
+    session: AnySession,
     key: int | tuple[int, int] | str,
     *,
     shared: bool = False,
@@ -123,9 +124,10 @@ def advisory_lock(
     """
     words = _advisory_key(key)
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
+    session = session_of(session)
     engine_of(session)
     acquisition = _advisory_acquisition(key, words, shared)
-    return _held(session, {}, lambda _: acquisition, limit, least=0.001)
+    return _held(session, ANYWHERE, lambda _: acquisition, limit, least=0.001)
 
 
 @asynccontextmanager
@@ -186,6 +188,14 @@ def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:
     if isinstance(tables, str | type | Table) or not tables:
         raise ValueError(f"tables is a list of at least one mapped class or Table, not {tables!r}")
     return tuple(table for target in tables for table in _tables_of(target))
+
+
+def _binding(session: AsyncSession, tables: Sequence[type[Any] | Table]) -> Mapping[str, Any]:
+    """Bind arguments for any of them."""
+    bindings = [written(each if isinstance(each, Table) else inspect(each)) for each in tables]
+    if len({engine_of(session, **binding).sync_engine for binding in bindings}) > 1:
+        raise ValueError("The session has these tables on different engines, so no transaction can lock all of them.")
+    return bindings[0]
 
 
 def _tables_of(target: object) -> Iterable[Table]:

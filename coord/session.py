@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the annotation
 
 from coord.cancellation import cleaned_up, interruptible, settled
-from coord.database.engine import engine_of, prepare
+from coord.database.engine import engine_of, engines_of, prepare, session_of
 from coord.database.transaction import connections_in_use, is_owned, own
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+    from coord.database.engine import AnySession
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -39,7 +41,7 @@ def create_db_dependency(session_maker: SessionMaker) -> Callable[..., AsyncGene
     Raises `ValueError` here, at once, when the maker is not bound to `postgresql+asyncpg`. Outside a request,
     `asynccontextmanager(get_db)()` and `async for session in get_db()` commit when they end.
     """
-    _prepare(session_maker)
+    _prepare(session_maker())
 
     async def get_db(connection: HTTPConnection = _BARE) -> AsyncGenerator[AsyncSession, None]:
         if connection is not _BARE:
@@ -59,7 +61,7 @@ def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsync
     async with db_context() as session:
         session.add(User())
     """
-    _prepare(session_maker)
+    _prepare(session_maker())
 
     @asynccontextmanager
     async def context() -> AsyncIterator[AsyncSession]:
@@ -70,7 +72,7 @@ def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsync
 
 
 @asynccontextmanager
-async def get_transaction(session: AsyncSession) -> AsyncIterator[AsyncSession]:
+async def get_transaction(session: AnySession) -> AsyncIterator[AsyncSession]:
     """A transaction that commits at exit, or a savepoint when the session already is in one.
 
     A savepoint's success is provisional: the transaction around it still has to commit, also one that a plain read has
@@ -82,6 +84,7 @@ async def get_transaction(session: AsyncSession) -> AsyncIterator[AsyncSession]:
             async with get_transaction(session=session):  # a savepoint
                 session.add(Role())
     """
+    session = session_of(session)
     block = session.begin_nested() if session.in_transaction() or is_owned(session) else session.begin()
     async with settled(block):
         yield session
@@ -107,15 +110,18 @@ async def _request_session(scope: MutableMapping[str, Any], session_maker: Sessi
     return sessions[attempt]
 
 
-def _prepare(session_maker: SessionMaker) -> None:
-    """Its engine, if it has one already: `configure(bind=…)` may come later, in a lifespan."""
-    if getattr(session_maker(), "bind", None) is not None:
-        prepare(engine_of(session_maker))
+def _prepare(session: AsyncSession) -> bool:
+    """Its engines, if it has any already: `configure(bind=…)` may come later, in a lifespan."""
+    engines = engines_of(session)
+    for engine in engines:
+        prepare(engine)
+    return bool(engines)
 
 
 def _made(session_maker: SessionMaker) -> AsyncSession:
     session = session_maker()
-    prepare(engine_of(session))
+    if not _prepare(session):
+        engine_of(session)  # says so
     own(session)
     return session
 

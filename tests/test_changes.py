@@ -16,11 +16,11 @@ from coord.notify.changes import collect
 from tests.models import Base, Document, Item, User, table_of
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from coord.notify.changes import Change
+    from coord.notify.changes import Changed
 
 pytestmark = pytest.mark.usefixtures("tables")
 
@@ -48,8 +48,9 @@ def observed(engine: AsyncEngine) -> Iterator[list[Any]]:
     """The keys of the rows that are told of, with their class."""
     told: list[Any] = []
 
-    def tell(_session: Session, found: Collection[Change]) -> None:
+    def tell(_session: Session, found: Changed) -> bool:
         told.extend((mapper.class_, key) for mapper, key in found)
+        return True
 
     with changes.observed(engine.dialect, tell):
         yield told

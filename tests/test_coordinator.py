@@ -202,14 +202,6 @@ async def test_another_namespace_or_database_wakes_nobody(
     assert len(names) == 4
 
 
-async def test_an_engine_has_one_coordinator_in_an_event_loop(session_maker: SessionMaker, redis_url: str) -> None:
-    coordinator = Coordinator(session_maker, redis=redis_url)
-    for _ in range(2):
-        async with coordinator:
-            with pytest.raises(RuntimeError, match="has a Coordinator in this event loop already"):
-                await Coordinator(session_maker).__aenter__()
-
-
 @pytest.mark.usefixtures("users")
 @pytest.mark.parametrize("bell", [True, False])
 async def test_one_wait_too_many_is_refused_at_once(session_maker: SessionMaker, redis_url: str, bell: bool) -> None:

@@ -6,12 +6,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import event, insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from coord import get_transaction
 from coord.database.engine import prepare
+from tests.models import User
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -60,6 +61,15 @@ async def test_a_commit_is_asked_about_once_however_many_statements_have_failed(
         await fail(session)
         await session.commit()
     assert statements.count(ASKED) == 1
+
+
+async def test_a_commit_that_was_sent_as_sql_is_the_callers(prepared: AsyncEngine, tables: None) -> None:
+    """As people send it before VACUUM: what is stored is no error afterwards."""
+    async with AsyncSession(prepared) as session:
+        await session.execute(insert(User).values(id=1, name=""))
+        await session.execute(text("COMMIT"))
+        await session.commit()
+        assert await session.get(User, 1)
 
 
 async def test_the_next_transaction_is_trusted_again(prepared: AsyncEngine, statements: list[str]) -> None:

@@ -30,6 +30,7 @@ from coord import (
     enqueue,
     get_transaction,
     job_transaction,
+    list_jobs,
     lock_tables,
     set_result,
     task_options,
@@ -212,6 +213,8 @@ async def test_the_caller_may_change_what_it_has_given_afterwards(
 
 async def test_enqueue_is_one_statement(single: AsyncEngine) -> None:
     maker = async_sessionmaker(single)
+    async with maker() as session:
+        await list_jobs(session)  # once an engine the ledger is looked for
     async with statements(single) as seen, maker() as session:
         await enqueue(session, a_task, 5)
     assert len(seen) == 1

@@ -51,25 +51,28 @@ async def make(engine: AsyncEngine) -> None:
         await create_ledger(connection)
 
 
-async def described(observer: asyncpg.Connection) -> dict[str, list[tuple[Any, ...]]]:
+async def described(observer: asyncpg.Connection, schema: str = "public") -> dict[str, list[tuple[Any, ...]]]:
     """Everything about the tables that PostgreSQL's catalogs tell."""
     queries = {
         "columns": """
             SELECT table_name, ordinal_position, column_name, data_type, character_maximum_length, is_nullable,
-            column_default FROM information_schema.columns WHERE table_schema = 'public' ORDER BY 1, 2
+            column_default FROM information_schema.columns WHERE table_schema = $1 ORDER BY 1, 2
         """,
-        "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = 'public' ORDER BY 1, 2",
+        "indexes": "SELECT tablename, indexname, indexdef FROM pg_indexes WHERE schemaname = $1 ORDER BY 1, 2",
         "options": """
             SELECT relname, reloptions::text FROM pg_class
-            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'i') ORDER BY 1
+            WHERE relnamespace = quote_ident($1)::regnamespace AND relkind IN ('r', 'i') ORDER BY 1
         """,
         "constraints": """
             SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid) FROM pg_constraint
-            WHERE connamespace = 'public'::regnamespace ORDER BY 1, 2
+            WHERE connamespace = quote_ident($1)::regnamespace ORDER BY 1, 2
         """,
-        "version": "SELECT version FROM coord_schema",
+        "functions": "SELECT proname, prosrc FROM pg_proc WHERE pronamespace = quote_ident($1)::regnamespace",
     }
-    return {name: [tuple(row) for row in await observer.fetch(query)] for name, query in queries.items()}
+    found = {name: [tuple(row) for row in await observer.fetch(query, schema)] for name, query in queries.items()}
+    return found | {
+        "version": [tuple(row) for row in await observer.fetch(f'SELECT version FROM "{schema}".coord_schema')]
+    }
 
 
 # Making them
@@ -228,20 +231,27 @@ async def test_the_ledger_of_a_newer_version_is_left_alone(database_url: str) ->
 # The command
 
 
+@pytest.mark.parametrize("options", [[], ["--schema", "The Jobs"]], ids=["default", "own schema"])
 async def test_what_coord_schema_prints_makes_what_it_applies(
-    database_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    database_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str]
 ) -> None:
     monkeypatch.delenv("COORD_DATABASE_URL", raising=False)
-    assert main(["schema"]) == 0
+    schema = options[-1] if options else "public"
+    assert main(["schema", *options]) == 0
     printed = capsys.readouterr().out
     async with database(database_url) as (engine, observer), database(database_url) as (_, other):
+        path = await observer.fetchval("SHOW search_path")
         await observer.execute(printed)
+        assert await observer.fetchval("SHOW search_path") == path
         url = dsn_of(database_url).rsplit("/", 1)[0] + "/" + await other.fetchval("SELECT current_database()")
-        arguments = ["schema", "--apply", "--url", url.replace("postgresql://", "postgresql+asyncpg://")]
+        arguments = ["schema", *options, "--apply", "--url", url.replace("postgresql://", "postgresql+asyncpg://")]
         assert await asyncio.to_thread(main, arguments) == 0
-        assert await described(observer) == await described(other)
-        await make(engine)
-        assert await described(observer) == await described(other)
+        found = await described(observer, schema)
+        assert {row[0] for row in found["columns"]} == TABLES
+        assert found == await described(other, schema)
+        await make(engine)  # finds it where it is
+        assert await described(observer, schema) == found
+        assert await observer.fetchval("SELECT count(*) FROM pg_class WHERE relname = 'coord_jobs'") == 1
 
 
 async def test_coord_schema_takes_its_database_from_the_environment(

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
+from redis.asyncio import Redis
 from sqlalchemy import text
 
 from coord import (
+    Coordinator,
     JobState,
     JobSuperseded,
     RowNotFoundError,
@@ -20,6 +22,7 @@ from coord import (
     cancel_job,
     enqueue,
     get_job,
+    get_transaction,
     job_transaction,
     list_jobs,
     retry_job,
@@ -32,6 +35,7 @@ from tests.ledger import a_task, committed, delivered
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
+from tests.workers import KEYS
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -283,6 +287,60 @@ async def test_a_hundred_cancel_one_job_at_once(session_maker: SessionMaker, obs
         states = await asyncio.gather(*(cancel() for _ in range(100)))
     assert set(states) <= {JobState.CANCELLED, JobState.RUNNING}
     assert (await row_of(observer, job))["state"] == "cancelled"
+
+
+@pytest.mark.parametrize("first", ["commit", "rollback"])
+@pytest.mark.parametrize("running", [True, False])
+async def test_who_cancels_a_job_does_not_wait_for_somebody_else_who_does(
+    session_maker: SessionMaker, observer: Connection, first: str, running: bool
+) -> None:
+    """Whatever becomes of the first transaction, the second one's wish counts."""
+    job = await committed(session_maker)
+    with contextlib.suppress(ZeroDivisionError):
+        async with contextlib.AsyncExitStack() as stack:
+            if running:
+                await stack.enter_async_context(job_transaction(delivered(job, session_maker)))
+            one, two = [await stack.enter_async_context(session_maker()) for _ in range(2)]
+            await cancel_job(one, job.id)
+            async with asyncio.timeout(2):
+                assert await cancel_job(two, job.id) is JobState.RUNNING
+                await two.commit()
+            await getattr(one, first)()
+            assert await observer.fetchval("SELECT count(*) FROM coord_cancellations") > 0
+            raise ZeroDivisionError
+    with pytest.raises(JobSuperseded):
+        async with job_transaction(delivered(job, session_maker)):
+            pass
+
+
+@pytest.mark.parametrize("made", ["inside", "outside"])
+async def test_a_cancellation_goes_with_its_savepoint(session_maker: SessionMaker, redis_url: str, made: str) -> None:
+    """What is enqueued, or enqueued again, outside the savepoint that was rolled back is handed over and runs."""
+    async with Redis.from_url(redis_url) as redis, Coordinator(session_maker, redis=redis_url):
+        await redis.flushdb()
+        options = task_options(a_task, unique_key="once")
+        async with session_maker() as session:
+            kept = await enqueue(session, options) if made == "outside" else None
+            with contextlib.suppress(ZeroDivisionError):
+                async with get_transaction(session):
+                    job = kept or await enqueue(session, options)
+                    assert await cancel_job(session, job.id) is JobState.CANCELLED
+                    raise ZeroDivisionError
+            kept = kept or await enqueue(session, options)
+            assert not kept.joined
+            await session.commit()
+
+        async def feed() -> list[bytes]:
+            found: list[bytes] = await redis.zrange(KEYS.feed, 0, -1)
+            return found
+
+        (message,) = await eventually(feed)
+        assert str(kept.id) in message.decode()
+        await redis.flushdb()
+    async with job_transaction(delivered(kept, session_maker)):
+        pass
+    async with session_maker() as session:
+        assert (await get_job(session, kept.id)).state is JobState.DONE
 
 
 # Running again

@@ -244,11 +244,12 @@ class Working:
 async def working(
     office: Office, functions: Sequence[Any], *, engine: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[Working]:
-    """A worker of this process that takes jobs, with an engine of its own."""
+    """A worker of this process that takes jobs, with an engine of its own unless it is given a `session_maker`."""
     database_url = settings.pop("database_url", office.database_url)
     own = create_async_engine(database_url, **{"pool_size": 15, "max_overflow": 5, **(engine or {})})
     options = {"redis": office.redis_url, "handle_signals": False, **settings}
-    made = worker_settings(functions, session_maker=async_sessionmaker(own, expire_on_commit=False), **options)
+    options.setdefault("session_maker", async_sessionmaker(own, expire_on_commit=False))
+    made = worker_settings(functions, **options)
     found = Working(create_worker(made))
     try:
         await found.started()

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from redis.asyncio import Redis
@@ -23,6 +24,8 @@ from benchmarks.waiting.stage import Order, coord_wait, missing_peer, toolsets_w
 from coord import Coordinator
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     from benchmarks.report import Row
@@ -32,6 +35,8 @@ if TYPE_CHECKING:
 CHUNK = 5_000
 """Keys that coord reads in one statement."""
 NAME = "waiters"
+UNDECLARED = "coord, without read_settings"
+DECLARED: Mapping[str, str] = MappingProxyType({})
 WARM = 10
 """Waiters before the crowd, so that what is made once counts for nobody."""
 
@@ -56,19 +61,23 @@ class Idle:
 
 def measure(stage: Stage, scale: Scale) -> dict[str, Idle]:
     found = {"coord": apart(_measure, stage, scale, scale.waiters, 1, False)}
+    found[UNDECLARED] = apart(_measure, stage, scale, scale.waiters, 1, False, None)
     found["coord, as few"] = apart(_measure, stage, scale, scale.peer_waiters, 1, False)
     if installed("fastapi_toolsets"):
         found["fastapi-toolsets"] = apart(_measure, stage, scale, scale.peer_waiters, 20, True)
     return found
 
 
-async def _measure(stage: Stage, scale: Scale, waiters: int, pool: int, peer: bool) -> Idle:
+async def _measure(
+    stage: Stage, scale: Scale, waiters: int, pool: int, peer: bool, read_settings: Mapping[str, str] | None = DECLARED
+) -> Idle:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(stage.orders(max(waiters, WARM)))
         engine = await stack.enter_async_context(stage.engine(NAME, pool))
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         if not peer:
-            await stack.enter_async_context(Coordinator(sessions, redis=stage.redis(NAME), read_settings={}))
+            coordinator = Coordinator(sessions, redis=stage.redis(NAME), read_settings=read_settings)
+            await stack.enter_async_context(coordinator)
         wait = toolsets_wait if peer else coord_wait
         warm = Crowd(sessions, wait)
         async with warm.gathered(WARM):

@@ -38,6 +38,7 @@ SETTLE = 0.005, 0.010
 """Seconds from the start of a wait to the change, long enough for its first look."""
 FLOOR = "floor: publish → subscriber → select, by hand"
 BELL = "coord, the bell"
+UNDECLARED = "coord, the bell, without read_settings"
 COORD_POLL = "coord, polling alone, interval 0.5"
 TOOLSETS_POLL = "fastapi-toolsets, interval 0.5"
 TOOLSETS_FAST = "fastapi-toolsets, interval 0.05"
@@ -62,23 +63,28 @@ def measure(stage: Stage, scale: Scale) -> Latencies:
 async def _measure(stage: Stage, scale: Scale) -> Latencies:
     async with stage.orders(ROWS):
         async with stage.engine("pushed", 5) as engine:
-            pushed = await _pushed(stage, engine, scale)
+            pushed = await _pushed(stage, engine, scale, {}, BELL)
+        async with stage.engine("undeclared", 5) as engine:
+            pushed[UNDECLARED] = (await _pushed(stage, engine, scale, None, UNDECLARED))[UNDECLARED]
         async with stage.engine("polled", 2 * scale.poll_batch) as engine:
             polled = await _polled(engine, scale)
     return Latencies(pushed, polled)
 
 
-async def _pushed(stage: Stage, engine: AsyncEngine, scale: Scale) -> dict[str, list[float]]:
+async def _pushed(
+    stage: Stage, engine: AsyncEngine, scale: Scale, read_settings: dict[str, str] | None, way: str
+) -> dict[str, list[float]]:
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     floor, bell = [], []
-    async with Coordinator(sessions, redis=stage.redis_url, read_settings={}), _by_hand(stage, engine) as hand:
+    coordinator = Coordinator(sessions, redis=stage.redis_url, read_settings=read_settings)
+    async with coordinator, _by_hand(stage, engine) as hand:
         for number in range(-10, scale.pairs):  # the first ten make the connections and the statements
             key = 1 + number % ROWS
             pair = await hand.wake(key), await _wake(sessions, coord_wait, key, INTERVAL, random.uniform(*SETTLE))
             if number >= 0:
                 floor.append(pair[0])
                 bell.append(pair[1])
-    return {FLOOR: floor, BELL: bell}
+    return {FLOOR: floor, way: bell}
 
 
 class _Hand:

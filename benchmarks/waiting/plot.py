@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.figures import percentile
 from benchmarks.plot import OURS, PLAIN, THEIRS, WHISKER, bars, drawing, logarithmic
 from benchmarks.report import milliseconds
+from benchmarks.waiting.idle import UNDECLARED
 from benchmarks.waiting.waves import FLUSH, LIMIT, RAW
+from benchmarks.waiting.waves import UNDECLARED as WITHOUT
 from benchmarks.waiting.writer import Way
 from benchmarks.waiting.writers import TARGET, ratio
 
@@ -43,7 +45,8 @@ def _latencies(panel: Any, found: Latencies) -> None:
 
 
 def _idle(panel: Any, found: dict[str, Idle]) -> None:
-    each = {f"{name.partition(',')[0]}, {idle.waiters:,} waiters": idle for name, idle in reversed(found.items())}
+    shown = {name: idle for name, idle in reversed(found.items()) if name != UNDECLARED}
+    each = {f"{name.partition(',')[0]}, {idle.waiters:,} waiters": idle for name, idle in shown.items()}
     rates = [idle.statements_a_second for idle in each.values()]
     notes = [f"{rate:.0f}" for rate in rates]
     _bars(panel, [*each], rates, notes)
@@ -53,6 +56,8 @@ def _idle(panel: Any, found: dict[str, Idle]) -> None:
 
 def _waves(panel: Any, found: Waves) -> None:
     for way, waves in found.items():
+        if way.endswith(WITHOUT):
+            continue
         wave = sorted(waves, key=lambda answers: answers[-1])[len(waves) // 2]
         shares = [point / POINTS for point in range(POINTS + 1)]
         colour = {RAW: PLAIN}.get(way, OURS)

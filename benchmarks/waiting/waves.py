@@ -30,22 +30,25 @@ LIMIT = 2.0
 BULK = "one ORM bulk update, the table's bell"
 FLUSH = "one flush of every row, the table's bell"
 RAW = "raw SQL, no bell, interval 0.5"
+UNDECLARED = ", without read_settings"
 
 Waves = dict[str, list[list[float]]]
 """By the way of changing, for each wave the seconds from the commit to each answer."""
 
 
 def measure(stage: Stage, scale: Scale) -> Waves:
-    return apart(_measure, stage, scale)
+    undeclared = apart(_measure, stage, scale, None)
+    return apart(_measure, stage, scale, {}) | {way + UNDECLARED: waves for way, waves in undeclared.items()}
 
 
-async def _measure(stage: Stage, scale: Scale) -> Waves:
+async def _measure(stage: Stage, scale: Scale, read_settings: dict[str, str] | None) -> Waves:
     found: Waves = {BULK: [], FLUSH: [], RAW: []}
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(stage.orders(scale.waiters))
         engine = await stack.enter_async_context(stage.engine("waiters", 1))
         sessions = async_sessionmaker(engine, expire_on_commit=False)
-        await stack.enter_async_context(Coordinator(sessions, redis=stage.redis_url, read_settings={}))
+        coordinator = Coordinator(sessions, redis=stage.redis_url, read_settings=read_settings)
+        await stack.enter_async_context(coordinator)
         changes = await _writer(stack, stage)
         crowd = Crowd(sessions, coord_wait)
         await stack.enter_async_context(crowd.gathered(scale.waiters))
@@ -86,14 +89,16 @@ async def _writer(stack: AsyncExitStack, stage: Stage) -> Changes:
 def report(found: Waves, scale: Scale) -> Section:
     rows: list[Row] = []
     quickest = statistics.median(wave[-1] for wave in found[BULK])
-    for way, waves in found.items():
+    declared = {way: waves for way, waves in found.items() if not way.endswith(UNDECLARED)}
+    for way, waves in declared.items():
         halves = statistics.median(wave[len(wave) // 2] for wave in waves)
         lasts = [wave[-1] for wave in waves]
         times = (halves, statistics.median(lasts), max(lasts))
         ratio = f"{times[1] / quickest:.2f}"
-        rows.append((way, str(len(waves)), *map(milliseconds, times), ratio))
-    worst = max(wave[-1] for waves in found.values() for wave in waves)
-    head = ("changed by", "waves", "half answered", "all answered", "worst", "ratio")
+        without = milliseconds(statistics.median(wave[-1] for wave in found[way + UNDECLARED]))
+        rows.append((way, str(len(waves)), *map(milliseconds, times), ratio, without))
+    worst = max(wave[-1] for waves in declared.values() for wave in waves)
+    head = ("changed by", "waves", "half answered", "all answered", "worst", "ratio", "all, without read_settings")
     remarks = [
         f"{scale.waiters:,} waiters, seconds from the return of the commit to the return of their waits.",
         "The writer is in the same process, with an engine and a bell of its own.",

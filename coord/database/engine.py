@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import logging
+from contextvars import copy_context
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import asyncpg
-from sqlalchemy import event
-from sqlalchemy.exc import InterfaceError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy import Connection, TableClause, event, table, update
+from sqlalchemy.exc import InterfaceError, UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext
-    from sqlalchemy.orm import SessionTransaction
+    from collections.abc import Mapping
+
+    from sqlalchemy import Engine
+    from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.ext.asyncio import async_sessionmaker
+    from sqlalchemy.orm import Mapper, SessionTransaction
+
+AnySession = AsyncSession | async_scoped_session[AsyncSession]
 
 logger = logging.getLogger("coord.engine")
 
@@ -31,17 +38,69 @@ _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 
 
-def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
-    """The engine behind a session or its maker; `ValueError` unless it is `postgresql+asyncpg`."""
-    session = source() if isinstance(source, async_sessionmaker) else source
+def session_of(session: AnySession) -> AsyncSession:
+    """The session itself: of an `async_scoped_session` that of the current scope."""
+    return session() if isinstance(session, async_scoped_session) else session
+
+
+@lru_cache(maxsize=256)
+def written(target: Mapper[Any] | TableClause) -> Mapping[str, Any]:
+    """Bind arguments for where the class or table is written, and where coord reads it: a replica may be behind."""
+    mapper = {} if isinstance(target, TableClause) else {"mapper": target}
+    return {**mapper, "clause": update(target)}
+
+
+ANYWHERE = written(table("coord"))
+"""For what concerns no table."""
+
+
+def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: Any) -> AsyncEngine:
+    """The engine behind a session or its maker, for these arguments of `get_bind`.
+
+    `ValueError` unless it is `postgresql+asyncpg`.
+    """
+    session = source if isinstance(source, AsyncSession) else source()
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
-    engine = bind.engine if isinstance(bind, AsyncConnection) else bind
-    if not isinstance(engine, AsyncEngine):
-        message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
-        raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
-    if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "asyncpg"):
-        raise ValueError(f"coord needs postgresql+asyncpg, not {engine.dialect.name}+{engine.dialect.driver}")
-    return engine
+    found = _bind_of(session, bind_arguments or ANYWHERE)
+    if found is None:
+        raise ValueError("coord needs sessions bound to one asynchronous engine here: async_sessionmaker(bind=engine)")
+    if isinstance(found, Connection) and own_connection(session) is None:
+        raise ValueError("coord takes a session on one connection by bind=, and not by binds=")
+    require_asyncpg(found.dialect)
+    return bind if isinstance(bind, AsyncEngine) and bind.sync_engine is found else AsyncEngine(found.engine)
+
+
+def _bind_of(session: AsyncSession, bind_arguments: Mapping[str, Any]) -> Engine | Connection | None:
+    """Asked in a context of its own, where a `get_bind` that remembers in one what it was asked for may note it."""
+    try:
+        return copy_context().run(session.sync_session.get_bind, **bind_arguments)
+    except UnboundExecutionError:
+        return None
+
+
+def engines_of(session: AsyncSession) -> list[AsyncEngine]:
+    """Those that the session has been given, and that which writes go to if its own `get_bind` tells."""
+    given = [getattr(session, "bind", None), *(getattr(session, "binds", None) or {}).values()]
+    known = [each.engine if isinstance(each, AsyncConnection) else each for each in given if each is not None]
+    engines = {each.sync_engine: each for each in known}
+    found = _bind_of(session, ANYWHERE)
+    if found is not None and found.engine not in engines:
+        require_asyncpg(found.dialect)
+        engines[found.engine] = AsyncEngine(found.engine)
+    for engine in engines:
+        require_asyncpg(engine.dialect)
+    return [*engines.values()]
+
+
+def own_connection(session: AsyncSession) -> AsyncConnection | None:
+    """The one that the session is bound to, as a test's are."""
+    bind = getattr(session, "bind", None)
+    return bind if isinstance(bind, AsyncConnection) else None
+
+
+def require_asyncpg(dialect: Dialect) -> None:
+    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
+        raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
 
 
 def prepare(engine: AsyncEngine) -> None:

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from sqlalchemy import ARRAY, DDL, Float, Text, bindparam, func, quoted_name, select, text
 from sqlalchemy.exc import ProgrammingError
 
+from coord.database.place import ledger_schema
 from coord.retryable import sqlstate_of
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ $coord$
 create_lock_function = DDL(_LOCK.replace("%", "%%"))  # type: ignore[no-untyped-call]
 _SCHEMA = text("""
     SELECT nspname FROM pg_proc JOIN pg_namespace ON pg_namespace.oid = pronamespace
-    WHERE pg_proc.oid = to_regprocedure('coord_lock(text, text[], double precision)')
+    WHERE pg_proc.oid IN (to_regprocedure('coord_lock(text, text[], double precision)'),
+            to_regprocedure(quote_ident(CAST(:ledger AS text)) || '.coord_lock(text, text[], double precision)'))
         AND has_function_privilege(pg_proc.oid, 'EXECUTE')
 """)
 _UNUSABLE = ("42883", "42501", "3F000")
@@ -87,7 +89,7 @@ def lock_function(connection: Connection) -> Select[Any] | None:
         return found
     if monotonic() - _missing.get(dialect, float("-inf")) < RECHECK_SECONDS:
         return None
-    schema = connection.scalar(_SCHEMA)
+    schema = connection.scalar(_SCHEMA, {"ledger": ledger_schema(connection)})
     if schema is None:
         _missing[dialect] = monotonic()
         return None

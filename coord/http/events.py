@@ -11,7 +11,7 @@ from fastapi import Depends, Header, HTTPException
 from sqlalchemy import inspect
 
 from coord.cancellation import uninterrupted
-from coord.database.engine import engine_of, prepare
+from coord.database.engine import engines_of, prepare
 from coord.durations import seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.interruption import ended, stop_observed
@@ -65,8 +65,8 @@ class EventStreams:
         max_streams: int = MAX_STREAMS,
         duration: Seconds = MAX_DURATION_SECONDS,
     ) -> None:
-        if session_maker().bind is not None:  # else it is bound later, in a lifespan
-            prepare(engine_of(session_maker))
+        for engine in engines_of(session_maker()):  # none, if it is bound later, in a lifespan
+            prepare(engine)
         self._session_maker = session_maker
         self._running = RunningJobs(session_maker)
         self._max = max_streams

@@ -18,6 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 from starlette.exceptions import HTTPException
 
 from coord.cancellation import interruptible, settled
+from coord.database.engine import session_of
 from coord.database.transaction import end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.engine import AnySession
     from coord.durations import Seconds
     from coord.http.problem import Kind
     from coord.jobs.options import P, Task, TaskOptions
@@ -68,18 +70,18 @@ class Idempotency:
         self._number = int.from_bytes(bytes.fromhex(_digest(scope, key or ""))[:8], signed=True)
         """Of the advisory lock of the transaction that makes the key's job."""
 
-    async def check(self, session: AsyncSession) -> None:
+    async def check(self, session: AnySession) -> None:
         """For a request that is answered without a job: raises what `enqueue` would, and keeps nothing."""
         if self.key is not None:
-            await self._known(session)
+            await self._known(session_of(session))
 
     @overload
-    async def enqueue(self, session: AsyncSession, task: str, *args: Any, **kwargs: Any) -> Job: ...
+    async def enqueue(self, session: AnySession, task: str, *args: Any, **kwargs: Any) -> Job: ...
     @overload
     async def enqueue(
-        self, session: AsyncSession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs
+        self, session: AnySession, task: Task[P] | TaskOptions[P], *args: P.args, **kwargs: P.kwargs
     ) -> Job: ...
-    async def enqueue(self, session: AsyncSession, task: Any, *args: Any, **kwargs: Any) -> Job:
+    async def enqueue(self, session: AnySession, task: Any, *args: Any, **kwargs: Any) -> Job:
         """As `coord.enqueue`, or with a key that was used before, that request's job (`job.joined`).
 
         The key is unique with the job, in a savepoint of the caller's transaction; nothing pending is flushed. A
@@ -87,6 +89,7 @@ class Idempotency:
         own transaction has only read, which is ended. Where `coord.enqueue` raises, the key was not used. Raises
         `IdempotencyError`, 422, when the key belongs to a request with another path, query or body.
         """
+        session = session_of(session)
         if self.key is None:
             return await enqueue(session, task, *args, **kwargs)
         mutex = _mutexes.setdefault((asyncio.get_running_loop(), self._number), asyncio.Lock())

@@ -11,9 +11,9 @@ from sqlalchemy import inspect
 from coord.http.reply import PREFERENCE_APPLIED, Reply, reply
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Mapper
 
+    from coord.database.engine import AnySession
     from coord.database.target import M
 
 _TAGS = re.compile(r'(?:^|,)[ \t]*(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?=,|$)')
@@ -33,7 +33,7 @@ class Poll:
         self._any = known == "*"
         self._tags = frozenset(_TAGS.findall(known))
 
-    async def changed(self, session: AsyncSession, row: M) -> M | None:
+    async def changed(self, session: AnySession, row: M) -> M | None:
         """The row, tagged, or None: the client has it, and the time it wanted to wait is up. Answer `not_modified`.
 
         Waits only if the client has the row as it is and sends `Prefer: wait=N`; a row with a tag that it has is

@@ -9,6 +9,7 @@ from uuid import UUID
 from fastapi import Header, Request, Response
 from fastapi.responses import JSONResponse
 
+from coord.database.engine import session_of
 from coord.database.transaction import end_transaction
 from coord.errors import WaitTimeoutError
 from coord.http.interruption import while_connected
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.engine import AnySession
     from coord.database.target import M
     from coord.durations import Seconds
     from coord.jobs.model import Job, JobState
@@ -54,7 +56,7 @@ class Reply:
 
     async def row(
         self,
-        session: AsyncSession,
+        session: AnySession,
         model: type[M],
         pk_value: Any,
         *,
@@ -87,14 +89,14 @@ class Reply:
         except WaitTimeoutError:
             return None
 
-    async def accepted(self, session: AsyncSession, job: Job | UUID, *, location: str, **members: Any) -> Response:
+    async def accepted(self, session: AnySession, job: Job | UUID, *, location: str, **members: Any) -> Response:
         """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger.
 
         When that takes longer than half a second, or PostgreSQL is away, a `Job` is given in the state that it had.
         """
         self._say_what_applied(accepted=True)
         headers = {"Location": location, "Retry-After": str(RETRY_AFTER_SECONDS)}
-        accepted = AcceptedJob(id=job_id_of(job), state=await _state_of(session, job))
+        accepted = AcceptedJob(id=job_id_of(job), state=await _state_of(session_of(session), job))
         return self.with_headers(JSONResponse({"job": accepted.model_dump(mode="json"), **members}, 202, headers))
 
     def with_headers(self, answer: Response) -> Response:

@@ -11,11 +11,11 @@ from sqlalchemy import JSON, DateTime, Interval, Text, bindparam, cast, func, se
 from sqlalchemy.dialects.postgresql import insert as insert_into
 
 from coord.cancellation import interruptible
-from coord.database.engine import engine_of
+from coord.database.engine import session_of
 from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, is_same
-from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
+from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, ledger_engine, new_id
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.jobs.tracing import current_trace
 from coord.notify.changes import collect, warn_if_uncoordinated
@@ -23,8 +23,9 @@ from coord.notify.changes import collect, warn_if_uncoordinated
 if TYPE_CHECKING:
     from arq.worker import Function
     from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
+
+    from coord.database.engine import AnySession
 
 _given = (
     "id",
@@ -60,12 +61,10 @@ _find_unique = select(jobs).where(
 
 
 @overload
-async def enqueue(session: AsyncSession, task: str | Function, /, *args: Any, **kwargs: Any) -> Job: ...
+async def enqueue(session: AnySession, task: str | Function, /, *args: Any, **kwargs: Any) -> Job: ...
 @overload
-async def enqueue(
-    session: AsyncSession, task: Task[P] | TaskOptions[P], /, *args: P.args, **kwargs: P.kwargs
-) -> Job: ...
-async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any) -> Job:
+async def enqueue(session: AnySession, task: Task[P] | TaskOptions[P], /, *args: P.args, **kwargs: P.kwargs) -> Job: ...
+async def enqueue(session: AnySession, task: Any, /, *args: Any, **kwargs: Any) -> Job:
     """Have `task(ctx, *args, **kwargs)` run once this session's transaction has committed; the caller commits.
 
     Writes one row of the ledger in the caller's transaction (in its savepoint, if it is in one): rolled back, there is
@@ -80,7 +79,8 @@ async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any
     name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
     `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
     """
-    engine_of(session)
+    session = session_of(session)
+    ledger_engine(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = _new(options)

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, exists, func, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
+from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
-from coord.database.engine import last_failure
+from coord.database.engine import last_failure, session_of
 from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+    from coord.database.engine import AnySession
 
 CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
@@ -107,7 +110,8 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
     while True:
         left -= 1
         # Used after the block, a closed session would begin another transaction.
-        session: AsyncSession = attempt.session_maker(close_resets_only=False)
+        options = {"close_resets_only": False} if isinstance(attempt.session_maker, async_sessionmaker) else {}
+        session: AsyncSession = attempt.session_maker(**options)
         session.info[ATTEMPT] = attempt
         transaction = session.begin()
         try:
@@ -141,11 +145,12 @@ def _note_commit(session: Session) -> None:
         attempt.applied = True
 
 
-async def set_result(session: AsyncSession, value: Any) -> None:
+async def set_result(session: AnySession, value: Any) -> None:
     """Keep `value`, JSON, as the job's result, in the `job_transaction` of this session; one more statement in it.
 
     Raises `TypeError` for what JSON would change, `RuntimeError` in any other session.
     """
+    session = session_of(session)
     attempt = session.info.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("set_result needs the session of a job_transaction.")  # noqa: TRY004 - of its context

@@ -15,15 +15,19 @@ from sqlalchemy import (
     create_mock_engine,
     func,
     insert,
+    inspect,
     make_url,
     select,
     text,
     update,
 )
+from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
+from sqlalchemy.schema import CreateSchema
 
 from coord.database.lock_function import create_lock_function
+from coord.database.place import ledger_schema, place_ledger
 from coord.jobs.model import Ledger
 
 if TYPE_CHECKING:
@@ -33,6 +37,17 @@ if TYPE_CHECKING:
     from sqlalchemy import URL
 
 _versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+# Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
+_BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
+_OF_FEW = "fillfactor = 50, autovacuum_vacuum_threshold = 200"
+_STORAGE = {
+    "coord_jobs": text(f"ALTER TABLE coord_jobs SET ({_BY_NUMBER}, autovacuum_analyze_scale_factor = 0.02)"),
+    "coord_workers": text(f"ALTER TABLE coord_workers SET ({_OF_FEW})"),
+    "coord_queues": text(f"ALTER TABLE coord_queues SET ({_OF_FEW})"),
+}
+"""Statements of their own, which Alembic leaves out, and SQLAlchemy 2.0 does not know in CREATE TABLE."""
+_BESIDE: Sequence[Any] = (*_STORAGE.values(), create_lock_function)
+"""What is the ledger's beside its tables."""
 _KEY = 0x636F6F7264
 """The advisory lock under which the tables are changed; spells "coord"."""
 
@@ -60,6 +75,12 @@ ALTER TABLE coord_workers
     ADD COLUMN tasks json NOT NULL DEFAULT '{}',
     ADD COLUMN stopping boolean NOT NULL DEFAULT false,
     ADD COLUMN dead boolean NOT NULL DEFAULT false
+""",
+    """
+ALTER TABLE coord_cancellations
+    ADD COLUMN id uuid NOT NULL DEFAULT gen_random_uuid(),
+    DROP CONSTRAINT coord_cancellations_pkey,
+    ADD CONSTRAINT coord_cancellations_pkey PRIMARY KEY (job_id, id)
 """,
     """
 CREATE FUNCTION coord_from_version_1() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -95,6 +116,7 @@ def _to_2(connection: Connection) -> None:
     tables = Ledger.metadata.tables
     for name in _NEW_IN_2:
         tables[name].create(connection)
+    connection.execute(_STORAGE["coord_queues"])
     for index in tables["coord_jobs"].indexes:
         if index.name in _INDEXES_IN_2:
             index.create(connection)
@@ -108,18 +130,20 @@ def latest() -> int:
     return 1 + len(STEPS)
 
 
-async def create_ledger(connection: AsyncConnection) -> None:
+async def create_ledger(connection: AsyncConnection, *, schema: str | None = None) -> None:
     """Make the ledger's tables, or bring those of an earlier version up to date; joins the connection's transaction.
 
-    Under an advisory lock until the transaction ends, so that any number of processes may start at once.
+    In the given schema, which is made if need be; without one where the ledger is, or else in the default schema. Every
+    engine finds it there, whatever `schema_translate_map` a session has. Under an advisory lock until the transaction
+    ends, so that any number of processes may start at once.
 
         async with engine.begin() as connection:
             await create_ledger(connection)
     """
-    await connection.run_sync(_upgrade)
+    await connection.run_sync(_placed, schema)
 
 
-def ddl() -> str:
+def ddl(schema: str | None = None) -> str:
     """The statements that make the tables of this version in an empty database."""
     statements: list[str] = []
 
@@ -128,20 +152,48 @@ def ddl() -> str:
         statements.append(f"{str(compiled).strip()};")
 
     engine = create_mock_engine("postgresql+asyncpg://", note)
+    if schema is not None:
+        note(CreateSchema(schema, if_not_exists=True))
+        note(select(func.set_config("coord.search_path", func.current_setting("search_path"), False)))
+        note(select(func.set_config("search_path", _quoted(schema), False)))
     Ledger.metadata.create_all(engine, checkfirst=False)
-    note(create_lock_function)
-    note(insert(_versions).values(version=latest()))
+    for statement in (*_BESIDE, insert(_versions).values(version=latest())):
+        note(statement)
+    if schema is not None:
+        note(select(func.set_config("search_path", func.current_setting("coord.search_path"), False)))
     return "\n\n".join(statements)
 
 
-def _upgrade(connection: Connection) -> None:
+def _quoted(schema: str) -> str:
+    return str(postgresql.dialect().identifier_preparer.quote_identifier(schema))  # type: ignore[no-untyped-call]
+
+
+def _placed(connection: Connection, given: str | None) -> None:
+    """Whatever the connection translates."""
+    translated = connection.get_execution_options().get("schema_translate_map")
+    connection.execution_options(schema_translate_map=None)
     connection.execute(select(func.pg_advisory_xact_lock(_KEY)))
+    schema = ledger_schema(connection) if given is None else given
+    if schema is None:
+        _upgrade(connection)
+    else:
+        if not inspect(connection).has_schema(schema):
+            connection.execute(CreateSchema(schema))
+        path = connection.scalar(select(func.current_setting("search_path")))
+        connection.execute(select(func.set_config("search_path", _quoted(schema), True)))
+        _upgrade(connection)
+        connection.execute(select(func.set_config("search_path", path, True)))
+        place_ledger(connection.dialect, None if schema == connection.dialect.default_schema_name else schema)
+    connection.execution_options(schema_translate_map=translated)
+
+
+def _upgrade(connection: Connection) -> None:
     _versions.create(connection, checkfirst=True)
     version = connection.scalar(select(_versions.c.version))
     if version is None:
         Ledger.metadata.create_all(connection)
-        connection.execute(create_lock_function)
-        connection.execute(insert(_versions).values(version=latest()))
+        for statement in (*_BESIDE, insert(_versions).values(version=latest())):
+            connection.execute(statement)
         return
     if version > latest():
         raise RuntimeError(f"The ledger is of version {version}; this coord knows {latest()} and would harm it.")
@@ -153,15 +205,16 @@ def _upgrade(connection: Connection) -> None:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--apply", action="store_true", help="make or upgrade the tables instead of printing them")
+    parser.add_argument("--schema", help="where the tables are; the default schema unless given or made elsewhere")
     parser.add_argument("--url", default=os.environ.get("COORD_DATABASE_URL"), help="COORD_DATABASE_URL unless given")
 
 
 def run(options: argparse.Namespace) -> int:
     if not options.apply:
-        print(ddl())
+        print(ddl(options.schema))
         return 0
     try:
-        asyncio.run(_apply(_url(options.url)))
+        asyncio.run(_apply(_url(options.url), options.schema))
     except Exception as error:  # noqa: BLE001 - any of them is shown in one line
         print(f"coord schema: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -181,11 +234,11 @@ def _url(given: str | None) -> URL:
     return url
 
 
-async def _apply(url: URL) -> None:
+async def _apply(url: URL, schema: str | None) -> None:
     engine = create_async_engine(url)
     try:
         async with engine.begin() as connection:
-            await create_ledger(connection)
+            await create_ledger(connection, schema=schema)
     except Exception as error:
         shown = url.set(query={}).render_as_string(hide_password=True)
         raise RuntimeError(f"cannot use {shown}: {_reason(error)}") from error

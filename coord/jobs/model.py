@@ -11,17 +11,16 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import (
-    DDL,
     JSON,
     CheckConstraint,
     DateTime,
     Double,
     Enum,
     Index,
+    MetaData,
     Text,
     TypeDecorator,
     cast,
-    event,
     false,
     func,
     inspect,
@@ -32,6 +31,8 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
+from coord.database.engine import engine_of, written
+from coord.database.place import ledger_options
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
 from coord.retryable import sqlstate_of
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session
 
 
@@ -59,10 +61,6 @@ class JobState(StrEnum):
 
 _QUEUED = text("state = 'queued'")
 _Time = DateTime(timezone=True)
-# Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
-_BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
-_STORE_JOBS = f"ALTER TABLE %(fullname)s SET ({_BY_NUMBER}, autovacuum_analyze_scale_factor = 0.02)"
-_STORE_WORKERS = "ALTER TABLE %(fullname)s SET (fillfactor = 50, autovacuum_vacuum_threshold = 200)"
 
 
 class _Json(TypeDecorator[Any]):
@@ -80,12 +78,17 @@ class _Json(TypeDecorator[Any]):
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
         return type_coerce(cast(column, Text), self)
 
+    def __repr__(self) -> str:
+        return "JSON()"
+
+
+_Json.__module__ = JSON.__module__  # so Alembic writes `sa.JSON()` into migrations, which do not import coord
+
 
 class Ledger(DeclarativeBase):
     """The ledger's tables, apart from the application's. For Alembic: `target_metadata = [metadata, Job.metadata]`."""
 
-
-Ledger.metadata.info[UNTRANSLATED] = True
+    metadata = MetaData(info={UNTRANSLATED: True})
 
 
 class Job(Ledger):
@@ -101,8 +104,8 @@ class Job(Ledger):
     arguments: Mapped[Any] = mapped_column(_Json)
     """`[args, kwargs]`, as text: an attempt that was given others applies nothing."""
     state: Mapped[JobState] = mapped_column(
-        Enum(JobState, native_enum=False, values_callable=lambda states: [*states], length=9),
-        server_default=JobState.QUEUED,
+        Enum(JobState, native_enum=False, values_callable=lambda states: [state.value for state in states], length=9),
+        server_default=JobState.QUEUED.value,
     )
     attempt: Mapped[int] = mapped_column(server_default="1")
     """The number of the attempt that may apply its effect; a retry and a rescue raise it."""
@@ -239,6 +242,7 @@ class Cancellation(Ledger):
     __tablename__ = "coord_cancellations"
 
     job_id: Mapped[UUID] = mapped_column(primary_key=True)
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=func.gen_random_uuid())
     requested_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
 
 
@@ -269,24 +273,19 @@ attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 
-_UNTRANSLATED = {"schema_translate_map": None}
-"""The ledger is not the caller's to translate: it has one place, whichever tenant a session is for."""
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
 
-# Statements of their own: SQLAlchemy 2.0 knows no storage parameters in CREATE TABLE.
-event.listen(jobs, "after_create", DDL(_STORE_JOBS))  # type: ignore[no-untyped-call]
-for _table in (workers, queues):
-    event.listen(_table, "after_create", DDL(_STORE_WORKERS))  # type: ignore[no-untyped-call]
+
+def ledger_engine(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
+    """The engine by which sessions write jobs."""
+    return engine_of(source, **written(job_mapper))
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
-    """In the session's transaction, on the bind that it has for jobs, and wherever it takes the application's tables.
-
-    Nothing pending is flushed. Always to be called by `session.run_sync`, as SQLAlchemy's own statements are.
-    """
-    connection = session.connection(bind_arguments={"mapper": job_mapper, "clause": statement})
+    """In the session's transaction, where the ledger is; nothing pending is flushed. To be called by `run_sync`."""
+    connection = session.connection(bind_arguments=dict(written(job_mapper)))
     try:
-        return connection.execute(statement, values, execution_options=_UNTRANSLATED)
+        return connection.execute(statement, values, execution_options=ledger_options(connection))
     except ProgrammingError as error:
         if sqlstate_of(error) == "42P01":
             error.add_note(MISSING)

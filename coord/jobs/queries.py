@@ -8,10 +8,10 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import bindparam, case, delete, func, inspect, select, tuple_, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import bindparam, case, delete, func, insert, inspect, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
+from coord.database.engine import session_of
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
@@ -31,8 +31,9 @@ from coord.notify.changes import collect
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Session
+
+    from coord.database.engine import AnySession
 
 MAX_LISTED_JOBS = 1_000
 """In one answer of `list_jobs`."""
@@ -73,16 +74,16 @@ class JobReport:
     worker: UUID | None
 
 
-async def get_job(session: AsyncSession, job_id: UUID) -> JobReport:
+async def get_job(session: AnySession, job_id: UUID) -> JobReport:
     """The job; `RowNotFoundError` if the ledger does not have it, or not any more. Joins the session's transaction."""
-    found = (await session.run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
+    found = (await session_of(session).run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
     if found is None:
         raise _not_found(job_id)
     return _report(found, [] if found.state.is_final else await heartbeats(session))
 
 
 async def list_jobs(
-    session: AsyncSession,
+    session: AnySession,
     *,
     state: JobState | str | None = None,
     task: str | None = None,
@@ -111,27 +112,27 @@ async def list_jobs(
         statement = statement.where(jobs.c.task == task)
     if before is not None:
         statement = statement.where(jobs.c.id < before)
-    found = (await session.run_sync(execute, statement)).all()
+    found = (await session_of(session).run_sync(execute, statement)).all()
     return [_report(row, beats) for row in found]
 
 
-async def cancel_job(session: AsyncSession, job_id: UUID) -> JobState:
+async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
     """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for no
     running job.
 
     `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
     back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
     """
-    return await session.run_sync(_cancel, job_id)
+    return await session_of(session).run_sync(_cancel, job_id)
 
 
-async def retry_job(session: AsyncSession, job_id: UUID) -> Job:
+async def retry_job(session: AnySession, job_id: UUID) -> Job:
     """Have a failed or cancelled job run again, with an attempt more; the caller commits.
 
     Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
     another unfinished one with its unique key, `RowNotFoundError`.
     """
-    return await session.run_sync(_retry, job_id)
+    return await session_of(session).run_sync(_retry, job_id)
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
@@ -157,10 +158,12 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
             raise _not_found(job_id)
         if state is not JobState.QUEUED:
             return JobState(state)
-        # Until its worker has ended it.
-        execute(session, insert(cancellations).values(job_id=job_id).on_conflict_do_nothing())
+        # Until its worker has ended it. A row of its own for each who wishes it, so that none waits for another.
+        wished = select(cancellations.c.job_id).where(cancellations.c.job_id == job_id).exists()
+        wish = select(literal(job_id, cancellations.c.job_id.type)).where(~wished)
+        execute(session, insert(cancellations).from_select(["job_id"], wish))
     collect(session, (job_mapper, (job_id,)), None if ended is None else Job(**ended))
-    collect(session, (inspect(Cancellation), None))
+    collect(session, (inspect(Cancellation), None), beside=job_mapper)
     return JobState.RUNNING if running else JobState.CANCELLED
 
 
@@ -201,9 +204,9 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
     return RowNotFoundError(f"Job({job_id}) not found")
 
 
-async def heartbeats(session: AsyncSession) -> list[Beat]:
+async def heartbeats(session: AnySession) -> list[Beat]:
     living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
-    found = (await session.run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
+    found = (await session_of(session).run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
     return [
         Beat(UUID(job_id), running["attempt"], running.get("progress"), worker.id)
         for worker in found

@@ -12,14 +12,16 @@ from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import event, update
+from sqlalchemy import event
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import get_history
+
+from coord.database.engine import written
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from sqlalchemy import Connection, Update
+    from sqlalchemy import Connection
     from sqlalchemy.engine import Dialect
     from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
 
@@ -29,14 +31,15 @@ if TYPE_CHECKING:
     """A row by its key, or with None any row of the table."""
     Changed = Mapping[Change, Any]
     """What has changed, and if that is the row of a job to be handed to a worker, the job."""
-    Notify = Callable[[Session, Changed], None]
+    Notify = Callable[[Session, Changed], bool]
+    """Whether it could notify anybody."""
 
 logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"
 """In a session's `info`: what it has changed, by engine and savepoint."""
 _observed: dict[Dialect, list[Notify]] = {}
-"""What is notified, by the engine's dialect: each engine has its own. Of several the first is, which is enough."""
+"""What is notified, by the engine's dialect: each engine has its own. Of several the first that can is."""
 
 
 @contextmanager
@@ -56,7 +59,11 @@ def announce(session: Session, dialect: Dialect, change: Change) -> None:
     if dialect in _observed and session.in_transaction():
         _collected(session, dialect)[change] = None
     elif dialect in _observed:
-        _observed[dialect][0](session, {change: None})
+        _notify(dialect, session, {change: None})
+
+
+def _notify(dialect: Dialect, session: Session, changes: Changed) -> None:
+    any(notify(session, changes) for notify in _observed.get(dialect, ()))
 
 
 @event.listens_for(Mapper, "after_insert", raw=True)
@@ -95,8 +102,8 @@ def _after_commit(session: Session) -> None:
         return
     for dialect, savepoints in session.info.pop(_CHANGES, {}).items():
         changes = {change: job for collected in savepoints.values() for change, job in collected.items()}
-        if dialect in _observed and changes:
-            _observed[dialect][0](session, changes)
+        if changes:
+            _notify(dialect, session, changes)
 
 
 @event.listens_for(Session, "after_soft_rollback")
@@ -114,9 +121,12 @@ def _after_transaction_end(session: Session, ended: SessionTransaction) -> None:
         session.info.pop(_CHANGES, None)
 
 
-def collect(session: Session, change: Change, job: Any = None) -> None:
-    """Notify of it after the outermost commit; nothing if this process has no `Coordinator`."""
-    if _observed and (dialect := written_to(session, change[0])) in _observed:
+def collect(session: Session, change: Change, job: Any = None, *, beside: Mapper[Any] | None = None) -> None:
+    """Notify of it after the outermost commit; nothing if this process has no `Coordinator`.
+
+    `beside` is the class whose engine was used, if not the row's own.
+    """
+    if _observed and (dialect := written_to(session, beside or change[0])) in _observed:
         _collected(session, dialect)[change] = job
 
 
@@ -136,13 +146,7 @@ def _warn_uncoordinated() -> None:
 
 def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:
     """The dialect of the engine through which the session writes rows of this class."""
-    return session.get_bind(mapper, clause=_write(mapper)).dialect
-
-
-@lru_cache(maxsize=256)
-def _write(mapper: Mapper[Any]) -> Update:
-    """A statement for an application's own `get_bind`, which may route writes elsewhere than reads."""
-    return update(mapper)
+    return session.get_bind(**written(mapper)).dialect
 
 
 def _has_changed(mapper: Mapper[Any], state: InstanceState[Any]) -> bool:

@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import QueuePool
 
-from coord.waiting.statements import columns_of, comparisons_of, entity_of, identities_of, parameters_of
+from coord.waiting.statements import columns_of, comparisons_of, entity_of, identities_of, options_of, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -99,11 +99,13 @@ class Reader:
             if self.settings:
                 for name, value in self.settings:
                     session.execute(SET, {"name": name, "value": value})
-                return session.execute(statement, parameters).all()
+                options = options_of(self.mapper, session.connection())
+                return session.execute(statement, parameters, execution_options=options).all()
             # In AUTOCOMMIT asyncpg sends the query alone.
             connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
             try:
-                return session.execute(statement, parameters).all()
+                options = options_of(self.mapper, connection)
+                return session.execute(statement, parameters, execution_options=options).all()
             except DBAPIError as error:
                 if not error.connection_invalidated:
                     # PostgreSQL has prepared the statement and keeps its locks until the next one; asyncpg has not said

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
-from sqlalchemy.orm import undefer
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session, undefer
 from sqlalchemy.orm.attributes import set_committed_value
 
 from coord.cancellation import interruptible, uninterrupted
-from coord.database.engine import engine_of
+from coord.database.engine import engine_of, own_connection, written
 from coord.database.schemas import schemas_of
 from coord.database.target import EAGER, M, column_names
 from coord.database.transaction import connection_mutex, end_transaction
@@ -23,7 +23,7 @@ from coord.notify.changes import warn_if_uncoordinated
 from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
-from coord.waiting.statements import comparisons_of, entity_of, parameters_of
+from coord.waiting.statements import comparisons_of, entity_of, options_of, parameters_of
 from coord.waiting.waiter import LAST_READ_SECONDS
 from coord.waiting.watcher import Watcher
 
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
     from uuid import UUID
 
-    from sqlalchemy.orm import InstanceState, Mapper, Session
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.orm import InstanceState, Mapper
 
     from coord.database.schemas import Schemas
     from coord.database.target import Target
@@ -70,8 +71,8 @@ class SessionReader(Generic[M]):
         self.session = session
         self.target = target
         self.schemas = schemas
-        self.watcher = Watcher.of(engine_of(session))
-        self.bound = isinstance(session.bind, AsyncConnection)
+        self.watcher = Watcher.of(engine_of(session, **written(target.mapper)))
+        self.bound = own_connection(session) is not None
         self.settings = None if self.bound else self.watcher.settings_of(session)
         self._unguarded = False
         """Whether a table lock can no longer make a read on the bound connection wait."""
@@ -101,8 +102,9 @@ class SessionReader(Generic[M]):
 
         async def work() -> bool:
             async with self._connection() as connection, connection.begin_nested():
+                options = await connection.run_sync(partial(options_of, self.target.mapper))
                 for statement, parameters in comparisons_of(self.target, self.schemas, seen):
-                    if not await connection.scalar(statement, parameters):
+                    if not await connection.scalar(statement, parameters, execution_options=options):
                         return False
             return True
 
@@ -155,9 +157,9 @@ class SessionReader(Generic[M]):
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
         """The session's, in its transaction; where it has none, as long as this lasts."""
-        session, binding = self.session, {"mapper": self.target.mapper}
-        if isinstance(session.bind, AsyncConnection):
-            yield session.bind
+        session, binding = self.session, dict(written(self.target.mapper))
+        if (own := own_connection(session)) is not None:
+            yield own
             return
         if session.in_transaction():
             yield await session.connection(bind_arguments=binding)
@@ -176,11 +178,13 @@ class SessionReader(Generic[M]):
     async def _read(self, connection: AsyncConnection, identified: bool, job_id: UUID | None) -> OwnRow[M]:
         session = AsyncSession(
             connection,
-            sync_session_class=type(self.session.sync_session),
+            sync_session_class=_on_its_bind(type(self.session.sync_session)),  # type: ignore[arg-type]
             join_transaction_mode="rollback_only",
             autoflush=False,
             info={name: value for name, value in self.session.info.items() if not str(name).startswith("coord.")},
         )
+        own, given = vars(session.sync_session), vars(self.session.sync_session)
+        own.update({name: value for name, value in given.items() if name not in own})
         return await session.run_sync(self._found, identified, job_id)
 
     def _found(self, session: Session, identified: bool, job_id: UUID | None) -> OwnRow[M]:
@@ -207,9 +211,18 @@ def seconds_left(deadline: float | None) -> float:
     return deadline + LAST_READ_SECONDS - asyncio.get_running_loop().time()
 
 
+@lru_cache(maxsize=256)
+def _on_its_bind(session_class: type[Session]) -> type[Session]:
+    """With the class's hooks, but with no constructor and no `get_bind` of its own: a connection was chosen."""
+    own = {"__init__": Session.__init__, "get_bind": lambda session, *_, **__: session.bind}
+    return type(session_class.__name__, (session_class,), own)
+
+
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
     statement = entity_of(target.mapper, schemas, one=True, identified=identified)
-    return session.execute(statement, parameters_of(target.mapper, [target.key], one=True)).one_or_none()
+    parameters = parameters_of(target.mapper, [target.key], one=True)
+    options = options_of(target.mapper, session.connection())
+    return session.execute(statement, parameters, execution_options=options).one_or_none()
 
 
 @asynccontextmanager

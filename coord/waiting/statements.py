@@ -27,13 +27,14 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 
+from coord.database.place import ledger_options
 from coord.database.schemas import is_untranslated
 from coord.database.target import EAGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from sqlalchemy import Column, ColumnElement, Select
+    from sqlalchemy import Column, ColumnElement, Connection, Select
     from sqlalchemy.orm import Mapper
 
     from coord.database.schemas import Schemas
@@ -67,6 +68,11 @@ def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool, identified: b
 def identities_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
     """Which version of the row there is: another one after every change, and in every other table."""
     return _select(mapper, schemas, _entity(mapper), _identity(mapper), one=one)
+
+
+def options_of(mapper: Mapper[Any], connection: Connection) -> dict[str, Any]:
+    """Those under which a statement about the class is executed: the ledger has one place."""
+    return ledger_options(connection) if is_untranslated(mapper) else {}
 
 
 def has_identity(mapper: Mapper[Any]) -> bool:
@@ -110,8 +116,6 @@ def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, selected: Sequen
     else:
         wanted, match = _wanted(mapper, own)
         statement = select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
-    if is_untranslated(mapper):
-        return statement.execution_options(schema_translate_map=None)
     return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
 
 

@@ -8,16 +8,19 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from coord.cancellation import interruptible
+from coord.database.engine import session_of, written
 from coord.database.schemas import schemas_in_use
 from coord.database.target import Target
-from coord.database.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
+from coord.database.transaction import connections_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.errors import UncommittedChangesError
+from coord.jobs.model import ledger_engine
 from coord.waiting.baseline import baseline_of, database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import JobWaiter, job_id_of
 from coord.waiting.session_reader import SessionReader
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
+from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
 
 if TYPE_CHECKING:
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncSession
 
+    from coord.database.engine import AnySession
+    from coord.database.schemas import Schemas
     from coord.database.target import M
     from coord.durations import Seconds
     from coord.jobs.model import Job
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
 
 
 async def wait_for_row_change(
-    session: AsyncSession,
+    session: AnySession,
     model: type[M],
     pk_value: Any,
     *,
@@ -73,26 +78,28 @@ async def wait_for_row_change(
     `JobFailedError`, `JobCancelledError`, `TooManyWaitersError`; a `ValueError` for an unknown column, and whatever
     `until` raises.
     """
+    session = session_of(session)
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
     interval_seconds = _interval(interval)
     if until is not None and iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)
-    baseline, schemas = baseline_of(session, target, since), schemas_in_use(session.sync_session)
+    baseline, schemas = baseline_of(session, target, since), _schemas(session, target)
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
     await _release(session, target, began, deadline)
     own = SessionReader(session, target, schemas)
-    awaits_message = job_id is not None and since is None and until is None and own.watcher.is_job_pending(job_id)
+    ledger = own.watcher if job_id is None else Watcher.of(ledger_engine(session))
+    awaits_message = job_id is not None and since is None and until is None and ledger.is_job_pending(job_id)
     waiter = _waiter(own, baseline, interval_seconds, fresh=until is not None, awaits_message=awaits_message)
-    with waiter, nullcontext() if job_id is None or own.bound else JobWaiter(waiter, job_id, schemas, own.watcher):
+    with waiter, nullcontext() if job_id is None or own.bound else JobWaiter(waiter, job_id, schemas, ledger):
         return await waiter.changed(began, deadline, until=until, job_id=job_id)
 
 
 @asynccontextmanager
 async def watch_row(
-    session: AsyncSession,
+    session: AnySession,
     model: type[M],
     pk_value: Any,
     *,
@@ -111,11 +118,12 @@ async def watch_row(
             async for order in states:
                 ...
     """
+    session = session_of(session)
     limit = None if timeout is None else seconds("timeout", timeout)
     interval_seconds = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
-    own = SessionReader(session, target, schemas_in_use(session.sync_session))
+    own = SessionReader(session, target, _schemas(session, target))
     with _waiter(own, baseline, interval_seconds, fresh=since is None) as waiter:
         async with aclosing(_states(session, waiter, limit)) as states:
             yield states
@@ -155,10 +163,14 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
 
 
 async def _end_if_read_only(session: AsyncSession) -> None:
-    if connection_in_use(session.sync_session) and await has_written(session):
+    if connections_in_use(session.sync_session) and await has_written(session):
         raise UncommittedChangesError
     if not is_explicit(session):
         await end_transaction(session)
+
+
+def _schemas(session: AsyncSession, target: Target[Any]) -> Schemas:
+    return schemas_in_use(session.sync_session, **written(target.mapper))
 
 
 def _interval(interval: Seconds) -> float:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -35,6 +36,16 @@ MAX_OWN_READS = 4
 _SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class _Coordination:
+    """What an open `Coordinator` gives to the waits of its engine."""
+
+    max_waiters: int
+    declared: Declared
+    bell: Bell | None
+    channels: Channels
+
+
 class Watcher:
     """The waits of one event loop for rows of one database, and a cap on them all.
 
@@ -46,11 +57,7 @@ class Watcher:
         self.waiters = 0
         self.own_reads = asyncio.Semaphore(MAX_OWN_READS)
         """Bounds the sessions that read by themselves."""
-        self._max_waiters = MAX_WAITERS
-        self._declared: Declared = None
-        self._coordinated = False
-        self._bell: Bell | None = None
-        self._channels: Channels | None = None
+        self._coordinations: list[_Coordination] = []
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._idle_tasks: set[asyncio.Task[None]] = set()
         """Tasks of pollers whose last waiter has left."""
@@ -66,23 +73,23 @@ class Watcher:
 
     def settings_of(self, session: AsyncSession) -> Settings | None:
         """Those under which a shared read sees what this session sees; None if undeclared."""
-        declared = self._declared
+        declared = next((each.declared for each in self._coordinations if each.declared is not None), None)
         return None if declared is None else checked_settings(declared(session) if callable(declared) else declared)
 
     def is_job_pending(self, job_id: object) -> bool:
         """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
-        return self._bell is not None and self._bell.is_pending(job_id)
+        return any(each.bell is not None and each.bell.is_pending(job_id) for each in self._coordinations)
 
     def poller(
         self, kind: type[Waiter[Any]], mapper: Mapper[Any], schemas: Schemas, settings: Settings | None
     ) -> Poller:
         """The one to register a waiter of this kind with, at once."""
-        if kind.counts and self.waiters >= self._max_waiters:
+        if kind.counts and self.waiters >= max((each.max_waiters for each in self._coordinations), default=MAX_WAITERS):
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
         key = (mapper, schemas, settings)
         if (poller := self._pollers.get(key)) is None:
             poller = self._pollers[key] = Poller(self, Reader(self.engine, mapper, schemas, settings))
-            poller.subscribe(self._bell, self._channels)
+            poller.subscribe(*self._bell)
         return poller
 
     def on_leave(self, poller: Poller, waiter: Waiter[Any]) -> None:
@@ -98,21 +105,24 @@ class Watcher:
 
     @contextmanager
     def coordinate(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels) -> Iterator[None]:
-        """Use another cap, and messages, until the block ends, also for waits that have begun before."""
-        if self._coordinated:
-            raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
-        self._coordinated, self._draining = True, False
-        self._set(max_waiters, declared, bell, channels)
+        """Use another cap, and messages, until the block ends, also for waits that have begun before.
+
+        Of several at a time the widest cap counts, the first declaration, and the first bell.
+        """
+        own = _Coordination(max_waiters, declared, bell, channels)
+        self._coordinations.append(own)
+        self._draining = False
+        self._resubscribe()
         try:
             yield
         finally:
-            self._coordinated = False
-            self._set(MAX_WAITERS, None, None, None)
+            self._coordinations.remove(own)
+            self._resubscribe()
             self._forget_if_idle()
 
     async def drain(self) -> None:
         """Stop reads that no wait needs, now and later on; their connections are in the pool again."""
-        self._draining = True
+        self._draining = not self._coordinations
         for task in self._idle_tasks:
             task.cancel()
         loop = asyncio.get_running_loop()
@@ -120,13 +130,17 @@ class Watcher:
         while self._idle_tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait([*self._idle_tasks], timeout=left)
 
-    def _set(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels | None) -> None:
-        self._max_waiters, self._declared, self._bell, self._channels = max_waiters, declared, bell, channels
+    def _resubscribe(self) -> None:
         for poller in self._pollers.values():
-            poller.subscribe(bell, channels)
+            poller.subscribe(*self._bell)
+
+    @property
+    def _bell(self) -> tuple[Bell | None, Channels | None]:
+        found = ((each.bell, each.channels) for each in self._coordinations if each.bell is not None)
+        return next(found, (None, None))
 
     def _forget_if_idle(self) -> None:
-        if not self._pollers and not self._coordinated:
+        if not self._pollers and not self._coordinations:
             _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
 
 

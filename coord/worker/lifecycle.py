@@ -11,8 +11,7 @@ from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
-from coord.database.engine import engine_of
-from coord.jobs.model import Cancellation, jobs
+from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
@@ -63,7 +62,7 @@ class Lifecycle:
 
     async def start(self) -> None:
         """Return when jobs are taken; what has been opened is closed if that fails."""
-        _warn_of_small_pool(engine_of(self._config.session_maker).pool, self._config.max_jobs)
+        _warn_of_small_pool(ledger_engine(self._config.session_maker).pool, self._config.max_jobs)
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
@@ -120,7 +119,7 @@ class Lifecycle:
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config
         board = stack.enter_context(closing(Board(config.max_jobs)))
-        engine, redis = another(engine_of(config.session_maker)), config.address.client()
+        engine, redis = another(ledger_engine(config.session_maker)), config.address.client()
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(redis.aclose)
         running = RunningJobs(board, config.tasks)

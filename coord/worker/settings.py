@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
 
-from coord.database.engine import engine_of
 from coord.durations import seconds
+from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE
 from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
@@ -81,7 +81,7 @@ def worker_settings(
     absence of Redis. Beside its pool it opens up to four connections to PostgreSQL and seven to Redis. Raises
     `ValueError` or `TypeError` here for what makes no sense.
     """
-    engine_of(session_maker)
+    ledger_engine(session_maker)
     _check(arq_settings)
     keys = QueueKeys(text("namespace", namespace), text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
@@ -128,7 +128,7 @@ class _Host:
 
     async def report_postgresql(self) -> None:
         """While Redis is waited for: the application's `on_startup`, which will want PostgreSQL, is not called yet."""
-        engine = another(engine_of(self.config().session_maker))
+        engine = another(ledger_engine(self.config().session_maker))
         try:
             async with asyncio.timeout(POSTGRESQL_SECONDS), engine.connect():
                 self._outage.report(None)
@@ -163,7 +163,7 @@ class _Host:
         finally:
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await engine_of(self.config().session_maker).dispose()
+            await ledger_engine(self.config().session_maker).dispose()
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:

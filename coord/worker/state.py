@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from coord.database.place import ledger_options
 from coord.jobs.model import new_id
 from coord.notify.outage import Outage
 from coord.worker.freshness import RedisClock
@@ -70,10 +71,11 @@ class WorkerState:
         """Committed; its rows are gone with its connection."""
         async with self.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
-            return await connection.execute(statement)
+            return await connection.execute(statement, execution_options=await connection.run_sync(ledger_options))
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
         """Its rows, and committed if it has written."""
         async with self.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
-            return (await connection.execute(statement)).all()
+            options = await connection.run_sync(ledger_options)
+            return (await connection.execute(statement, execution_options=options)).all()

@@ -70,7 +70,7 @@ def constraints(versions: Versions) -> list[str]:
         case Versions.PINNED:
             free = set()
         case Versions.SQLALCHEMY_20 | Versions.SQLALCHEMY_21:
-            free = {"sqlalchemy"}
+            free = {"sqlalchemy", "fastapi-users-db-sqlalchemy"}  # the newest of which is for SQLAlchemy 2.0
         case Versions.OLDEST | Versions.NEWEST:
             free = _beneath_coord()
     lines = (ROOT / "constraints.txt").read_text().splitlines()

@@ -13,13 +13,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
-from sqlalchemy import delete, event, insert
+from sqlalchemy import delete, event, insert, table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from coord.database.engine import engine_of
-from coord.jobs.model import workers
+from coord.database.place import known_schema
+from coord.jobs.model import ledger_engine, workers
 from coord.retryable import sqlstate_of
 from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("arq.coord")
 
+_PREPARER = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
 PROCESS_END_SECONDS = 2.0
 """For the process, or the thread, to end; and then for the worker to be taken off the list."""
 RESTART_SECONDS = 1.0
@@ -53,7 +54,7 @@ class Heartbeat(Loop):
     def __init__(self, state: WorkerState, tick: Callable[[], None]) -> None:
         super().__init__(state)
         self._tick = tick
-        self._engine = engine_of(state.config.session_maker)
+        self._engine = ledger_engine(state.config.session_maker)
         self._row: dict[str, Any] = {"queue": state.keys.queue, "host": socket.gethostname(), "pid": os.getpid()}
         self._connect: Any = None
         """How the application's connections are made, as far as another process can be told."""
@@ -146,12 +147,12 @@ class Heartbeat(Loop):
         return progress if self._connect is None else progress | {"connect": self._connect}
 
     def _identity(self) -> dict[str, Any]:
-        config = self._state.config
+        config, schema = self._state.config, known_schema(self._state.engine.dialect)
         return {
             "path": [entry for entry in sys.path if isinstance(entry, str)],
             "pid": os.getpid(),
             "slots": config.max_jobs,
-            "table": postgresql.dialect().identifier_preparer.format_table(workers),  # type: ignore[no-untyped-call]
+            "table": _PREPARER.format_table(table(workers.name, schema=schema)),
             "tasks": [*config.tasks],
             "health_key": config.health_check_key,
             "redis": config.address.parameters(),

@@ -12,6 +12,7 @@ from sqlalchemy import column, delete, func, select, table, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
+from coord.database.place import ledger_options
 from coord.jobs.job_transaction import CLASS, lock_of
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.queue.handover import push
@@ -71,6 +72,7 @@ class Rescuer(Loop):
         """Take a dead worker off the list, unless its heart has beaten after all, and give its jobs to others."""
         gone = delete(workers).where(workers.c.id == worker, workers.c.beats == beats).returning(workers)
         async with self._state.engine.begin() as connection:
+            await connection.execution_options(**await connection.run_sync(ledger_options))
             # A leader that is stopped in the middle must not keep the rows.
             await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
             dead = (await connection.execute(gone)).one_or_none()
