@@ -47,6 +47,7 @@ from coord.errors import (
     UniqueKeyConflictError,
     WaitTimeoutError,
 )
+from coord.jobs.bulk import Call, call, enqueue_many
 from coord.jobs.enqueue import enqueue
 from coord.jobs.migrations import create_ledger
 from coord.jobs.model import Job, JobState
@@ -59,6 +60,7 @@ from coord.waiting.wait import wait_for_row_change, watch_row
 from coord.worker.settings import worker_settings
 
 __all__ = [
+    "Call",
     "CoordError",
     "Coordinator",
     "DeadlockError",
@@ -78,11 +80,13 @@ __all__ = [
     "UniqueKeyConflictError",
     "WaitTimeoutError",
     "advisory_lock",
+    "call",
     "cancel_job",
     "create_db_context",
     "create_db_dependency",
     "create_ledger",
     "enqueue",
+    "enqueue_many",
     "get_job",
     "get_transaction",
     "job_transaction",

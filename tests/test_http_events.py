@@ -17,7 +17,8 @@ import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
 from coord.http.jobs import RunningJobs
-from coord.jobs.model import Worker, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import Worker
 from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
 from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
 from tests.raw import Call, call

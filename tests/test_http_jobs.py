@@ -23,7 +23,8 @@ from coord.http import (
     replies,
     reply,
 )
-from coord.jobs.model import Worker, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import Worker
 from tests.contract import Contract
 from tests.counter import PROBLEM, end, user
 from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture

@@ -10,7 +10,8 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, JobState
-from coord.jobs.model import Worker, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import Worker
 from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.serving import served

@@ -12,7 +12,8 @@ from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
-from coord.jobs.model import Cancellation, job_mapper, jobs, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import Cancellation, job_mapper, jobs
 from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher, Gate
