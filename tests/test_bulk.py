@@ -102,7 +102,7 @@ async def test_what_no_call_can_be_is_refused_before_any_sql(session_maker: Sess
     with pytest.raises(TypeError, match="would arrive as"):
         call(a_task, (1, 2))
     with pytest.raises(TypeError, match="lambda"):
-        call(lambda ctx: None)
+        call(lambda ctx: None)  # type: ignore[call-overload]
     async with session_maker() as session:
         with pytest.raises(TypeError, match="made by call"):
             await enqueue_many(session, [a_task])  # type: ignore[list-item]

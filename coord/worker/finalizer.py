@@ -95,6 +95,8 @@ class Finalizer:
     async def _ended(self, session: AsyncSession, attempt: Attempt, values: dict[str, Any]) -> JobState | None:
         if await _locked(session, attempt) is None:
             return None
+        if values["state"] is JobState.CANCELLED:
+            await self._record(session, attempt, JobState.CANCELLED, {})
         ended = {"finished_at": func.clock_timestamp(), "started_at": attempt.began}
         await session.run_sync(_write, attempt.job_id, values | ended)
         state: JobState = values["state"]

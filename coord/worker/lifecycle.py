@@ -106,6 +106,7 @@ class Lifecycle:
         registry = self.registry = WorkerRegistry(engine, config.queue, worker)
         freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
         heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
+        heartbeat.is_paused = lambda: registry.is_paused
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
         finalizer = Finalizer(config.session_maker, worker)

@@ -55,6 +55,7 @@ class Heartbeat:
         self._file.truncate(Board.size(config.max_jobs))
         self.board = Board(self._file.fileno(), config.max_jobs)
         self.running: RunningJobs | None = None
+        self.is_paused: Callable[[], bool] = bool
         self._connect: Any = None
         """How the application's connections are made, as far as another process can be told."""
         self._process: asyncio.subprocess.Process | None = None
@@ -161,7 +162,7 @@ class Heartbeat:
     def _news(self) -> dict[str, Any]:
         running = () if self.running is None else self.running
         progress = {str(job.message.id): job.attempt.progress for job in running if job.attempt.progress is not None}
-        return {"progress": progress, "connect": self._connect}
+        return {"progress": progress, "connect": self._connect, "paused": self.is_paused()}
 
     def _send_news(self) -> None:
         news = self._news()

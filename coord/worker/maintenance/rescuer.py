@@ -9,9 +9,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import column, delete, func, select, table, text, tuple_, update
+from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.exc import DBAPIError
 
-from coord.jobs.model import JobState, cancellations, is_queued, jobs, workers
+from coord.jobs.model import JobState, attempts, cancellations, is_queued, jobs, workers
 from coord.jobs.transaction import CLASS
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
@@ -82,7 +83,7 @@ class Rescuer(Loop):
         async with self._engine.connect() as connection, connection.begin():
             # A leader that is stopped in the middle must not keep the rows.
             await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
-            dead = (await connection.execute(gone.returning(workers.c.jobs, workers.c.stopping))).one_or_none()
+            dead = (await connection.execute(gone.returning(workers))).one_or_none()
             if dead is None:
                 return
             await _end_transactions(connection, worker)
@@ -90,6 +91,7 @@ class Rescuer(Loop):
             changes = self._judged(rows, stopping=dead.stopping)
             for row in rows:
                 await connection.execute(update(jobs).where(jobs.c.id == row.id).values(changes[row.id]))
+                await connection.execute(_record(row, dead))
             again = [job_id for job_id, change in changes.items() if change["state"] is JobState.QUEUED]
             waiting = (await connection.execute(_following.where(jobs.c.id.in_(again)))).all() if again else []
         states = Counter(str(change["state"]) for change in changes.values())
@@ -145,6 +147,12 @@ async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Seque
 def _next(row: Row[Any], pause: float) -> dict[str, Any]:
     due = func.clock_timestamp() + timedelta(seconds=pause)
     return {"state": JobState.QUEUED, "attempt": row.attempt + 1, "scheduled_at": due, "error": DIED, "traceback": None}
+
+
+def _record(row: Row[Any], worker: Row[Any]) -> Insert:
+    values = {"job_id": row.id, "number": row.attempt, "outcome": "died", "error": DIED}
+    values |= {"worker": worker.id, "host": worker.host, "pid": worker.pid}
+    return insert(attempts).values(values).on_conflict_do_nothing()
 
 
 def _end(state: JobState, error: str) -> dict[str, Any]:
