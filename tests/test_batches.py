@@ -92,7 +92,7 @@ async def test_a_crowd_is_cancelled_in_batches_the_eldest_first(
 async def test_what_runs_is_not_waited_for_and_its_worker_is_told_once(
     session_maker: SessionMaker, observer: Connection
 ) -> None:
-    running, *rest = await several(session_maker, a_task, 3)
+    running, *_ = await several(session_maker, a_task, 3)
     async with job_transaction(delivered(running, session_maker)), session_maker() as session:
         async with asyncio.timeout(5):
             assert await cancel_jobs(session) == 3

@@ -83,7 +83,7 @@ async def test_an_attempt_that_is_cancelled_leaves_a_row(office: Office) -> None
 async def test_an_attempt_that_died_with_its_worker_leaves_a_row(office: Office, notes: Notes) -> None:
     async with process(office, notes) as first:
         job = await office.enqueue("hold", "killed")
-        await notes.say(job, "begun")
+        await notes.say(job, "starts")
         first.signal(signal.SIGKILL)
         async with process(office, notes) as second:
             notes.let("killed")

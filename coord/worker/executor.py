@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from coord.worker.config import WorkerConfig
     from coord.worker.finalizer import Finalizer
     from coord.worker.running import RunningJob, RunningJobs
+    from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
 
@@ -40,6 +41,7 @@ class Executor:
         running: RunningJobs,
         finalizer: Finalizer,
         context: Mapping[Any, Any],
+        turns: Turns,
         *,
         worker_lock: int,
     ) -> None:
@@ -47,6 +49,7 @@ class Executor:
         self._running = running
         self._finalizer = finalizer
         self._context = context
+        self._turns = turns
         self._worker_lock = worker_lock
         self._signatures = {name: inspect.signature(task.coroutine) for name, task in config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
@@ -67,7 +70,7 @@ class Executor:
         )
         refusal = self._refusal(message)
         if refusal is not None:
-            self._spawn(self._refuse(attempt, refusal))
+            self._spawn(self._refuse(attempt, refusal, message.one_at_a_time))
             return
         running = self._running.add(message, attempt)
         running.task = running.runner = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
@@ -95,7 +98,7 @@ class Executor:
         self._refusals.add(task)
         task.add_done_callback(self._refusals.discard)
 
-    async def _refuse(self, attempt: Attempt, error: Exception) -> None:
+    async def _refuse(self, attempt: Attempt, error: Exception, key: str | None) -> None:
         """Another worker may run it, or this one after its deployment."""
         what = (attempt.task, str(error))
         if what not in self._said:
@@ -105,6 +108,8 @@ class Executor:
             await self._finalizer.unknown(attempt, error, limit=self._config.unknown_after)
         except Exception:
             logger.exception("Job %s could not be put off", attempt.job_id)
+        if key is not None:
+            await self._turns.pass_on([key])
 
     async def _run(self, running: RunningJob) -> None:
         """The whole of an attempt; whatever happens its slot is free afterwards."""
@@ -113,6 +118,8 @@ class Executor:
         ctx = self._ctx(running)
         try:
             outcome = await self._attempted(running, ctx)
+            if running.message.one_at_a_time is not None:
+                await self._turns.pass_on([running.message.one_at_a_time])
         except asyncio.CancelledError:
             raise
         except BaseException:

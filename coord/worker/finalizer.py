@@ -229,7 +229,7 @@ def _write(session: Session, job_id: UUID, values: dict[str, Any]) -> None:
 def _put_off(session: Session, row: RowMapping, wait: float, values: dict[str, Any]) -> None:
     """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
     due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
-    execute(session, update(jobs).where(jobs.c.id == row["id"]).values(values | due))
+    execute(session, update(jobs).where(jobs.c.id == row["id"]).values(values | due | {"turn": None}))
     job = Job(**{column.name: row[column.name] for column in jobs.c} | values)
     job.due_in, job.due_said_at = wait, time.monotonic()
     collect(session, (job_mapper, (job.id,)), job)

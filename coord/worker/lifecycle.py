@@ -28,7 +28,9 @@ from coord.worker.maintenance.registry import WorkerRegistry
 from coord.worker.maintenance.rescuer import Rescuer, lock_of
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
+from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
+from coord.worker.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -110,10 +112,12 @@ class Lifecycle:
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
         finalizer = Finalizer(config.session_maker, worker)
-        executor = self._executor = Executor(config, running, finalizer, self._context, worker_lock=lock_of(worker))
+        turns = Turns(engine, redis, config.namespace)
+        lock = lock_of(worker)
+        executor = self._executor = Executor(config, running, finalizer, self._context, turns, worker_lock=lock)
         stack.push_async_callback(executor.abandon)
         gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
-        fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, gate, outage)
+        fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, turns, gate, outage)
         leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)
         scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
         finalizer.on_put_off = scheduler.expect
@@ -128,6 +132,7 @@ class Lifecycle:
             scheduler,
             Reconciler(engine, redis, keys, clock, lambda: leader.is_leader, scheduler.start_over),
             Rescuer(maintenance, redis, keys, registry, lambda: leader.is_leader, config.attempts_of, publish_end),
+            TurnKeeper(engine, turns, lambda: leader.is_leader),
             Pruner(engine, keep=config.keep, is_leader=lambda: leader.is_leader),
         ]
         stack.push_async_callback(_resign, leader)
