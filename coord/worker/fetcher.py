@@ -172,7 +172,7 @@ class Fetcher:
         return popped or []
 
     async def _sound(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
-        """Those that are messages, as far as the ledger confirms them if they are old, and their turn if it is asked for."""
+        """Those that are messages, and that the ledger confirms if they are old or have to wait for their turn."""
         found = []
         for raw, score in popped:
             try:
