@@ -59,7 +59,6 @@ _QUEUED = text("state = 'queued'")
 _IN_FEED = text("state = 'queued' AND turn IS DISTINCT FROM 0")
 _HAS_TURN = text("state = 'queued' AND turn = attempt")
 _WAITS = text("state = 'queued' AND turn = 0")
-_FIRST = text("priority DESC")
 _Time = DateTime(timezone=True)
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
 _BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
@@ -152,7 +151,7 @@ class Job(Ledger):
         Index("coord_jobs_queued", "id", postgresql_where=_QUEUED),
         Index("coord_jobs_due", "queue", "scheduled_at", "id", postgresql_where=_IN_FEED),
         Index("coord_jobs_turn", "one_at_a_time", unique=True, postgresql_where=_HAS_TURN),
-        Index("coord_jobs_waiting", "one_at_a_time", _FIRST, "scheduled_at", "id", postgresql_where=_WAITS),
+        Index("coord_jobs_waiting", "one_at_a_time", priority.desc(), "scheduled_at", "id", postgresql_where=_WAITS),
         Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
         Index(
             "coord_jobs_unique",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, inspect
@@ -33,9 +34,6 @@ from coord.worker.running import RunningJobs
 from coord.worker.turns import Turns
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from uuid import UUID
-
     from redis.asyncio import Redis
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -107,8 +105,9 @@ class Lifecycle:
         clock = RedisClock()
         registry = self.registry = WorkerRegistry(engine, config.queue, worker)
         freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
-        heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
-        heartbeat.is_paused = lambda: registry.is_paused
+        heartbeat = self.heartbeat = await stack.enter_async_context(
+            Heartbeat(config, worker, freshness.tick, lambda: registry.is_paused)
+        )
         numbers = {name: number for number, name in enumerate(config.tasks)}
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
         finalizer = Finalizer(config.session_maker, worker)
@@ -122,16 +121,14 @@ class Lifecycle:
         scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
         finalizer.on_put_off = scheduler.expect
 
-        def publish_end(ended: Iterable[UUID]) -> None:
-            coordinator.publish(job_mapper, ended)
-
+        published = partial(coordinator.publish, job_mapper)
         loops = [
             registry,
             leader,
             canceller := Canceller(engine, running),
             scheduler,
             Reconciler(engine, redis, keys, clock, lambda: leader.is_leader, scheduler.start_over),
-            Rescuer(maintenance, redis, keys, registry, lambda: leader.is_leader, config.attempts_of, publish_end),
+            Rescuer(maintenance, redis, keys, registry, lambda: leader.is_leader, config.attempts_of, published),
             TurnKeeper(engine, turns, lambda: leader.is_leader),
             Pruner(engine, keep=config.keep, is_leader=lambda: leader.is_leader),
         ]

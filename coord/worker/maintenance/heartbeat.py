@@ -47,7 +47,9 @@ class Heartbeat:
     `tick` is called by the event loop every quarter second.
     """
 
-    def __init__(self, config: WorkerConfig, worker: UUID, tick: Callable[[], None]) -> None:
+    def __init__(
+        self, config: WorkerConfig, worker: UUID, tick: Callable[[], None], is_paused: Callable[[], bool]
+    ) -> None:
         self._config = config
         self._worker = worker
         self._tick = tick
@@ -55,7 +57,7 @@ class Heartbeat:
         self._file.truncate(Board.size(config.max_jobs))
         self.board = Board(self._file.fileno(), config.max_jobs)
         self.running: RunningJobs | None = None
-        self.is_paused: Callable[[], bool] = bool
+        self._is_paused = is_paused
         self._connect: Any = None
         """How the application's connections are made, as far as another process can be told."""
         self._process: asyncio.subprocess.Process | None = None
@@ -162,7 +164,7 @@ class Heartbeat:
     def _news(self) -> dict[str, Any]:
         running = () if self.running is None else self.running
         progress = {str(job.message.id): job.attempt.progress for job in running if job.attempt.progress is not None}
-        return {"progress": progress, "connect": self._connect, "paused": self.is_paused()}
+        return {"progress": progress, "connect": self._connect, "paused": self._is_paused()}
 
     def _send_news(self) -> None:
         news = self._news()
