@@ -55,6 +55,7 @@ from coord.jobs.migrations import create_ledger
 from coord.jobs.model import Job, JobState
 from coord.jobs.options import TaskOptions, task_options
 from coord.jobs.pauses import pause_queue, resume_queue
+from coord.jobs.periodic import Periodic, periodic
 from coord.jobs.queries import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
 from coord.jobs.transaction import JobSuperseded, job_transaction, set_result
 from coord.locks import LockMode, advisory_lock, lock_tables
@@ -77,6 +78,7 @@ __all__ = [
     "LockHolder",
     "LockMode",
     "LockTimeoutError",
+    "Periodic",
     "RowNotFoundError",
     "TaskOptions",
     "TooManyWaitersError",
@@ -99,6 +101,7 @@ __all__ = [
     "list_jobs",
     "lock_tables",
     "pause_queue",
+    "periodic",
     "resume_queue",
     "retry_job",
     "retry_jobs",

@@ -11,11 +11,12 @@ from coord.durations import seconds
 from coord.queue.keys import QueueKeys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+    from coord.jobs.periodic import Periodic
     from coord.worker.address import Address
 
     Hook = Callable[[dict[Any, Any]], Awaitable[None]]
@@ -48,6 +49,7 @@ class WorkerConfig:
     keep: float
     unknown_after: float | None
     health_check_key: str
+    periodic: Sequence[Periodic] = ()
     hooks: Hooks = field(default_factory=Hooks)
 
     @property

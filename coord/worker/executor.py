@@ -42,7 +42,6 @@ class Executor:
         finalizer: Finalizer,
         context: Mapping[Any, Any],
         turns: Turns,
-        *,
         worker_lock: int,
     ) -> None:
         self._config = config

@@ -29,6 +29,7 @@ from coord.worker.maintenance.registry import WorkerRegistry
 from coord.worker.maintenance.rescuer import Rescuer, lock_of
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
+from coord.worker.maintenance.ticker import Ticker
 from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.turns import Turns
@@ -112,28 +113,26 @@ class Lifecycle:
         running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
         finalizer = Finalizer(config.session_maker, worker)
         turns = Turns(engine, redis, config.namespace)
-        lock = lock_of(worker)
-        executor = self._executor = Executor(config, running, finalizer, self._context, turns, worker_lock=lock)
+        executor = self._executor = Executor(config, running, finalizer, self._context, turns, lock_of(worker))
         stack.push_async_callback(executor.abandon)
         gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
         fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, turns, gate, outage)
         leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)
         scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
         finalizer.on_put_off = scheduler.expect
-
         published = partial(coordinator.publish, job_mapper)
-        loops = [
+        stack.push_async_callback(_resign, leader)
+        for loop in (
             registry,
             leader,
             canceller := Canceller(engine, running),
             scheduler,
             Reconciler(engine, redis, keys, clock, lambda: leader.is_leader, scheduler.start_over),
             Rescuer(maintenance, redis, keys, registry, lambda: leader.is_leader, config.attempts_of, published),
+            *([Ticker(engine, config.session_maker, config.queue, config.periodic)] if config.periodic else []),
             TurnKeeper(engine, turns, lambda: leader.is_leader),
             Pruner(engine, keep=config.keep, is_leader=lambda: leader.is_leader),
-        ]
-        stack.push_async_callback(_resign, leader)
-        for loop in loops:
+        ):
             await stack.enter_async_context(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         self._queued = QueuedJobs(engine, config.queue)
