@@ -1,6 +1,5 @@
 """Many jobs cancelled or run again by what they are: some at a time, never waiting for one that runs, and counted."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -8,12 +7,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text
 
 from coord import Job, call, cancel_jobs, enqueue_many, job_transaction, retry_jobs, task_options
-from tests.ledger import a_task, committed, delivered, ledger
+from tests.ledger import a_task, committed, delivered
 from tests.serving import eventually
-from tests.workers import Office, office, until, working
+from tests.workers import Office, until, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection

@@ -1,6 +1,5 @@
 """`enqueue_many`: one statement for any number of calls, each with what `enqueue` promises of one."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -11,9 +10,9 @@ import pytest
 
 from coord import UniqueKeyConflictError, call, enqueue, enqueue_many, job_transaction, task_options
 from coord.jobs.bulk import SLICE
-from tests.ledger import a_task, committed, delivered, executed, ledger
+from tests.ledger import a_task, committed, delivered, executed
 from tests.serving import eventually
-from tests.workers import Office, office, working
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection

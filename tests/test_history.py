@@ -1,6 +1,5 @@
 """What is kept of the attempts at a job: a row for each that did not succeed, none for the one that did, a result."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -17,9 +16,8 @@ from sqlalchemy import text
 
 from coord import cancel_job, get_job, job_transaction, list_attempts, set_result
 from coord.worker.maintenance.pruner import Pruner
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import Notes, Office, notes, office, process, until, working
+from tests.workers import Notes, Office, process, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection

@@ -1,6 +1,5 @@
 """A paused queue: nothing of it begins, what runs goes on, and every worker knows, also one that starts later."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -11,9 +10,8 @@ import pytest
 from coord import pause_queue, resume_queue, task_options
 from coord.queue.keys import QueueKeys
 from coord.worker.config import health_check_key
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import Office, office, until, working
+from tests.workers import Office, until, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection

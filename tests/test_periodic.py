@@ -1,6 +1,5 @@
 """Periodic tasks: one job for each slot however many workers, across deploys, restarts and changes of the clocks."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -13,17 +12,12 @@ import pytest
 from sqlalchemy import DateTime, column, select, table, text
 
 from coord import Periodic, job_transaction, periodic, task_options, worker_settings
-from coord.jobs.ids import slot_id
-from coord.jobs.model import schedules
 from coord.worker.maintenance.pruner import VANISHED, Pruner
 from coord.worker.maintenance.ticker import Ticker
-from tests.ledger import a_task, delivered, ledger
-from tests.serving import eventually
-from tests.workers import Office, office, until, working
+from tests.ledger import a_task
+from tests.workers import Office, until, working
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 

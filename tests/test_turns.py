@@ -1,6 +1,5 @@
 """`one_at_a_time`: of the jobs with a key one runs at a time, over all workers, and the others wait nowhere."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from arq.worker import Retry
 from sqlalchemy import text, update
-from sqlalchemy.exc import IntegrityError
 
 from coord import Job, JobSuperseded, call, cancel_job, enqueue_many, job_transaction, retry_job, task_options
 from coord.jobs.model import jobs
@@ -18,9 +16,9 @@ from coord.queue.keys import QueueKeys
 from coord.queue.message import Message
 from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.turns import Turns
-from tests.ledger import a_task, committed, delivered, executed, ledger
+from tests.ledger import a_task, committed, delivered, executed
 from tests.serving import eventually
-from tests.workers import KEYS, Notes, Office, notes, office, process, until, working
+from tests.workers import Notes, Office, process, until, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection

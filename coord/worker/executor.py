@@ -13,9 +13,9 @@ from arq.worker import Retry, RetryJob
 
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.job_transaction import JobSuperseded
 from coord.jobs.model import JobState
 from coord.jobs.tracing import continued
-from coord.jobs.transaction import JobSuperseded
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
 from coord.worker.hooks import call

@@ -12,8 +12,8 @@ from sqlalchemy import column, delete, func, select, table, text, tuple_, update
 from sqlalchemy.dialects.postgresql import Insert, insert
 from sqlalchemy.exc import DBAPIError
 
+from coord.jobs.job_transaction import CLASS
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, jobs, workers
-from coord.jobs.transaction import CLASS
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
