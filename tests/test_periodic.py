@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import DateTime, column, select, table, text
 
 from coord import Periodic, job_transaction, periodic, task_options, worker_settings
 from coord.worker.maintenance.pruner import VANISHED, Pruner
-from coord.worker.maintenance.ticker import Ticker
+from tests.clock import START, Clock
 from tests.ledger import a_task
 from tests.workers import Office, until, working
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("tables")
 
 BERLIN = ZoneInfo("Europe/Berlin")
-START = datetime(2026, 1, 5, tzinfo=UTC)
-_at = table("clock", column("at", DateTime(timezone=True)))
 
 
 def at(day: str, time: str, *, fold: int = 0) -> datetime:
@@ -122,34 +119,6 @@ def test_settings_refuse_what_they_could_not_keep(session_maker: Any) -> None:
 
 
 # By a clock in PostgreSQL that the test drives
-
-
-class Clock:
-    def __init__(self, engine: AsyncEngine, office: Office) -> None:
-        self.engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self.office = office
-        self.now = START
-
-    def ticker(self, *schedules: Periodic, queue: str = "default") -> Ticker:
-        now = select(_at.c.at).scalar_subquery()
-        return Ticker(self.engine, self.office.session_maker, queue, schedules, clock=now)
-
-    async def set(self, now: datetime) -> None:
-        self.now = now
-        async with self.engine.connect() as connection:
-            await connection.execute(text("UPDATE clock SET at = :now"), {"now": now})
-
-    async def go_on(self, **span: float) -> None:
-        await self.set(self.now + timedelta(**span))
-
-
-@pytest.fixture
-async def clock(engine: AsyncEngine, office: Office) -> Clock:
-    async with engine.begin() as connection:
-        await connection.execute(text("CREATE TABLE IF NOT EXISTS clock (at timestamptz)"))
-        await connection.execute(text("DELETE FROM clock"))
-        await connection.execute(text("INSERT INTO clock VALUES (:now)"), {"now": START})
-    return Clock(engine, office)
 
 
 async def made(observer: Connection) -> list[datetime]:

@@ -31,12 +31,12 @@ class TurnKeeper(Loop):
         if not self._is_leader():
             return
         async with self._engine.connect() as connection:
-            free = [*await connection.scalars(_free_keys())]
+            free = [*await connection.scalars(free_keys())]
         if free:
             await self._turns.pass_on(free)
 
 
-def _free_keys() -> Any:
+def free_keys() -> Any:
     """The keys that jobs wait with and nobody has the turn of, at a cost that grows with the keys and not the jobs."""
     key = jobs.c.one_at_a_time
     first = select(key.label("key")).where(is_waiting).order_by(key).limit(1)
