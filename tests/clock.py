@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import DateTime, column, select, table, text
 
+from coord.queue.keys import QueueKeys
 from coord.worker.maintenance.ticker import Ticker
+from tests.workers import a_state
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -23,12 +25,13 @@ _at = table("clock", column("at", DateTime(timezone=True)))
 class Clock:
     def __init__(self, engine: AsyncEngine, office: Office) -> None:
         self.engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self.office = office
+        self.session_maker = office.session_maker
         self.now = START
 
     def ticker(self, *schedules: Periodic, queue: str = "default") -> Ticker:
         now = select(_at.c.at).scalar_subquery()
-        return Ticker(self.engine, self.office.session_maker, queue, schedules, clock=now)
+        keys = QueueKeys(queue=queue)
+        return Ticker(a_state(self.engine, session_maker=self.session_maker, periodic=schedules, keys=keys), clock=now)
 
     async def set(self, now: datetime) -> None:
         self.now = now

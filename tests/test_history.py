@@ -17,7 +17,7 @@ from sqlalchemy import text
 from coord import cancel_job, get_job, job_transaction, list_attempts, set_result
 from coord.worker.maintenance.pruner import Pruner
 from tests.serving import eventually
-from tests.workers import Notes, Office, process, working
+from tests.workers import Notes, Office, a_state, process, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -53,7 +53,7 @@ async def test_each_attempt_that_did_not_succeed_leaves_a_row_and_the_others_non
     assert before < first.began <= first.ended + timedelta(seconds=1) <= datetime.now(UTC) + timedelta(seconds=1)
     assert (second.worker, second.host, second.pid) == (worker.id, socket.gethostname(), os.getpid())
     await observer.execute("UPDATE coord_jobs SET finished_at = finished_at - interval '1 day'")
-    assert await Pruner(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=0).prune() == 1
+    assert await Pruner(a_state(engine, keep=0)).prune() == 1
     assert await observer.fetchval("SELECT count(*) FROM coord_attempts") == 0
 
 

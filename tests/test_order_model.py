@@ -27,6 +27,7 @@ from coord.worker.maintenance.turnkeeper import free_keys
 from coord.worker.turns import Turns
 from tests.clock import START, Clock
 from tests.ledger import a_task, committed, delivered
+from tests.workers import a_state
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -69,7 +70,7 @@ class World:
         self.office = office
         self.engine = engine.execution_options(isolation_level="AUTOCOMMIT")
         self.keys = QueueKeys(queue="turns")
-        self.workers = [Worker(Turns(self.engine, office.redis, "coord")) for _ in range(3)]
+        self.workers = [Worker(Turns(a_state(engine, office.redis))) for _ in range(3)]
         self.dead: dict[tuple[UUID, int], Message] = {}
         self.made: list[Job] = []
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from coord import pause_queue, resume_queue, task_options
 from coord.queue.keys import QueueKeys
-from coord.worker.config import health_check_key
 from tests.serving import eventually
 from tests.workers import Office, until, working
 
@@ -38,7 +38,7 @@ async def test_a_paused_queue_begins_nothing_until_it_is_resumed_and_what_runs_g
         first = await office.enqueue(task, 0)
         await until(lambda: begun == [0])
         await change(office, pause_queue)
-        await until(lambda: worker.worker.ctx["coord.lifecycle"].registry.is_paused, within=2)
+        await until(lambda: worker.worker.ctx["coord.lifecycle"].state.is_paused, within=2)
         second = await office.enqueue(task, 1)
         go_on.set()
         assert (await office.final(first)).state == "done"
@@ -46,7 +46,7 @@ async def test_a_paused_queue_begins_nothing_until_it_is_resumed_and_what_runs_g
     async with working(office, [task]) as worker:  # the pause survives its workers
 
         async def healthy() -> bytes:
-            return (await office.redis.get(health_check_key(QueueKeys()))) or b""
+            return (await office.redis.get(QueueKeys().health(socket.gethostname()))) or b""
 
         async def says_so() -> bool:
             return b"paused" in await healthy()
@@ -68,7 +68,7 @@ async def test_other_queues_go_on(office: Office) -> None:
 
     await change(office, pause_queue, "other")
     async with working(office, [task]), working(office, [task], queue="other") as other:
-        await until(lambda: other.worker.ctx["coord.lifecycle"].registry.is_paused)
+        await until(lambda: other.worker.ctx["coord.lifecycle"].state.is_paused)
         held = await office.enqueue(task_options(task, queue="other"))
         assert (await office.final(await office.enqueue(task))).state == "done"
         assert (await office.row(held)).state == "queued"

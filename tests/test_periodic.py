@@ -14,7 +14,7 @@ from coord import Periodic, job_transaction, periodic, task_options, worker_sett
 from coord.worker.maintenance.pruner import VANISHED, Pruner
 from tests.clock import START, Clock
 from tests.ledger import a_task
-from tests.workers import Office, until, working
+from tests.workers import Office, a_state, until, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -193,7 +193,7 @@ async def test_a_schedule_that_is_in_no_code_makes_nothing_and_leaves_the_ledger
     assert [row["arguments"] for row in await observer.fetch("SELECT arguments FROM coord_jobs")] == ['[["new"],{}]']
     await observer.execute("UPDATE coord_schedules SET seen_at = now() - $1::interval", VANISHED)
     await clock.ticker(new).round()
-    await Pruner(clock.engine, keep=3600).prune()
+    await Pruner(a_state(clock.engine, keep=3600)).prune()
     assert [row["name"] for row in await observer.fetch("SELECT name FROM coord_schedules")] == [new.name("default")]
 
 

@@ -18,7 +18,7 @@ from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.turns import Turns
 from tests.ledger import a_task, committed, delivered, executed
 from tests.serving import eventually
-from tests.workers import Notes, Office, process, until, working
+from tests.workers import Notes, Office, a_state, process, until, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -185,7 +185,7 @@ async def test_a_turn_whose_job_was_cancelled_before_it_began_is_passed_on_by_th
     async def task(ctx: dict[str, Any]) -> None: ...
 
     one, two = [await office.enqueue(task_options(task, one_at_a_time="k", queue="apart")) for _ in range(2)]
-    turns = Turns(engine.execution_options(isolation_level="AUTOCOMMIT"), office.redis, "coord")
+    turns = Turns(a_state(engine, office.redis))
     assert await turns.admitted([Message.of(one), Message.of(two)]) == {(one.id, 1)}
     await office.redis.delete(QueueKeys(queue="apart").feed)
     async with office.session_maker() as session:
@@ -219,7 +219,7 @@ async def test_nobody_waits_for_a_job_that_runs_or_that_somebody_has_locked(
     office: Office, engine: AsyncEngine
 ) -> None:
     made = [await committed(office.session_maker, task_options(a_task, one_at_a_time="k")) for _ in range(3)]
-    turns = Turns(engine.execution_options(isolation_level="AUTOCOMMIT"), office.redis, "coord")
+    turns = Turns(a_state(engine, office.redis))
     assert await turns.admitted([Message.of(made[0])]) == {(made[0].id, 1)}
     async with asyncio.timeout(10), job_transaction(delivered(made[0], office.session_maker)):
         assert await turns.admitted([Message.of(job) for job in made]) == set()
@@ -252,7 +252,7 @@ async def test_a_job_without_a_key_costs_no_statement_more(office: Office) -> No
 
     counts = []
     async with working(office, [task]) as worker:
-        engine = worker.worker.ctx["coord.lifecycle"]._config.session_maker.kw["bind"]
+        engine = worker.worker.ctx["coord.lifecycle"].state.config.session_maker.kw["bind"]
         for key in (None, "k"):
             with executed(engine) as seen:
                 await office.final(await office.enqueue(task_options(task, one_at_a_time=key)))

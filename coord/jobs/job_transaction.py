@@ -21,6 +21,7 @@ from coord.session import closed
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
+    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
@@ -119,6 +120,11 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
                 raise
         else:
             return session, transaction
+
+
+def lock_of(worker: UUID) -> int:
+    """The second half of the advisory lock that a worker's job transactions share: 32 random bits of its id."""
+    return int.from_bytes(worker.bytes[-4:], signed=True)
 
 
 def _swallowed(session: AsyncSession) -> BaseException | None:

@@ -123,7 +123,7 @@ class Job(Ledger):
     """A key: of the jobs that have it, in whatever queue, one runs at a time."""
     turn: Mapped[int | None]
     """Of a job with such a key: 0 while it waits for another one, and the attempt whose turn it is."""
-    timeout: Mapped[float | None]
+    timeout: Mapped[float | None] = mapped_column(Double)
     """Seconds an attempt may take; None leaves it to the worker."""
     unique_key: Mapped[str | None] = mapped_column(Text)
     scheduled_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from uuid import UUID
 
-    from redis.asyncio import Redis
     from sqlalchemy import FromClause
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord.queue.message import Message
+    from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -56,12 +55,12 @@ _order = (jobs.c.priority.desc(), jobs.c.scheduled_at, jobs.c.id)
 
 
 class Turns:
-    """`engine` commits each statement. One of them is under way at a time: they share a connection."""
+    """One statement is under way at a time: they share a connection."""
 
-    def __init__(self, engine: AsyncEngine, redis: Redis, namespace: str) -> None:
-        self._engine = engine
-        self._redis: Any = redis
-        self._namespace = namespace
+    def __init__(self, state: WorkerState) -> None:
+        self._read = state.read
+        self._redis: Any = state.redis
+        self._namespace = state.keys.namespace
         self._mutex = asyncio.Lock()
 
     async def admitted(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
@@ -99,8 +98,8 @@ class Turns:
                 await self._redis.execute_command(*command)
 
     async def _all(self, statement: Any) -> Sequence[Any]:
-        async with self._mutex, self._engine.connect() as connection:
-            return (await connection.execute(statement)).all()
+        async with self._mutex:
+            return await self._read(statement)
 
 
 def _take(keys: Sequence[tuple[UUID, int]]) -> Any:

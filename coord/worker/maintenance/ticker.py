@@ -17,13 +17,12 @@ from coord.session import create_db_context
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from datetime import datetime
 
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session
 
     from coord.jobs.periodic import Periodic
+    from coord.worker.state import WorkerState
 
 LOOK_SECONDS = 30.0
 """Between two looks at most, and until the ledger is told again that the schedules are in the code."""
@@ -32,21 +31,13 @@ EXPECTED_SECONDS = 0.005
 
 
 class Ticker(Loop):
-    """`engine` commits each statement; a job is made in a transaction of its own. `clock` is PostgreSQL's."""
+    """Each job is made in a transaction of its own. `clock` is PostgreSQL's."""
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        session_maker: async_sessionmaker[AsyncSession],
-        queue: str,
-        periodic: Sequence[Periodic],
-        clock: Any = None,
-    ) -> None:
-        super().__init__()
-        self._engine = engine
-        self._context = create_db_context(session_maker)
-        self._queue = queue
-        self._schedules = {each.name(queue): each for each in periodic}
+    def __init__(self, state: WorkerState, clock: Any = None) -> None:
+        super().__init__(state)
+        self._context = create_db_context(state.config.session_maker)
+        self._queue = queue = state.keys.queue
+        self._schedules = {each.name(queue): each for each in state.config.periodic}
         self._clock = func.clock_timestamp() if clock is None else clock
         self._said_at = float("-inf")
 
@@ -54,8 +45,7 @@ class Ticker(Loop):
         found = select(self._clock.label("now"), schedules.c.name, schedules.c.slot)
         mine = schedules.c.name.in_([*self._schedules])
         nothing = select(true().label("is")).subquery()
-        async with self._engine.connect() as connection:
-            rows = (await connection.execute(found.select_from(nothing.outerjoin(schedules, mine)))).all()
+        rows = await self._state.read(found.select_from(nothing.outerjoin(schedules, mine)))
         known = [row for row in rows if row.name is not None]
         if time.monotonic() - self._said_at >= LOOK_SECONDS or len(known) < len(self._schedules):
             await self._say_seen()
@@ -73,8 +63,7 @@ class Ticker(Loop):
         values = [{"name": name, "queue": self._queue, "slot": self._clock} for name in sorted(self._schedules)]
         statement = insert_into(schedules).values(values)
         seen = statement.on_conflict_do_update(index_elements=[schedules.c.name], set_={"seen_at": func.now()})
-        async with self._engine.connect() as connection:
-            await connection.execute(seen)
+        await self._state.execute(seen)
         self._said_at = time.monotonic()
 
     async def _make(self, schedule: Periodic, name: str, slot: datetime) -> None:

@@ -11,29 +11,20 @@ from coord.worker.maintenance.loops import Loop
 from coord.worker.turns import has_turn, is_waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
+    from coord.worker.state import WorkerState
     from coord.worker.turns import Turns
 
 
 class TurnKeeper(Loop):
-    """Works only while this worker leads, for the keys of all queues. `engine` commits each statement."""
+    """Works only while this worker leads, for the keys of all queues."""
 
-    def __init__(self, engine: AsyncEngine, turns: Turns, is_leader: Callable[[], bool]) -> None:
-        super().__init__()
-        self._engine = engine
+    def __init__(self, state: WorkerState, turns: Turns) -> None:
+        super().__init__(state)
         self._turns = turns
-        self._is_leader = is_leader
 
     async def round(self) -> None:
-        if not self._is_leader():
-            return
-        async with self._engine.connect() as connection:
-            free = [*await connection.scalars(free_keys())]
-        if free:
-            await self._turns.pass_on(free)
+        if self._state.is_leader:
+            await self._turns.pass_on([row.key for row in await self._state.read(free_keys())])
 
 
 def free_keys() -> Any:
