@@ -47,11 +47,16 @@ from coord.errors import (
     UniqueKeyConflictError,
     WaitTimeoutError,
 )
+from coord.jobs.batches import cancel_jobs, retry_jobs
+from coord.jobs.bulk import Call, call, enqueue_many
 from coord.jobs.enqueue import enqueue
+from coord.jobs.history import AttemptReport, list_attempts
 from coord.jobs.job_transaction import JobSuperseded, job_transaction, set_result
 from coord.jobs.migrations import create_ledger
 from coord.jobs.model import Job, JobState
 from coord.jobs.options import TaskOptions, task_options
+from coord.jobs.pauses import pause_queue, resume_queue
+from coord.jobs.periodic import Periodic, periodic
 from coord.jobs.queries import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
@@ -59,6 +64,8 @@ from coord.waiting.wait import wait_for_row_change, watch_row
 from coord.worker.settings import worker_settings
 
 __all__ = [
+    "AttemptReport",
+    "Call",
     "CoordError",
     "Coordinator",
     "DeadlockError",
@@ -71,6 +78,7 @@ __all__ = [
     "LockHolder",
     "LockMode",
     "LockTimeoutError",
+    "Periodic",
     "RowNotFoundError",
     "TaskOptions",
     "TooManyWaitersError",
@@ -78,17 +86,25 @@ __all__ = [
     "UniqueKeyConflictError",
     "WaitTimeoutError",
     "advisory_lock",
+    "call",
     "cancel_job",
+    "cancel_jobs",
     "create_db_context",
     "create_db_dependency",
     "create_ledger",
     "enqueue",
+    "enqueue_many",
     "get_job",
     "get_transaction",
     "job_transaction",
+    "list_attempts",
     "list_jobs",
     "lock_tables",
+    "pause_queue",
+    "periodic",
+    "resume_queue",
     "retry_job",
+    "retry_jobs",
     "set_progress",
     "set_result",
     "task_options",

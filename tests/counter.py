@@ -31,7 +31,8 @@ from coord.http import (
     replies,
     reply,
 )
-from coord.jobs.model import Worker, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import Worker
 from tests.ledger import a_task, delivered
 from tests.serving import eventually, served
 from worker.models import Base, Order, OrderStatus

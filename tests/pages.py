@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import re
 import warnings
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -25,12 +25,15 @@ from tests.shop import ROOT, emptied, empty_database
 from worker.models import Base, Order, OrderStatus, Stock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
+TASKS = re.compile(r"^tasks = ", re.MULTILINE)
+"""In a page whose worker runs these, from there on, and not `fulfil_order`."""
+WORKERS = "workers of the page"
 
 Namespace = dict[str, Any]
 
@@ -66,7 +69,8 @@ async def namespace(database: str, redis_url: str) -> AsyncIterator[Namespace]:
     session_maker = async_sessionmaker(bind=engine, expire_on_commit=False)
     async with session_maker() as session, session.begin():
         session.add(Stock(sku="tea", quantity=100))
-    async with working(database, redis_url) as fulfil_order:
+    await emptied(redis_url)
+    async with AsyncExitStack() as stack:
         yield {
             "__name__": "page",
             "Order": Order,
@@ -76,27 +80,27 @@ async def namespace(database: str, redis_url: str) -> AsyncIterator[Namespace]:
             "database_url": database,
             "redis_url": redis_url,
             "fulfil_order": fulfil_order,
+            WORKERS: stack,
         }
     await engine.dispose()
 
 
+async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
+    async with job_transaction(ctx) as session, lock_tables(session, [Order]):
+        order = await session.get_one(Order, order_id)
+        order.status = OrderStatus.FULFILLED
+
+
 @asynccontextmanager
-async def working(database: str, redis_url: str) -> AsyncIterator[Any]:
-    """A task, and a worker that runs it, in this event loop."""
-
-    async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
-        async with job_transaction(ctx) as session, lock_tables(session, [Order]):
-            order = await session.get_one(Order, order_id)
-            order.status = OrderStatus.FULFILLED
-
-    await emptied(redis_url)
-    engine = create_async_engine(database, pool_size=5)
-    fulfil_order.__qualname__ = "fulfil_order"
+async def working(namespace: Namespace, functions: Sequence[Any]) -> AsyncIterator[None]:
+    """A worker that runs them, in this event loop."""
+    engine = create_async_engine(namespace["database_url"], pool_size=5)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
-    settings = worker_settings([fulfil_order], session_maker=sessions, redis=redis_url, handle_signals=False)
+    redis_url = namespace["redis_url"]
+    settings = worker_settings(functions, session_maker=sessions, redis=redis_url, handle_signals=False)
     worker = create_worker(settings)
     task = asyncio.create_task(worker.async_run())
-    yield fulfil_order
+    yield
     while not task.done():  # redis-py may swallow a cancellation
         task.cancel()
         await asyncio.wait([task], timeout=0.5)
@@ -108,7 +112,10 @@ async def working(database: str, redis_url: str) -> AsyncIterator[Any]:
 
 async def run(page: Path, namespace: Namespace) -> None:
     """All of the page's examples that are no files."""
-    session_maker = namespace["session_maker"]
+    session_maker, workers = namespace["session_maker"], namespace[WORKERS]
+    has_tasks = any(TASKS.search(block.text) for block in blocks(page, "python"))
+    if not has_tasks:
+        await workers.enter_async_context(working(namespace, [fulfil_order]))
     for block in blocks(page, "python"):
         if FILE.match(block.text):
             continue
@@ -122,5 +129,7 @@ async def run(page: Path, namespace: Namespace) -> None:
             namespace |= {"session": session, "order_id": pending.id}
             running = eval(code, namespace)
             if inspect.iscoroutine(running):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(30):
                     await running
+        if TASKS.search(block.text):
+            await workers.enter_async_context(working(namespace, namespace["tasks"]))

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from sqlalchemy import select
 
 import coord
 import coord.cli
-from coord import LockMode, enqueue, lock_tables, wait_for_row_change
+from coord import Job, JobState, LockMode, enqueue, lock_tables, wait_for_row_change
 from coord.database.engine import CONNECTION_CHECK
 from coord.waiting.watcher import MAX_WAITERS
 from tests.pages import BLOCK, DOCS, FILE, Namespace, blocks, prose, run
 from tests.project import Dev
-from tests.serving import served
+from tests.serving import eventually, served
 from tests.shop import ROOT, emptied
 from worker.environment import ADMIN_TOKEN, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
 from worker.models import Order, OrderStatus, Stock
@@ -74,6 +75,36 @@ async def test_the_retries_of_the_errors_page_take_stock(namespace: Namespace) -
     await run(ROOT / "docs" / "errors.md", namespace)
     async with namespace["session_maker"]() as session:
         assert (await session.get_one(Stock, "tea")).quantity == 97
+
+
+async def all_ended(namespace: Namespace) -> Counter[str]:
+    """How many jobs each task has had, once none is queued."""
+
+    async def none_queued() -> bool:
+        async with namespace["session_maker"]() as session:
+            return await session.scalar(select(Job.id).where(Job.state == JobState.QUEUED)) is None
+
+    await eventually(none_queued, within=20)
+    async with namespace["session_maker"]() as session:
+        return Counter(await session.scalars(select(Job.task)))
+
+
+async def test_the_recipes_make_each_next_step_once(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "recipes.md", namespace)
+    steps = await all_ended(namespace)
+    assert steps == dict.fromkeys(("pack", "send", "weigh_all", "report"), 1) | {"weigh": 3}
+    async with namespace["session_maker"]() as session:
+        assert {*await session.scalars(select(namespace["Parcel"].status))} == {"weighed"}
+        assert [*await session.scalars(select(namespace["Letter"].text))] == ["batch 1 is weighed"]
+
+
+async def test_what_partners_are_told_is_told_once(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "partners.md", namespace)
+    assert await all_ended(namespace) == dict.fromkeys(("call_partner", "announce", "deliver"), 1)
+    assert [*namespace["sent"].values()] == ["parcel 2 is on its way"]
+    async with namespace["session_maker"]() as session:
+        assert [*await session.scalars(select(namespace["Usage"].calls))] == [1]
+        assert [*await session.scalars(select(namespace["Letter"].id))] == []
 
 
 async def test_the_coordinator_of_the_waiting_page_wakes_a_wait(namespace: Namespace) -> None:

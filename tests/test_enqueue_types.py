@@ -22,7 +22,7 @@ from uuid import UUID
 from arq.worker import func
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from coord import Job, TaskOptions, enqueue, job_transaction, set_result, task_options
+from coord import Call, Job, TaskOptions, call, enqueue, enqueue_many, job_transaction, set_result, task_options
 
 
 async def fulfil(ctx: dict[Any, Any], order_id: int, *, fast: bool = False) -> str:
@@ -44,6 +44,11 @@ async def calls(session: AsyncSession) -> None:
     await enqueue(session, fulfil, 5, fast=True)
     await enqueue(session, fulfil, order_id=5)
     await enqueue(session, nothing)
+    one: Call = call(fulfil, 5, fast=True)
+    many: list[Job] = await enqueue_many(session, [one, call(task_options(fulfil, priority=1), 5), call("fulfil", "x")])
+    call(fulfil, "5")  # refused
+    call(fulfil, 5, slow=True)  # refused
+    await enqueue_many(session, [fulfil])  # refused
     await enqueue(session, fulfil, "5")  # refused
     await enqueue(session, fulfil)  # refused
     await enqueue(session, fulfil, 5, 6)  # refused

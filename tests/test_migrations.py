@@ -20,7 +20,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from coord import Job, JobState, create_ledger, enqueue, job_transaction, list_jobs, task_options
 from coord.cli import main
 from coord.jobs import migrations
-from coord.jobs.model import jobs, new_id
+from coord.jobs.ids import new_id
+from coord.jobs.model import jobs
 from coord.worker.maintenance.rows import QueuedJobs
 from tests.ledger import a_task, committed, delivered
 from tests.shop import dsn_of, empty_database

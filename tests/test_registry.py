@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import insert, update
 
 import coord.worker.maintenance.registry
-from coord.jobs.model import new_id, queues, workers
+from coord.jobs.ids import new_id
+from coord.jobs.model import queues, workers
 from coord.worker.maintenance.registry import BLINK_SECONDS as BLINK
 from coord.worker.maintenance.registry import DEAD_SECONDS as DEAD
 from coord.worker.maintenance.registry import WorkerRegistry, named

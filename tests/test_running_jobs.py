@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coord.jobs.model import new_id
+from coord.jobs.ids import new_id
 from coord.queue.message import Message
 from coord.worker.maintenance.beat import Board
 from coord.worker.running import RunningJobs

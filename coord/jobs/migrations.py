@@ -68,7 +68,8 @@ ALTER TABLE coord_jobs
     ADD COLUMN hand_backs integer NOT NULL DEFAULT 0,
     ADD COLUMN unknown_seconds double precision NOT NULL DEFAULT '0',
     ADD COLUMN priority integer NOT NULL DEFAULT 0,
-    ADD COLUMN one_at_a_time text
+    ADD COLUMN one_at_a_time text,
+    ADD COLUMN turn integer
 """,
     """
 ALTER TABLE coord_workers
@@ -102,7 +103,7 @@ CREATE TRIGGER coord_from_version_1 BEFORE INSERT OR UPDATE OF due_at, attempts 
 """Renames take no time, and new columns with a constant default neither (PostgreSQL's manual, ALTER TABLE). What is
 left under the old names, and the trigger, are for processes of version 1, which may still run; version 3 ends them."""
 _NEW_IN_2 = ("coord_queues", "coord_attempts", "coord_schedules")
-_INDEXES_IN_2 = ("coord_jobs_due", "coord_jobs_one_at_a_time")
+_INDEXES_IN_2 = ("coord_jobs_due", "coord_jobs_turn", "coord_jobs_waiting")
 
 
 def _to_2(connection: Connection) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
+from uuid import UUID  # noqa: TC003 - SQLAlchemy reads it
 
 from sqlalchemy import (
     JSON,
@@ -60,6 +58,9 @@ class JobState(StrEnum):
 
 
 _QUEUED = text("state = 'queued'")
+_IN_FEED = text("state = 'queued' AND turn IS DISTINCT FROM 0")
+_HAS_TURN = text("state = 'queued' AND turn = attempt")
+_WAITS = text("state = 'queued' AND turn = 0")
 _Time = DateTime(timezone=True)
 
 
@@ -122,7 +123,9 @@ class Job(Ledger):
     priority: Mapped[int] = mapped_column(server_default="0")
     """-100 to 100; of the jobs that are due, those of a higher one are taken first."""
     one_at_a_time: Mapped[str | None] = mapped_column(Text)
-    """A key of which one job is to run at a time; kept for that, and not acted on yet."""
+    """A key: of the jobs that have it, in whatever queue, one runs at a time."""
+    turn: Mapped[int | None]
+    """Of a job with such a key: 0 while it waits for another one, and the attempt whose turn it is."""
     timeout: Mapped[float | None] = mapped_column(Double)
     """Seconds an attempt may take; None leaves it to the worker."""
     unique_key: Mapped[str | None] = mapped_column(Text)
@@ -149,14 +152,9 @@ class Job(Ledger):
     __table_args__ = (
         CheckConstraint("state IN ('queued', 'done', 'failed', 'cancelled')", name="coord_jobs_state"),
         Index("coord_jobs_queued", "id", postgresql_where=_QUEUED),
-        Index("coord_jobs_due", "queue", "scheduled_at", "id", postgresql_where=_QUEUED),
-        Index(
-            "coord_jobs_one_at_a_time",
-            "queue",
-            "one_at_a_time",
-            "id",
-            postgresql_where=text("state = 'queued' AND one_at_a_time IS NOT NULL"),
-        ),
+        Index("coord_jobs_due", "queue", "scheduled_at", "id", postgresql_where=_IN_FEED),
+        Index("coord_jobs_turn", "one_at_a_time", unique=True, postgresql_where=_HAS_TURN),
+        Index("coord_jobs_waiting", "one_at_a_time", priority.desc(), "scheduled_at", "id", postgresql_where=_WAITS),
         Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
         Index(
             "coord_jobs_unique",
@@ -224,14 +222,16 @@ class AttemptRecord(Ledger):
 
 
 class Schedule(Ledger):
-    """A periodic task, its last slot and the job made for it; a table kept for that, and not used yet."""
+    """A periodic task, and how far it has come."""
 
     __tablename__ = "coord_schedules"
 
     name: Mapped[str] = mapped_column(Text, primary_key=True)
     queue: Mapped[str] = mapped_column(Text)
-    slot: Mapped[datetime | None] = mapped_column(_Time)
+    slot: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
+    """The last one that was dealt with; of a new schedule, when it was first seen."""
     job_id: Mapped[UUID | None]
+    """The last job that was made for it."""
     seen_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
     """When a worker last had it in its settings."""
 
@@ -267,10 +267,13 @@ jobs = Job.metadata.tables[Job.__tablename__]
 """For statements that are no business of the unit of work's."""
 is_queued = jobs.c.state == literal_column("'queued'")
 """Written out, since a parameter would hide from PostgreSQL that a partial index will do (section 11.8)."""
+is_in_feed = is_queued & jobs.c.turn.is_distinct_from(literal_column("0"))
+"""Of the unfinished jobs, those that do not wait for another one with their key."""
 workers = Worker.metadata.tables[Worker.__tablename__]
 queues = Queue.metadata.tables[Queue.__tablename__]
 attempts = AttemptRecord.metadata.tables[AttemptRecord.__tablename__]
 cancellations = Cancellation.metadata.tables[Cancellation.__tablename__]
+schedules = Schedule.metadata.tables[Schedule.__tablename__]
 keys = IdempotencyKey.metadata.tables[IdempotencyKey.__tablename__]
 
 MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, and so does `create_ledger`."
@@ -290,10 +293,3 @@ def execute(session: Session, statement: Executable, values: dict[str, Any] | No
         if sqlstate_of(error) == "42P01":
             error.add_note(MISSING)
         raise
-
-
-def new_id() -> UUID:
-    """A UUID of version 7 (RFC 9562, section 6.2): 48 bits of milliseconds, 12 of their fraction, 62 random ones."""
-    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
-    chance = int.from_bytes(os.urandom(8)) >> 2
-    return UUID(int=milliseconds << 80 | 0x7 << 76 | (rest << 12) // 1_000_000 << 64 | 0x2 << 62 | chance)

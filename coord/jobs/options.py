@@ -18,7 +18,7 @@ Task = Callable[Concatenate[Any, P], Awaitable[Any]]
 DEFAULT_QUEUE = "default"
 
 MAX_NAME_BYTES, MAX_UNIQUE_KEY_BYTES = 500, 2_000
-"""Bytes of a task's or queue's name, and of a unique key; PostgreSQL refuses an index entry of a third of a page."""
+"""Bytes of a task's or queue's name, and of a key; PostgreSQL refuses an index entry of a third of a page."""
 MAX_ATTEMPTS = 1_000_000
 MAX_PRIORITY = 100
 MAX_SPAN_SECONDS = 100 * 365 * 86_400
@@ -36,6 +36,7 @@ class TaskOptions(Generic[P]):
     max_attempts: int | None = None
     priority: int = 0
     timeout: float | None = None
+    one_at_a_time: str | None = None
 
     @property
     def name(self) -> str:
@@ -53,6 +54,7 @@ def task_options(
     max_attempts: int | None = None,
     timeout: Seconds | None = None,
     priority: int = 0,
+    one_at_a_time: str | None = None,
 ) -> TaskOptions[...]: ...
 @overload
 def task_options(
@@ -64,6 +66,7 @@ def task_options(
     max_attempts: int | None = None,
     timeout: Seconds | None = None,
     priority: int = 0,
+    one_at_a_time: str | None = None,
 ) -> TaskOptions[P]: ...
 def task_options(
     task: Any,
@@ -74,13 +77,15 @@ def task_options(
     max_attempts: int | None = None,
     timeout: Seconds | None = None,
     priority: int = 0,
+    one_at_a_time: str | None = None,
 ) -> TaskOptions[Any]:
     """`task` for `enqueue`, with options.
 
     `unique_key`: while a job of this task with this key is unfinished, enqueueing gives that job. `delay`: seconds from
     now, or an aware time, before which it does not start. `queue`: another than the default one. `max_attempts`: how
     many at most, the first included. `timeout`: seconds an attempt may take. `priority`: -100 to 100; of
-    the jobs that are due, those of a higher one are taken first.
+    the jobs that are due, those of a higher one are taken first. `one_at_a_time`: a key; of the jobs that have it one
+    runs at a time, over all tasks, queues and workers, and the others wait in the ledger.
 
         job = await enqueue(session, task_options(fulfil_order, unique_key=f"order {order_id}"), order_id)
 
@@ -102,6 +107,7 @@ def task_options(
         max_attempts,
         priority,
         limit,
+        None if one_at_a_time is None else _text("one_at_a_time", one_at_a_time, MAX_UNIQUE_KEY_BYTES),
     )
 
 

@@ -40,6 +40,20 @@ MAX_LISTED_JOBS = 1_000
 HEARTBEAT_EXPIRY_SECONDS = 10.0
 """Since a worker's last heartbeat, after which it is ignored: its jobs run elsewhere by then."""
 RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELLED)
+_used = jobs.c.attempt - jobs.c.uncounted
+AGAIN: Mapping[str, Any] = {
+    "state": JobState.QUEUED,
+    "attempt": jobs.c.attempt + 1,
+    "max_attempts": case((jobs.c.max_attempts <= _used, _used + 1), else_=jobs.c.max_attempts),
+    "scheduled_at": func.now(),
+    "finished_at": None,
+    "started_at": None,
+    "turn": None,
+    "deaths": 0,
+    "hand_backs": 0,
+    "unknown_seconds": 0,
+}
+"""What makes a job that has ended begin anew, with an attempt more."""
 
 
 class Beat(NamedTuple):
@@ -180,13 +194,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
         and execute(session, same_key).first() is not None
     ):
         raise conflict
-    used = jobs.c.attempt - jobs.c.uncounted
-    more = case((jobs.c.max_attempts <= used, used + 1), else_=jobs.c.max_attempts)
-    values = {"state": JobState.QUEUED, "attempt": jobs.c.attempt + 1, "max_attempts": more, "scheduled_at": func.now()}
-    retried = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))
-    retried = retried.values(
-        values | {"finished_at": None, "started_at": None, "deaths": 0, "hand_backs": 0, "unknown_seconds": 0}
-    )
+    retried = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES)).values(AGAIN)
     try:
         with session.connection(bind_arguments={"mapper": job_mapper, "clause": retried}).begin_nested():
             row = execute(session, retried.returning(jobs)).mappings().one_or_none()

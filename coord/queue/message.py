@@ -33,11 +33,13 @@ class Message:
     """Seconds; None leaves it to the worker."""
     deaths: int = 0
     trace: dict[str, str] | None = None
+    one_at_a_time: str | None = None
 
     @classmethod
     def of(cls, job: Job | Row[Any]) -> Message:
         args, kwargs = job.arguments
-        return cls(job.id, job.attempt, job.task, args, kwargs, job.timeout, job.deaths, job.trace)
+        rest = job.timeout, job.deaths, job.trace, job.one_at_a_time
+        return cls(job.id, job.attempt, job.task, args, kwargs, *rest)
 
     @classmethod
     def read(cls, text: bytes) -> Message:
@@ -53,6 +55,7 @@ class Message:
                 timeout=found.get("timeout"),
                 deaths=found.get("deaths", 0),
                 trace=found.get("trace"),
+                one_at_a_time=found.get("one_at_a_time"),
             )
             message._check()
         except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
@@ -61,7 +64,7 @@ class Message:
 
     def text(self) -> str:
         fields = {"id": str(self.id), "attempt": self.attempt, "task": self.task, "arguments": [self.args, self.kwargs]}
-        rest = {"timeout": self.timeout, "deaths": self.deaths, "trace": self.trace}
+        rest = {name: getattr(self, name) for name in ("timeout", "deaths", "trace", "one_at_a_time")}
         return to_json(fields | {name: value for name, value in rest.items() if value})
 
     @property
@@ -85,6 +88,7 @@ class Message:
             and 0 < self.attempt < 2**31
             and type(self.deaths) is int
             and (self.timeout is None or 0 < self.timeout <= MAX_SPAN_SECONDS)
+            and isinstance(self.one_at_a_time, str | None)
             and isinstance(trace, dict)
             and all(isinstance(part, str) for part in trace.values())
         )

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from coord.durations import seconds
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+    from coord.jobs.periodic import Periodic
     from coord.queue.keys import QueueKeys
     from coord.worker.address import Address
 
@@ -39,6 +40,7 @@ class WorkerConfig:
     health_check_key: str
     hooks: Mapping[str, Hook]
     """The application's around each job; none of them fails."""
+    periodic: Sequence[Periodic] = ()
 
     @property
     def signatures(self) -> dict[str, str]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from coord.worker.finalizer import Finalizer
     from coord.worker.running import RunningJob
     from coord.worker.state import WorkerState
+    from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
 
@@ -36,11 +37,12 @@ PUT_OFF = "put off"
 class Executor:
     """Runs each attempt in a task of its own, and sees to its end in the ledger."""
 
-    def __init__(self, state: WorkerState, finalizer: Finalizer, context: Mapping[Any, Any]) -> None:
+    def __init__(self, state: WorkerState, finalizer: Finalizer, turns: Turns, context: Mapping[Any, Any]) -> None:
         self._config = state.config
         self._running = state.running
         self._worker_lock = lock_of(state.id)
         self._finalizer = finalizer
+        self._turns = turns
         self._context = context
         self._signatures = {name: inspect.signature(task.coroutine) for name, task in self._config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
@@ -68,6 +70,8 @@ class Executor:
         try:
             refusal = self._refusal(running.message)
             outcome = await (self._attempted(running) if refusal is None else self._refused(running, refusal))
+            if running.message.one_at_a_time is not None:
+                await self._turns.pass_on([running.message.one_at_a_time])
         except asyncio.CancelledError:
             raise
         except BaseException:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from coord.worker.executor import Executor
     from coord.worker.freshness import Freshness
     from coord.worker.state import WorkerState
+    from coord.worker.turns import Turns
 
     Command = tuple[Any, ...]
     Popped = Sequence[tuple[bytes, float]]
@@ -47,7 +48,13 @@ class Fetcher:
     """
 
     def __init__(
-        self, state: WorkerState, redis: Redis, executor: Executor, freshness: Freshness, outage: Outage
+        self,
+        state: WorkerState,
+        redis: Redis,
+        executor: Executor,
+        freshness: Freshness,
+        turns: Turns,
+        outage: Outage,
     ) -> None:
         self._state = state
         self._redis = redis
@@ -55,6 +62,7 @@ class Fetcher:
         self._running = state.running
         self._executor = executor
         self._freshness = freshness
+        self._turns = turns
         self._outage = outage
         self._commands: list[Command] = []
         """What is to be said with the next pop."""
@@ -152,7 +160,7 @@ class Fetcher:
         return popped or []
 
     async def _sound(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
-        """Those that are messages, and of the old ones those that the ledger confirms."""
+        """Those that are messages, and that the ledger confirms if they are old or have to wait for their turn."""
         found = []
         for raw, score in popped:
             try:
@@ -160,11 +168,14 @@ class Fetcher:
             except ValueError as error:
                 logger.error("Something in the feed was dropped, it is %s", error)
         old = [message for message, _, score in found if self._freshness.is_old(due_of(score))]
-        if not old:
+        keyed = [message for message, _, _ in found if message.one_at_a_time is not None]
+        if not old and not keyed:
             return found
         try:
             async with asyncio.timeout(CHECK_SECONDS):
-                stale = await self._freshness.stale(old)
+                stale = await self._freshness.stale(old) if old else set()
+                if keyed:
+                    stale |= {message.key for message in keyed} - await self._turns.admitted(keyed)
         except Exception as error:  # noqa: BLE001 - PostgreSQL is away: so is what the jobs want to do
             logger.debug("Old messages cannot be checked: %s", error)
             self._commands += [self._later(raw, score) for _, raw, score in found]

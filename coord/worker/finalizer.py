@@ -106,6 +106,7 @@ class Finalizer:
 
     @_persistent
     async def cancelled(self, end: End) -> JobState:
+        await self._record(end, JobState.CANCELLED)
         return await self._end(end, JobState.CANCELLED)
 
     @_persistent
@@ -166,15 +167,17 @@ class Finalizer:
     async def _put_off(self, end: End, wait: float, **values: Any) -> None:
         """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
         due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
-        await end.execute(update(jobs).where(jobs.c.id == end.attempt.job_id).values(values | due))
+        await end.execute(update(jobs).where(jobs.c.id == end.attempt.job_id).values(values | due | {"turn": None}))
         job = Job(**{column.name: end.row[column.name] for column in jobs.c} | values)
         job.due_in, job.due_said_at = wait, time.monotonic()
         collect(end.session.sync_session, (job_mapper, (job.id,)), job)
 
-    async def _record(self, end: End, outcome: str, error: BaseException, reason: str) -> dict[str, str]:
+    async def _record(
+        self, end: End, outcome: str, error: BaseException | None = None, reason: str = ""
+    ) -> dict[str, str]:
         """An attempt that did not succeed leaves a row; what the job's own row has of it."""
         attempt = end.attempt
-        found = {"error": self._text(reason), "traceback": self._text(full_text(error))}
+        found = {} if error is None else {"error": self._text(reason), "traceback": self._text(full_text(error))}
         who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
         which = {"job_id": attempt.job_id, "number": attempt.number, "began": attempt.began, "outcome": outcome}
         await end.execute(insert(attempts).values({**which, **who, **found}).on_conflict_do_nothing())

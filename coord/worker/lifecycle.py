@@ -26,8 +26,11 @@ from coord.worker.maintenance.registry import WorkerRegistry
 from coord.worker.maintenance.rescuer import Rescuer
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
+from coord.worker.maintenance.ticker import Ticker
+from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
+from coord.worker.turns import Turns
 
 if TYPE_CHECKING:
     from coord.worker.config import WorkerConfig
@@ -97,7 +100,7 @@ class Lifecycle:
         self.registry = WorkerRegistry(state)
         freshness = Freshness(state, self.registry)
         self.heartbeat = Heartbeat(state, freshness.tick)
-        canceller, scheduler = Canceller(state), Scheduler(state)
+        canceller, scheduler, turns = Canceller(state), Scheduler(state), Turns(state)
         maintenance = (
             self.heartbeat,
             Leader(state),
@@ -106,15 +109,17 @@ class Lifecycle:
             scheduler,
             Reconciler(state, scheduler.start_over),
             Rescuer(state, self.registry, coordinator.publish),
+            *([Ticker(state)] if config.periodic else []),
+            TurnKeeper(state, turns),
             Pruner(state),
         )
         for loop in maintenance:
             await stack.enter_async_context(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
-        executor = Executor(state, Finalizer(state, scheduler.expect), self._context)
+        executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
         pops = config.address.client()
         stack.push_async_callback(pops.aclose)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, state.outage))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, turns, state.outage))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config

@@ -14,6 +14,7 @@ from arq.worker import Worker, func
 from coord.durations import seconds
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE
+from coord.jobs.periodic import Periodic
 from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
@@ -63,6 +64,7 @@ def worker_settings(
     idle_limit: Seconds = 60,
     keep: Seconds = KEEP_SECONDS,
     unknown_after: Seconds | None = None,
+    periodic: Sequence[Periodic] = (),
     **arq_settings: Any,
 ) -> type:
     """A settings class for arq's worker, which runs jobs of the ledger as this library promises, and arq's own as ever.
@@ -71,9 +73,10 @@ def worker_settings(
     `grace`: seconds that running jobs have after SIGTERM; afterwards they are handed back, which uses up no attempt.
     `idle_limit`: seconds that a `job_transaction` may do nothing before PostgreSQL ends it. `keep`: seconds that the
     ledger keeps jobs that have ended. `namespace` is that of the `Coordinator`s. `unknown_after`: seconds that a job
-    whose task no worker knows is put off for before it fails; unless given it waits as long as it takes. The rest are
-    arq's: `max_jobs` (10), `job_timeout` (seconds, 300), `max_tries` (attempts of a job that says nothing else, 10),
-    `on_startup`, `cron_jobs`, `queue_name` of arq's own jobs … `docs/jobs.md` has a table of them.
+    whose task no worker knows is put off for before it fails; unless given it waits as long as it takes. `periodic`:
+    schedules, which end when no worker has them in its settings any more. The rest are arq's: `max_jobs` (10),
+    `job_timeout` (seconds, 300), `max_tries` (attempts of a job that says nothing else, 10), `on_startup`, `cron_jobs`,
+    `queue_name` of arq's own jobs … `docs/jobs.md` has a table of them.
 
         Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost:6379/0")
 
@@ -98,6 +101,7 @@ def worker_settings(
         keep=seconds("keep", keep),
         unknown_after=None if unknown_after is None else seconds("unknown_after", unknown_after),
         hooks=hooks,
+        periodic=_scheduled(periodic, tasks, queue),
     )
     settings: dict[str, Any] = {
         "__doc__": "Made by coord's worker_settings.",
@@ -214,6 +218,19 @@ def _by_name(tasks: Sequence[Function]) -> dict[str, Function]:
             raise ValueError(f"two tasks are called {task.name}: give one of them another name with arq's func")
         found[task.name] = task
     return found
+
+
+def _scheduled(periodic: Sequence[Periodic], tasks: Mapping[str, Function], queue: str) -> tuple[Periodic, ...]:
+    names = set()
+    for each in periodic:
+        if not isinstance(each, Periodic):
+            raise TypeError(f"schedules are made by periodic(task, cron), and {each!r} was not")
+        if each.call.options.queue in (None, queue) and each.call.options.name not in tasks:
+            raise ValueError(f"{each.call.options.name} is periodic, and not among the functions")
+        if (name := each.name(queue)) in names:
+            raise ValueError(f"two schedules are the same: {name}")
+        names.add(name)
+    return tuple(periodic)
 
 
 def _check(options: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coord.database.place import ledger_options
-from coord.jobs.model import new_id
+from coord.jobs.ids import new_id
 from coord.notify.outage import Outage
 from coord.worker.freshness import RedisClock
 

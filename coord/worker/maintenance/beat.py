@@ -191,6 +191,8 @@ class Beats:
         if min(now, self._board.loop_tick) - self._board.redis_answered > REDIS_SECONDS:
             return
         text = f"{time.strftime('%b-%d %H:%M:%S')} j_ongoing={len(jobs)}"
+        if self._told.get("paused"):
+            text += " paused"
         blocked = now - self._board.loop_tick
         if blocked > BLOCKED_SECONDS:
             running = sorted({self._told["tasks"][job.task] for job in jobs})

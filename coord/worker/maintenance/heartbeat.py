@@ -143,8 +143,9 @@ class Heartbeat(Loop):
 
     def _news(self) -> dict[str, Any]:
         jobs = [job for job in self._state.running if job.attempt.progress is not None]
-        progress = {"progress": {str(job.message.id): job.attempt.progress for job in jobs}}
-        return progress if self._connect is None else progress | {"connect": self._connect}
+        progress = {str(job.message.id): job.attempt.progress for job in jobs}
+        news = {"progress": progress, "paused": self._state.is_paused}
+        return news if self._connect is None else news | {"connect": self._connect}
 
     def _identity(self) -> dict[str, Any]:
         config, schema = self._state.config, known_schema(self._state.engine.dialect)

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from sqlalchemy import delete, func, select, tuple_
 
-from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys
+from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys, schedules
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
@@ -19,12 +19,14 @@ SOON_SECONDS = 5.0
 FOLLOWER_SECONDS = 1.0
 """Between two looks whether this worker leads."""
 BATCH = 1_000
+VANISHED = timedelta(days=7)
+"""Since a schedule was last seen: workers may have been away for as long, and catch up."""
 BATCHES = 20
 """At once, of each table; what is left waits for the next time."""
 
 
 class Pruner(Loop):
-    """Deletes jobs that have ended long ago, keys that have expired, and wishes to cancel what has ended.
+    """Deletes jobs that have ended long ago, expired keys, wishes to cancel what has ended, and old schedules.
 
     Only while this worker leads.
     """
@@ -40,7 +42,7 @@ class Pruner(Loop):
     async def prune(self) -> int:
         """How many rows it has deleted."""
         ended = _ended(datetime.now(UTC) - timedelta(seconds=self._state.config.keep))
-        return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled())])
+        return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled(), _vanished())])
 
     async def _delete(self, batch: Delete) -> int:
         deleted = 0
@@ -71,6 +73,11 @@ def _fulfilled() -> Delete:
     joined = cancellations.outerjoin(jobs, jobs.c.id == cancellations.c.job_id)
     over = select(cancellations.c.job_id).select_from(joined).where(jobs.c.id.is_(None) | ~is_queued).limit(BATCH)
     return delete(cancellations).where(cancellations.c.job_id.in_(over))
+
+
+def _vanished() -> Delete:
+    """Schedules that no worker has had in its settings for long."""
+    return delete(schedules).where(schedules.c.seen_at < func.now() - VANISHED)
 
 
 def _some(rows: Select[Any]) -> Select[Any]:

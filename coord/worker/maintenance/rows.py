@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Integer, cast, func, select, tuple_
 
-from coord.jobs.model import is_queued, jobs
+from coord.jobs.model import is_in_feed, jobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -23,16 +23,18 @@ MAX_ROWS, MAX_BYTES = 200, 1_000_000
 remaining = func.extract("epoch", jobs.c.scheduled_at - func.clock_timestamp()).label("remaining")
 """Seconds until a job is due, by PostgreSQL's clock."""
 _size = cast(func.pg_column_size(jobs.c.arguments), Integer).label("size")
-_columns = [jobs.c[name] for name in ("id", "attempt", "task", "arguments", "timeout", "deaths", "trace", "priority")]
+_names = ("id", "attempt", "task", "arguments", "timeout", "deaths", "trace", "one_at_a_time", "priority")
+message_columns = [jobs.c[name] for name in _names]
+"""What makes a job's message, and its place in the feed."""
 _order = (jobs.c.scheduled_at, jobs.c.id)
 
 
 class QueuedJobs:
-    """Of the worker's queue."""
+    """Of the worker's queue, without those that wait for their turn."""
 
     def __init__(self, state: WorkerState) -> None:
         self._read = state.read
-        self._in_queue = is_queued & (jobs.c.queue == state.keys.queue)
+        self._in_queue = is_in_feed & (jobs.c.queue == state.keys.queue)
 
     async def ids(
         self, *conditions: ColumnElement[bool], limit: int = PAGE, after: Row[Any] | None = None
@@ -54,7 +56,9 @@ class QueuedJobs:
     async def rows(self, found: Sequence[Row[Any]]) -> AsyncIterator[Sequence[Row[Any]]]:
         """What makes messages of them, and the seconds that remain."""
         for batch in _batches(found):
-            statement = select(*_columns, remaining).where(self._in_queue, jobs.c.id.in_([row.id for row in batch]))
+            statement = select(*message_columns, remaining).where(
+                self._in_queue, jobs.c.id.in_([row.id for row in batch])
+            )
             yield await self._read(statement.order_by(*_order))
 
     async def count(self, *conditions: ColumnElement[bool]) -> int:

@@ -1,0 +1,126 @@
+"""Turns: of the jobs with one key one runs at a time, and the others wait in the ledger, in no feed and no slot.
+
+A job's `turn` is 0 while it waits, and the number of the attempt whose turn it is; a unique index has one of those a
+key. A turn ends with the attempt: with the commit that ends the job, or that raises the attempt. It is passed on after
+that commit, since what waits by then is seen, and what begins to wait later passes it on by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import and_, case, exists, func, literal_column, or_, select, tuple_, update
+from sqlalchemy.exc import IntegrityError
+
+from coord.jobs.model import is_queued, jobs
+from coord.queue.handover import push
+from coord.queue.keys import QueueKeys
+from coord.worker.maintenance.rows import message_columns, remaining
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from uuid import UUID
+
+    from sqlalchemy import FromClause
+
+    from coord.queue.message import Message
+    from coord.worker.state import WorkerState
+
+logger = logging.getLogger("arq.coord")
+
+PASS_SECONDS = 2.0
+"""To pass a turn on, after which it is left to the leader."""
+
+_other = jobs.alias("other")
+is_waiting = is_queued & (jobs.c.turn == literal_column("0"))
+
+
+def has_turn(key: Any) -> Any:
+    """Whether it is the turn of a job with that key."""
+    queued = _other.c.state == literal_column("'queued'")
+    return exists().where(queued, _other.c.turn == _other.c.attempt, _other.c.one_at_a_time == key)
+
+
+def _is_earlier(than: FromClause) -> Any:
+    """What waits with the same key and comes first, by priority and age."""
+    age = tuple_(_other.c.scheduled_at, _other.c.id) < tuple_(than.c.scheduled_at, than.c.id)
+    first = or_(_other.c.priority > than.c.priority, and_(_other.c.priority == than.c.priority, age))
+    waits = and_(_other.c.state == literal_column("'queued'"), _other.c.turn == literal_column("0"))
+    return exists().where(waits, _other.c.one_at_a_time == than.c.one_at_a_time, first, _other.c.id != than.c.id)
+
+
+_order = (jobs.c.priority.desc(), jobs.c.scheduled_at, jobs.c.id)
+
+
+class Turns:
+    """One statement is under way at a time: they share a connection."""
+
+    def __init__(self, state: WorkerState) -> None:
+        self._read = state.read
+        self._redis: Any = state.redis
+        self._namespace = state.keys.namespace
+        self._mutex = asyncio.Lock()
+
+    async def admitted(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
+        """The keys of those whose turn it is; the others wait from now on, but for what has ended or is locked."""
+        found = await self._taken(messages)
+        if waiting := {row.one_at_a_time for row in found if not row.turn}:
+            await self.pass_on(waiting)  # it may have become free since the statement began
+        return {(row.id, row.attempt) for row in found if row.turn}
+
+    async def pass_on(self, keys: Iterable[str]) -> None:
+        """Give the turn of each key to the first that waits, if nobody has it, and hand that over; never raises."""
+        try:
+            async with asyncio.timeout(PASS_SECONDS):
+                for key in keys:
+                    await self._pass_on(key)
+        except Exception as error:  # noqa: BLE001 - the leader does it within seconds
+            logger.debug("A turn could not be passed on: %s", error)
+
+    async def _taken(self, messages: Sequence[Message]) -> Sequence[Any]:
+        statement = _take([message.key for message in messages])
+        while True:
+            try:
+                return await self._all(statement)
+            except IntegrityError:
+                """Another worker was quicker, and is seen now."""
+
+    async def _pass_on(self, key: str) -> None:
+        try:
+            rows = await self._all(_pass_on(key))
+        except IntegrityError:
+            return  # somebody else has
+        for row in rows:
+            command = push(QueueKeys(self._namespace, row.queue), [(row, float(row.remaining))])
+            if command is not None:
+                await self._redis.execute_command(*command)
+
+    async def _all(self, statement: Any) -> Sequence[Any]:
+        async with self._mutex:
+            return await self._read(statement)
+
+
+def _take(keys: Sequence[tuple[UUID, int]]) -> Any:
+    """Of each key one job may have the turn: who has it already, or the first, if nobody has it or waits before it."""
+    here = is_queued & tuple_(jobs.c.id, jobs.c.attempt).in_(keys)
+    found = select(jobs.c.id, jobs.c.one_at_a_time, *_order_columns).where(here, jobs.c.one_at_a_time.is_not(None))
+    locked = found.with_for_update(skip_locked=True).cte("locked")
+    by_order = (locked.c.priority.desc(), locked.c.scheduled_at, locked.c.id)
+    place = func.row_number().over(partition_by=locked.c.one_at_a_time, order_by=by_order)
+    ranked = select(locked.c.id, place.label("place")).cte("ranked")
+    is_free = and_(ranked.c.place == 1, ~has_turn(jobs.c.one_at_a_time), ~_is_earlier(jobs))
+    turn = case((or_(jobs.c.turn == jobs.c.attempt, is_free), jobs.c.attempt), else_=0)
+    taken = update(jobs).where(jobs.c.id == ranked.c.id).values(turn=turn)
+    return taken.returning(jobs.c.id, jobs.c.attempt, jobs.c.turn, jobs.c.one_at_a_time)
+
+
+_order_columns = (jobs.c.priority, jobs.c.scheduled_at)
+
+
+def _pass_on(key: str) -> Any:
+    waiting = select(jobs.c.id).where(is_waiting, jobs.c.one_at_a_time == key, ~has_turn(key))
+    first = waiting.order_by(*_order).limit(1).with_for_update(skip_locked=True, of=jobs).cte("first")
+    passed = update(jobs).where(jobs.c.id == select(first.c.id).scalar_subquery()).values(turn=jobs.c.attempt)
+    return passed.returning(*message_columns, jobs.c.queue, remaining)
