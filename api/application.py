@@ -18,7 +18,7 @@ app = FastAPI(
     generate_unique_id_function=lambda route: route.name,
 )
 app.add_middleware(HeadRequests)
-app.add_middleware(RequestLimits)
+app.add_middleware(RequestLimits, server_timing=True)
 app.include_router(job_status_routes(get_db))
 for module in (orders, events, stock, health):
     app.include_router(module.router)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +17,7 @@ from coord.notify.changes import Changes, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
 from coord.queue.handover import hand_over
+from coord.timings import committed
 from coord.waiting.settings import check_declared
 from coord.waiting.subscription import RowSubscription
 from coord.waiting.watcher import MAX_WAITERS, Watcher
@@ -154,6 +156,9 @@ class Coordinator:
         return self._bell is not None and self._bell.is_pending(job_id)
 
     def _publish_changes(self, session: Session, changes: Changed) -> None:
+        for job in changes.values():
+            if job is not None:
+                job.committed_at = time.monotonic()
         if self._bell is None or self._loop is None:
             return
         try:
@@ -162,13 +167,14 @@ class Coordinator:
             channels = self.channels.of_changes(session, known)
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
+            payload = committed(session)
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
             return
         if _running_loop() is self._loop:
-            self._bell.publish(channels, batch)
+            self._bell.publish(channels, batch, payload)
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._bell.publish, channels, batch)
+            self._loop.call_soon_threadsafe(self._bell.publish, channels, batch, payload)
 
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:

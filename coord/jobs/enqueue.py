@@ -17,8 +17,8 @@ from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, is_same
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, new_id
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
-from coord.jobs.tracing import current_trace
 from coord.notify.changes import collect, warn_if_uncoordinated
+from coord.telemetry import sending
 
 if TYPE_CHECKING:
     from arq.worker import Function
@@ -84,15 +84,16 @@ async def enqueue(session: AsyncSession, task: Any, /, *args: Any, **kwargs: Any
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = _new(options)
-    given = values | _due(options) | {"text": text}
-    async with connection_mutex(session):
-        if options.unique_key is None:
-            stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
-        else:
-            found = await interruptible(session.run_sync(_join, given, text))
-            if isinstance(found, Job):
-                return found
-            stored = found
+    with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
+        given = values | _due(options) | {"text": text}
+        async with connection_mutex(session):
+            if options.unique_key is None:
+                stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
+            else:
+                found = await interruptible(session.run_sync(_join, given, text))
+                if isinstance(found, Job):
+                    return found
+                stored = found
     made = {"arguments": arguments, "state": JobState.QUEUED, "attempt": 1, "deaths": 0}
     job = Job(**values, **made, created_at=stored.created_at, scheduled_at=stored.scheduled_at)
     job.due_in, job.due_said_at = float(stored.due_in), time.monotonic()
@@ -111,7 +112,6 @@ def _new(options: TaskOptions[Any]) -> dict[str, Any]:
         "timeout": options.timeout,
         "unique_key": options.unique_key,
         "priority": options.priority,
-        "trace": current_trace(),
     }
 
 

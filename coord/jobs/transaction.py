@@ -18,6 +18,7 @@ from coord.jobs.model import JobState, cancellations, execute, is_queued, job_ma
 from coord.notify.changes import collect
 from coord.retryable import sqlstate_of
 from coord.session import closed
+from coord.timings import ATTEMPT_TIMINGS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -107,7 +108,7 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
         left -= 1
         # Used after the block, a closed session would begin another transaction.
         session: AsyncSession = attempt.session_maker(close_resets_only=False)
-        session.info[ATTEMPT] = attempt
+        session.info[ATTEMPT], session.info[ATTEMPT_TIMINGS] = attempt, attempt.timings
         transaction = session.begin()
         try:
             await transaction.__aenter__()

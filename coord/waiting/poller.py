@@ -109,6 +109,10 @@ class Poller(ABC):
             if subscription is not None:
                 subscription.listen(self, key)
 
+    def told(self, key: Key) -> tuple[bytes, float] | None:
+        """The payload of the last message about the row, and when it came."""
+        return None if self._subscription is None else self._subscription.told(key)
+
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""
         self._due.add(key)

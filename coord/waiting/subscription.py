@@ -54,6 +54,10 @@ class RowSubscription:
     def leave(self, poller: Poller, key: Key) -> None:
         self._bell.leave(self._rows.pop(key), _Listener(poller, key))
 
+    def told(self, key: Key) -> tuple[bytes, float] | None:
+        """The payload of the last message about the row, and when it came."""
+        return self._bell.told(self._rows[key]) if key in self._rows else None
+
     def close(self) -> None:
         """Leave the table; the rows are left one by one."""
         if self._listener is not None:

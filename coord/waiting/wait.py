@@ -13,6 +13,7 @@ from coord.database.target import Target
 from coord.database.transaction import connection_in_use, end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.errors import UncommittedChangesError
+from coord.observation import observed_wait
 from coord.waiting.baseline import baseline_of, database_values
 from coord.waiting.job_wait import job_id_of, job_waiter
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
@@ -86,6 +87,7 @@ async def wait_for_row_change(
             baseline, interval=interval_seconds, fresh=until is not None, awaits_message=awaits_message
         ) as row,
         job_waiter(wait.watcher, row.waiter, job_id, schemas, reads=not row.reads_job),
+        observed_wait(session, row.waiter, job),
     ):
         return await row.changed(began, deadline, until=until, job_id=job_id)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,8 @@ from arq.worker import Retry, RetryJob
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.model import JobState
-from coord.jobs.tracing import continued
 from coord.jobs.transaction import JobSuperseded
+from coord.observation import attempt_ended, observed_attempt
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
 from coord.worker.hooks import call
@@ -52,7 +51,7 @@ class Executor:
         self._said: set[tuple[str, str]] = set()
         self._refusals: set[asyncio.Task[None]] = set()
 
-    def start(self, message: Message) -> None:
+    def start(self, message: Message, *, queued: float = 0.0) -> None:
         """Begin the attempt, or have the job go back if its task is not known here or refuses the arguments."""
         attempt = Attempt(
             job_id=message.id,
@@ -64,6 +63,7 @@ class Executor:
             max_attempts=self._config.attempts_of(message.task),
             worker_lock=self._worker_lock,
             idle_limit=self._config.idle_limit,
+            queued=queued,
         )
         refusal = self._refusal(message)
         if refusal is not None:
@@ -108,7 +108,6 @@ class Executor:
 
     async def _run(self, running: RunningJob) -> None:
         """The whole of an attempt; whatever happens its slot is free afterwards."""
-        began = time.monotonic()
         outcome = "lost"
         ctx = self._ctx(running)
         try:
@@ -119,12 +118,8 @@ class Executor:
             logger.exception("The end of job %s could not be written", running.message.id)
         finally:
             self._running.remove(running)
-            message = running.message
-            level = logging.INFO if outcome != JobState.FAILED else logging.ERROR
-            spent = time.monotonic() - began
-            logger.log(
-                level, "%s:%s attempt %d %s in %.3f s", message.id, message.task, message.attempt, outcome, spent
-            )
+            attempt = running.attempt
+            attempt_ended(running.message, outcome, attempt.timings, attempt.reason)
 
     def _ctx(self, running: RunningJob) -> dict[Any, Any]:
         """As arq gives it, and the attempt."""
@@ -145,7 +140,7 @@ class Executor:
         error: BaseException | None = None
         try:
             await call(hooks.on_job_start, ctx)
-            with continued(running.message.trace):
+            with observed_attempt(self._config.queue, running.message, attempt.timings):
                 result = await self._limited(running, ctx)
         except (KeyboardInterrupt, GeneratorExit):
             raise
@@ -208,7 +203,7 @@ class Executor:
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
         state = await self._finalizer.again(attempt, error, pause=pause, counts=counts)
         if state is JobState.QUEUED:
-            logger.info("%s is tried again: %s", attempt.task, one_line(error))
+            attempt.reason = one_line(error)
             return "retried"
         return state
 

@@ -20,6 +20,7 @@ from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
 from coord.session import create_db_context
+from coord.timings import ATTEMPT_TIMINGS
 from coord.worker.failure import backoff, escaped, full_text, one_line
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class Finalizer:
         while True:
             try:
                 async with self._context() as session:
+                    session.info[ATTEMPT_TIMINGS] = attempt.timings
                     return await write(session, attempt, *arguments)
             except Exception as error:  # noqa: BLE001 - see below
                 if self._text is str and isinstance(error, DBAPIError) and sqlstate_of(error) in UNTRANSLATABLE:
