@@ -16,6 +16,7 @@ from coord.notify.bell import Bell
 from coord.notify.changes import Changes, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
+from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import committed
 from coord.waiting.settings import check_declared
@@ -168,6 +169,7 @@ class Coordinator:
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
             payload = committed(session)
+            tell_published(len(channels))
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
             return

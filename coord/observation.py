@@ -59,6 +59,27 @@ observers: list[Observer] = []
 """Of this process, as its log handlers are."""
 
 
+def tell_waiters(change: int) -> None:
+    for observer in observers:
+        observer.waiters(change)
+
+
+def tell_published(channels: int) -> None:
+    for observer in observers:
+        observer.hints("published", channels)
+
+
+def tell_unknown(task: str, timings: AttemptTimings) -> None:
+    """The job goes back: the worker does not know its task, or its task does not take the arguments."""
+    for observer in observers:
+        observer.attempt_ended(task, "unknown", timings)
+
+
+def tell_rescued(count: int) -> None:
+    for observer in observers:
+        observer.rescued(count)
+
+
 class Awaited(Protocol):
     """A waiter as far as its messages are concerned."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from coord.errors import TooManyWaitersError
+from coord.observation import tell_waiters
 from coord.waiting.handed import HandingPoller
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
 from coord.waiting.settings import settings_of
@@ -96,6 +97,7 @@ class Watcher:
         waiter.awaits_message = awaits_message
         poller.add(waiter)
         self.waiters += waiter.counts
+        tell_waiters(waiter.counts)
         return waiter
 
     def _poller(self, mapper: Mapper[Any], schemas: Schemas, settings: Settings | None) -> Poller:
@@ -137,6 +139,7 @@ class Watcher:
 
     def _left(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
+        tell_waiters(-waiter.counts)
         if not poller.waiters:
             self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
             if poller.task is not None and not poller.task.done():

@@ -14,7 +14,7 @@ from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.model import JobState
 from coord.jobs.transaction import JobSuperseded
-from coord.observation import attempt_ended, observed_attempt
+from coord.observation import attempt_ended, observed_attempt, tell_unknown
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
 from coord.worker.hooks import call
@@ -97,6 +97,7 @@ class Executor:
 
     async def _refuse(self, attempt: Attempt, error: Exception) -> None:
         """Another worker may run it, or this one after its deployment."""
+        tell_unknown(attempt.task, attempt.timings)
         what = (attempt.task, str(error))
         if what not in self._said:
             self._said.add(what)

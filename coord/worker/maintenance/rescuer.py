@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from coord.jobs.model import JobState, cancellations, is_queued, jobs, workers
 from coord.jobs.transaction import CLASS
+from coord.observation import tell_rescued
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
@@ -94,6 +95,7 @@ class Rescuer(Loop):
             waiting = (await connection.execute(_following.where(jobs.c.id.in_(again)))).all() if again else []
         states = Counter(str(change["state"]) for change in changes.values())
         logger.warning("Worker %s is dead; its jobs: %s", worker, dict(states) or "none")
+        tell_rescued(len(rows))
         command = push(self._keys, [(row, float(row.remaining)) for row in waiting])
         if command is not None:
             await self._redis.execute_command(*command)
