@@ -125,7 +125,7 @@ def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
             if told is not None and job is None and told[1] < began:
                 told = None  # about a change before this wait
             timings = session.info[WAIT_TIMINGS] = answered(job, told, began=began)
-            telemetry.note(span, {"wait.outcome": outcome, **_seconds(timings)})
+            telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
             _wait_ended(outcome, monotonic() - began, timings, heard=told is not None)
 
 

@@ -198,7 +198,8 @@ class Executor:
     async def _ended_by(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
         if not asked and not is_retryable(error):
-            logger.error("%s: %s", attempt.task, one_line(error), exc_info=printable(error))
+            attempt.reason = one_line(error)
+            logger.error("%s: %s", attempt.task, attempt.reason, exc_info=printable(error))
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
