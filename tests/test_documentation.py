@@ -37,7 +37,7 @@ from coord.waiting.watcher import MAX_WAITERS
 from tests.project import Dev
 from tests.serving import served
 from tests.shop import emptied, empty_database
-from worker.environment import ADMIN_TOKEN, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
+from worker.environment import ADMIN_TOKEN, METRICS_PORT, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
 from worker.models import Base, Order, OrderStatus, Stock
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def test_the_variables_and_their_defaults_are_those_of_the_shop() -> None:
     assert f"| `{DATABASE}` | `{DEFAULT_DATABASE_URL}` |" in text
     assert f"| `{REDIS}` | `{DEFAULT_REDIS_URL}` |" in text
     named = {name for page in PAGES for name in re.findall(r"COORD_[A-Z_]+", page.read_text())}
-    assert named == {DATABASE, REDIS, ADMIN_TOKEN, "COORD_DEVELOPMENT"}
+    assert named == {DATABASE, REDIS, ADMIN_TOKEN, METRICS_PORT, "COORD_DEVELOPMENT"}
 
 
 def startups() -> list[tuple[str, str]]:
