@@ -37,7 +37,7 @@ from coord.waiting.watcher import MAX_WAITERS
 from tests.project import Dev
 from tests.serving import served
 from tests.shop import emptied, empty_database
-from worker.environment import ADMIN_TOKEN, METRICS_PORT, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
+from worker.environment import ADMIN_TOKEN, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, METRICS_PORT, REDIS
 from worker.models import Base, Order, OrderStatus, Stock
 
 if TYPE_CHECKING:
