@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -28,7 +29,6 @@ from coord.dev.process import end, spawn
 from coord.dev.server import free_port
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Iterator, Sequence
     from types import FrameType
 
@@ -45,20 +45,25 @@ class DevError(Exception):
     """Ends `coord dev` with status 1 and this line."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--app", required=True, metavar="module:name", help="the ASGI application, as for uvicorn")
-    parser.add_argument("--worker", required=True, metavar="module.Class", help="the worker settings, as for arq")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes, 1 unless given")
-    parser.add_argument("--host", default="127.0.0.1", help="where the API listens, 127.0.0.1 unless given")
-    parser.add_argument("--port", type=int, default=8000, help="8000 unless given; 0 picks a free one")
-    parser.add_argument("--data", type=Path, default=Path(".coord"), help="the servers' directory, .coord unless given")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    app: str | None = None
+    worker: str | None = None
+    workers: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    data: Path = Path(".coord")
+    reload: bool = False
+    servers_only: bool = False
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Return when everything has stopped: 0 if that was asked for."""
     try:
-        _require_uvicorn()
-        Development(options, _usable_port(options.host, options.port)).run()
+        if not options.servers_only:
+            _require_uvicorn()
+        port = options.port if options.servers_only else _usable_port(options.host, options.port)
+        Development(options, port).run()
     except (DevError, ServerError, ImportError, OSError) as error:
         print(f"coord dev: {error}", file=sys.stderr)
         return 1
@@ -68,7 +73,7 @@ def run(options: argparse.Namespace) -> int:
 class Development:
     """Everything that `coord dev` runs. Nothing of it is left when `run` returns or raises."""
 
-    def __init__(self, options: argparse.Namespace, port: int) -> None:
+    def __init__(self, options: Options, port: int) -> None:
         self.host, self.port, self.data = options.host, port, options.data
         self.commands = _commands(options, port)
         self.terminal = Terminal(["coord", *self.commands])
@@ -77,6 +82,7 @@ class Development:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.readers: list[threading.Thread] = []
         self.stop_began: float | None = None
+        self.reload = options.reload
 
     def run(self) -> None:
         logging.getLogger("coord").addHandler(self.terminal)
@@ -111,6 +117,9 @@ class Development:
         for variable, server in self.servers.items():
             self.environment[variable] = server.start().url
             self.terminal.line("coord", f"{variable}={server.url}")
+        self._spawn()
+
+    def _spawn(self) -> None:
         for name, command in self.commands.items():
             process = spawn(command, stdout=subprocess.PIPE, env=self.environment)
             self.processes[name] = process
@@ -120,8 +129,16 @@ class Development:
 
     def _watch(self) -> None:
         """Return only by raising: none of them is meant to end before it is told to."""
-        ready = False
+        ready = not self.commands
+        if ready:
+            self.terminal.line("coord", "the servers are up, Ctrl-C stops")
+        sources = _sources() if self.reload else {}
         while True:
+            if self.reload and sources != (sources := _sources()):
+                self.terminal.line("coord", "a file has changed; the programs start again")
+                self._end_programs()
+                self._spawn()
+                ready = False
             if death := self._first_death():
                 raise DevError(death)
             if not ready and _answers(self.host, self.port):
@@ -139,18 +156,21 @@ class Development:
 
     def _stop(self) -> None:
         self.stop_began = self.stop_began or time.monotonic()
-        workers = [process for name, process in self.processes.items() if name != API]
-        if api := self.processes.get(API):
-            end(api, signal.SIGTERM, grace=API_GRACE)
-        if workers:
-            with ThreadPoolExecutor(len(workers)) as pool:
-                list(pool.map(lambda worker: end(worker, signal.SIGTERM, grace=WORKER_GRACE), workers))
+        self._end_programs()
         for server in reversed(self.servers.values()):
             server.stop()
         for reader in self.readers:
             reader.join(1.0)
         if self.servers:
             self.terminal.line("coord", f"stopped; the data is kept in {self.data}")
+
+    def _end_programs(self) -> None:
+        workers = [process for name, process in self.processes.items() if name != API]
+        if api := self.processes.get(API):
+            end(api, signal.SIGTERM, grace=API_GRACE)
+        if workers:
+            with ThreadPoolExecutor(len(workers)) as pool:
+                list(pool.map(lambda worker: end(worker, signal.SIGTERM, grace=WORKER_GRACE), workers))
 
 
 class Terminal(logging.Handler):
@@ -190,12 +210,27 @@ def _servers(data: Path) -> dict[str, Server]:
     return servers
 
 
-def _commands(options: argparse.Namespace, port: int) -> dict[str, list[str]]:
+def _commands(options: Options, port: int) -> dict[str, list[str]]:
+    if options.servers_only or options.app is None or options.worker is None:
+        return {}
     module = [sys.executable, "-m"]
     workers = {f"worker-{number + 1}": [*module, "arq", options.worker] for number in range(options.workers)}
     address = ["--host", options.host, "--port", str(port)]
     # Streams never end by themselves: without a limit, the first open one would keep uvicorn until it is killed.
     return {**workers, API: [*module, "uvicorn", options.app, *address, "--timeout-graceful-shutdown", "5"]}
+
+
+def _sources() -> dict[Path, float]:
+    """When each Python file beneath this directory was last changed; not those in hidden directories."""
+    found = {}
+    for directory, names, files in os.walk("."):
+        names[:] = [name for name in names if not name.startswith(".") and name not in ("__pycache__", "node_modules")]
+        for file in files:
+            path = Path(directory, file)
+            with contextlib.suppress(OSError):  # it may be gone again
+                if path.suffix == ".py":
+                    found[path] = path.stat().st_mtime
+    return found
 
 
 def _handle_stop_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:

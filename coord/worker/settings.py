@@ -104,6 +104,7 @@ def worker_settings(
     made = type("Settings", (), settings)
     host = _Host(made, own, arq_settings, patience)
     made.on_startup, made.on_shutdown = host.on_startup, host.on_shutdown  # type: ignore[attr-defined]
+    made.worker_config = host.worker_config  # type: ignore[attr-defined]
     _config(made, own, arq_settings)
     return made
 
@@ -116,6 +117,10 @@ class _Host:
         self._own = own
         self._given = given
         self._patience = patience
+
+    def worker_config(self) -> WorkerConfig:
+        """For `coord doctor`."""
+        return _config(self._made, self._own, self._given)
 
     async def on_startup(self, ctx: dict[Any, Any]) -> None:
         """First the application's own, which may make the tables."""
