@@ -48,11 +48,11 @@ from coord.errors import (
     WaitTimeoutError,
 )
 from coord.jobs.enqueue import enqueue
+from coord.jobs.job_transaction import JobSuperseded, job_transaction, set_result
 from coord.jobs.migrations import create_ledger
 from coord.jobs.model import Job, JobState
 from coord.jobs.options import TaskOptions, task_options
 from coord.jobs.queries import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
-from coord.jobs.transaction import JobSuperseded, job_transaction, set_result
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
 from coord.timings import WaitTimings, wait_timings

@@ -13,29 +13,24 @@ from redis.asyncio import Redis
 from coord.database.engine import engine_of, prepare
 from coord.database.target import key_of, mapper_of
 from coord.notify.bell import Bell
-from coord.notify.changes import Changes, written_to
+from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
 from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import committed
-from coord.waiting.settings import check_declared
-from coord.waiting.subscription import RowSubscription
-from coord.waiting.watcher import MAX_WAITERS, Watcher
+from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
-    from contextlib import AbstractContextManager
     from types import TracebackType
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Mapper, Session
 
-    from coord.database.schemas import Schemas
     from coord.notify.changes import Changed
     from coord.notify.subscriber import Listener
-    from coord.waiting.settings import Declared
-
+    from coord.waiting.watcher import Declared
 
 logger = logging.getLogger("coord.bell")
 
@@ -76,7 +71,8 @@ class Coordinator:
             raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
-        check_declared(read_settings)
+        if read_settings is not None and not callable(read_settings):
+            checked_settings(read_settings)
         self._read_settings = read_settings
         self._engine = engine_of(session_maker)
         self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
@@ -85,7 +81,6 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self._changes = Changes(self._engine.dialect, self._publish_changes)
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
         self._watcher: Watcher | None = None
@@ -99,15 +94,15 @@ class Coordinator:
         self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:
             stack.callback(setattr, self, "_loop", None)
-            stack.push_async_callback(
-                self._drain
-            )  # the last of all: waits that are cancelled with the server end meanwhile
+            stack.push_async_callback(self._drain)  # last of all: waits that are cancelled meanwhile are gone by then
             if self._redis is not None:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             self._watcher = Watcher.of(self._engine)
-            stack.enter_context(self._coordinated(self._watcher))
-            stack.enter_context(self._changes.observed())
+            stack.enter_context(
+                self._watcher.coordinate(self._max_waiters, self._read_settings, self._bell, self.channels)
+            )
+            stack.enter_context(observed(self._engine.dialect, self._publish_changes))
             self._stack = stack.pop_all()
         return self
 
@@ -131,7 +126,7 @@ class Coordinator:
         key = None if pk_value is None else key_of(mapper, pk_value)
         if written_to(session.sync_session, mapper) is not self._engine.dialect:
             raise ValueError(f"the session writes {model.__name__} to another engine than the coordinator's")
-        self._changes.add(session.sync_session, (mapper, key))
+        announce(session.sync_session, self._engine.dialect, (mapper, key))
 
     def listen(self, channel: bytes, listener: Listener) -> None:
         """Notify a worker's listener of a channel as long as this is open; nothing without Redis."""
@@ -146,15 +141,6 @@ class Coordinator:
     async def _drain(self) -> None:
         if self._watcher is not None:
             await self._watcher.drain()
-
-    def _coordinated(self, watcher: Watcher) -> AbstractContextManager[None]:
-        return watcher.coordinate(self._max_waiters, self._read_settings, self._subscribe, self._is_pending)
-
-    def _subscribe(self, mapper: Mapper[Any], schemas: Schemas) -> RowSubscription | None:
-        return None if self._bell is None else RowSubscription(self._bell, self.channels, mapper, schemas)
-
-    def _is_pending(self, job_id: object) -> bool:
-        return self._bell is not None and self._bell.is_pending(job_id)
 
     def _publish_changes(self, session: Session, changes: Changed) -> None:
         for job in changes.values():

@@ -31,6 +31,9 @@ from tests.pooler import create_engine
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+pytest_plugins = ["tests.ledger", "tests.waits", "tests.workers", "tests.counter", "tests.pages"]
+"""Their fixtures are every test's; what else is in them is imported."""
+
 
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator  # noqa: TC003 - FastAP
 from typing import TYPE_CHECKING, Any
 from uuid import UUID  # noqa: TC003
 
+import httpx
 import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -30,8 +31,9 @@ from coord.http import (
     replies,
     reply,
 )
+from coord.jobs.model import Worker, new_id
 from tests.ledger import a_task, delivered
-from tests.serving import eventually
+from tests.serving import eventually, served
 from worker.models import Base, Order, OrderStatus
 
 if TYPE_CHECKING:
@@ -68,6 +70,13 @@ async def orders(engine: AsyncEngine, ledger: None) -> AsyncIterator[None]:
 
 def user(request: Request) -> str:
     return request.headers.get("x-user", "")
+
+
+@pytest.fixture(scope="module")
+async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of the counter, with as many connections as it needs."""
+    async with served(counter(session_maker), limits=httpx.Limits(max_connections=None)) as client:
+        yield client
 
 
 def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller: Any = user, **limits: Any) -> FastAPI:
@@ -125,6 +134,11 @@ def counter(maker: SessionMaker, *, streams: EventStreams | None = None, caller:
     return app
 
 
+async def pass_on(request: Request, call_next: Any) -> Any:
+    """The least that a middleware of `BaseHTTPMiddleware` does."""
+    return await call_next(request)
+
+
 def is_rejected(order: Order) -> bool:
     return order.status is OrderStatus.REJECTED
 
@@ -167,6 +181,12 @@ async def do(maker: SessionMaker, job: Job) -> None:
     async with job_transaction(delivered(job, maker)) as session:
         order = await session.get_one(Order, job.arguments[0][0])
         order.status = OrderStatus.FULFILLED
+
+
+async def runs(maker: SessionMaker, job: Job) -> None:
+    """Have a worker's heartbeat say that it runs the job."""
+    async with maker() as session, session.begin():
+        session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
 
 
 async def end(maker: SessionMaker, job: Job, state: JobState, error: str | None = None) -> None:

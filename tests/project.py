@@ -80,10 +80,10 @@ class Settings:
 """
 
 
-def until(condition: Callable[[], Any], what: Callable[[], str], within: float = 20.0) -> Any:
+def until(condition: Callable[[], Any], what: Callable[[], str] | str, within: float = 20.0) -> Any:
     deadline = time.monotonic() + within
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"not within {within} s: {what()}"
+        assert time.monotonic() < deadline, f"not within {within} s: {what if isinstance(what, str) else what()}"
         time.sleep(0.05)
     return found
 

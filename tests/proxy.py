@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from sqlalchemy import make_url
 
@@ -49,7 +49,7 @@ class Proxy:
         self._open: set[asyncio.StreamWriter] = set()
 
     @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[Proxy]:
+    async def opened(self) -> AsyncIterator[Self]:
         server = await asyncio.start_server(self._lead, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)

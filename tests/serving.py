@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -41,18 +42,22 @@ async def served(app: Any, **client_options: Any) -> AsyncIterator[httpx.AsyncCl
 
 
 async def eventually(condition: Any, *, within: float = 5.0, message: str = "") -> Any:
-    """The first true result of the asynchronous `condition`, looked at again until the time is up."""
+    """The first true result of `condition`, which may be asynchronous, looked at again until the time is up."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within
-    while not (result := await condition()):
+    while True:
+        result = condition()
+        if isawaitable(result):
+            result = await result
+        if result:
+            return result
         if loop.time() > deadline:
             raise AssertionError(message or f"not true within {within} s, last seen: {result!r}")
         await asyncio.sleep(0.01)
-    return result
 
 
 async def all_given_back(engine: AsyncEngine, *, within: float = 5.0) -> None:
     """Every connection of its pool; a shared read that is under way when its last wait ends does so a little later."""
     pool = engine.pool
     assert isinstance(pool, QueuePool)
-    await eventually(lambda: asyncio.sleep(0, pool.checkedout() == 0), within=within)
+    await eventually(lambda: pool.checkedout() == 0, within=within)

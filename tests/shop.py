@@ -16,6 +16,8 @@ import asyncpg
 import redis.asyncio
 from sqlalchemy import make_url
 
+from tests.proxy import Proxy
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
@@ -136,68 +138,31 @@ async def waiting_for_locks(connection: asyncpg.Connection, statement: str = "")
     return count
 
 
-class Network:
+class Network(Proxy):
     """A port that leads to a server while it is `up`, answers nothing while it is not, and counts who has come."""
 
     def __init__(self, url: str) -> None:
-        self._target = make_url(url)
-        self.url = ""
+        super().__init__(url)
         self.up = False
-        self._visits = 0
+        self.visits = 0
         self._visited = asyncio.Condition()
-        self._open: set[asyncio.StreamWriter] = set()
-
-    @contextlib.asynccontextmanager
-    async def opened(self) -> AsyncIterator[Network]:
-        server = await asyncio.start_server(self._visit, "127.0.0.1", 0)
-        port = server.sockets[0].getsockname()[1]
-        self.url = self._target.set(host="127.0.0.1", port=port).render_as_string(hide_password=False)
-        try:
-            yield self
-        finally:
-            server.close()
-            self.cut()
-
-    @property
-    def visits(self) -> int:
-        return self._visits
 
     def cut(self) -> None:
         """Refuse who comes, and throw out who is there."""
         self.up = False
-        for writer in self._open:
-            writer.transport.abort()
+        super().cut()
 
     async def visited(self, more: int, within: float = 20.0) -> None:
         """Wait until so many more have come, in vain or not."""
-        aim = self._visits + more
+        aim = self.visits + more
         async with asyncio.timeout(within), self._visited:
-            await self._visited.wait_for(lambda: self._visits >= aim)
-
-    async def _visit(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        async with self._visited:
-            self._visits += 1
-            self._visited.notify_all()
-        self._open.add(writer)
-        with contextlib.suppress(OSError):
-            if self.up:
-                await self._lead(reader, writer)
-        writer.transport.abort()
-        self._open.discard(writer)
+            await self._visited.wait_for(lambda: self.visits >= aim)
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        there, back = await asyncio.open_connection(self._target.host, self._target.port)
-        self._open.add(back)
-        ways = [asyncio.create_task(_pump(*way)) for way in ((reader, back), (there, writer))]
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        for way in ways:
-            way.cancel()
-        back.transport.abort()
-        self._open.discard(back)
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(OSError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+        async with self._visited:
+            self.visits += 1
+            self._visited.notify_all()
+        with contextlib.suppress(OSError):
+            if self.up:
+                await super()._lead(reader, writer)
+        writer.transport.abort()

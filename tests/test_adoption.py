@@ -16,7 +16,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship,
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change, watch_row
 from tests.models import User
 from tests.serving import all_given_back
-from tests.waits import read_settings, registered, waiting  # noqa: F401 - a fixture
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -1,6 +1,5 @@
 """The API is killed between `enqueue` and the answer: either nothing was asked for, or it is done, once."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -13,10 +12,9 @@ from arq.worker import func
 from sqlalchemy import select, text
 
 from coord import Job, job_transaction
-from tests.ledger import ledger
 from tests.serving import eventually
 from tests.shop import SERVING, Network, running
-from tests.workers import Office, office, working
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -93,7 +91,7 @@ async def test_what_was_asked_for_is_done_once_wherever_the_api_died(
         async with mortal as api, running(API, office.database_url, office.redis_url) as another:
             asking = asyncio.create_task(ask(api))
             if step == "running":
-                await eventually(lambda: asyncio.sleep(0, started.is_set()), within=20)
+                await eventually(lambda: started.is_set(), within=20)
                 api.process.kill()
             with pytest.raises(httpx.RemoteProtocolError):
                 await asking

@@ -1,6 +1,5 @@
 """arq as it is: its own jobs, settings, hooks, checks and bursts, beside the jobs of the ledger."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -18,13 +17,12 @@ from arq.jobs import JobStatus
 from arq.worker import Retry, async_check_health, create_worker, func, get_kwargs
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import enqueue, worker_settings
+from coord import worker_settings
 from coord.dev.embedded import Valkey
 from coord.worker.settings import DEFAULTS, REFUSED
-from tests.ledger import ledger
 from tests.serving import eventually
 from tests.shop import ROOT
-from tests.workers import Notes, Office, client, notes, office, opened, process, script, until, working
+from tests.workers import Notes, Office, client, opened, process, until, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -360,11 +358,10 @@ async def test_what_redis_refuses_is_waited_out_and_said_as_what_it_is(
 
 @pytest.mark.slow
 async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes: Notes, tmp_path: Path) -> None:
-    from coord.dev.embedded import _valkey_server
     from coord.dev.server import free_port
 
     port = free_port()
-    command = [str(_valkey_server()), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]
+    command = [str(Valkey(tmp_path).program), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]
     cluster = await asyncio.create_subprocess_exec(*command, "--save", "", stdout=subprocess.DEVNULL)
     try:
         url = f"redis://127.0.0.1:{port}/0"

@@ -14,7 +14,6 @@ import coord.cancellation
 from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wait_for_row_change
 from coord.cancellation import cleaned_up, interruptible
 from coord.retryable import is_retryable
-from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
@@ -34,7 +33,7 @@ def sessions(single: AsyncEngine) -> async_sessionmaker[AsyncSession]:
 
 
 @pytest.fixture
-async def locked(tables: None, ledger: None, engine: AsyncEngine) -> AsyncIterator[None]:  # noqa: F811
+async def locked(tables: None, ledger: None, engine: AsyncEngine) -> AsyncIterator[None]:
     """Somebody holds the tables of items and of jobs."""
     async with engine.begin() as holder:
         await holder.execute(text("LOCK TABLE items, coord_jobs IN EXCLUSIVE MODE"))

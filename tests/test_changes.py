@@ -11,7 +11,8 @@ from sqlalchemy import Delete, Update, func, inspect, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Mapped, Session, foreign, relationship
 
-from coord.notify.changes import Changes, collect
+from coord.notify import changes
+from coord.notify.changes import collect
 from tests.models import Base, Document, Item, User, table_of
 
 if TYPE_CHECKING:
@@ -47,10 +48,10 @@ def observed(engine: AsyncEngine) -> Iterator[list[Any]]:
     """The keys of the rows that are told of, with their class."""
     told: list[Any] = []
 
-    def tell(_session: Session, changes: Collection[Change]) -> None:
-        told.extend((mapper.class_, key) for mapper, key in changes)
+    def tell(_session: Session, found: Collection[Change]) -> None:
+        told.extend((mapper.class_, key) for mapper, key in found)
 
-    with Changes(engine.dialect, tell).observed():
+    with changes.observed(engine.dialect, tell):
         yield told
 
 

@@ -15,9 +15,8 @@ import anyio
 import pytest
 from fastapi import FastAPI
 from redis.asyncio import Redis
-from sqlalchemy import delete, event, text, update
+from sqlalchemy import delete, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Mapper, Session
 
 import coord.waiting.watcher
 from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_row_change
@@ -50,15 +49,6 @@ async def redis(redis_url: str) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-async def coordinator(
-    nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
-) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
-        await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
-        yield coordinator
-
-
-@pytest.fixture
 async def users(tables: None, observer: Connection) -> None:
     await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 500) AS n")
 
@@ -70,7 +60,7 @@ class Published:
         self.channels: list[str] = []
 
     async def has(self, count: int) -> list[str]:
-        await eventually(lambda: asyncio.sleep(0, len(self.channels) >= count))
+        await eventually(lambda: len(self.channels) >= count)
         return sorted(self.channels)
 
 
@@ -212,25 +202,12 @@ async def test_another_namespace_or_database_wakes_nobody(
     assert len(names) == 4
 
 
-async def test_nothing_is_left_on_sqlalchemys_classes(session_maker: SessionMaker, redis_url: str) -> None:
+async def test_an_engine_has_one_coordinator_in_an_event_loop(session_maker: SessionMaker, redis_url: str) -> None:
     coordinator = Coordinator(session_maker, redis=redis_url)
-
-    def listening() -> set[bool]:
-        changes = coordinator._changes
-        return {
-            event.contains(Mapper, "after_insert", changes._after_insert),
-            event.contains(Mapper, "after_update", changes._after_update),
-            event.contains(Mapper, "after_delete", changes._after_delete),
-            event.contains(Session, "do_orm_execute", changes._do_orm_execute),
-            event.contains(Session, "after_commit", changes._after_commit),
-            event.contains(Session, "after_soft_rollback", changes._after_soft_rollback),
-        }
-
-    async with coordinator:
-        assert listening() == {True}
-        with pytest.raises(RuntimeError, match="has a Coordinator in this event loop already"):
-            await Coordinator(session_maker).__aenter__()
-    assert listening() == {False}
+    for _ in range(2):
+        async with coordinator:
+            with pytest.raises(RuntimeError, match="has a Coordinator in this event loop already"):
+                await Coordinator(session_maker).__aenter__()
 
 
 @pytest.mark.usefixtures("users")
@@ -285,10 +262,10 @@ async def test_what_redis_refuses_is_said_once_while_all_else_goes_on(
         async with Coordinator(session_maker, redis=redis_url.replace("//", "//deaf:any@")) as coordinator:
             bell = coordinator._bell
             assert bell is not None
-            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            await eventually(lambda: bell.connected)
             for n in range(30):
                 bell.publish([b"refused", b"allowed"] if n % 2 else [b"allowed"])
-                await eventually(lambda: asyncio.sleep(0, not bell.is_pending(b"allowed")))
+                await eventually(lambda: not bell.is_pending(b"allowed"))
     finally:
         await redis.acl_deluser("deaf")
     said = [record.message for record in caplog.records if record.name == "coord.bell"]
@@ -348,12 +325,12 @@ async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
         async with Coordinator(session_maker, redis=valkey.url) as coordinator, AsyncExitStack() as stack:
             bell = coordinator._bell
             assert bell is not None
-            await eventually(lambda: asyncio.sleep(0, bell.connected))
+            await eventually(lambda: bell.connected)
             sessions = [await stack.enter_async_context(session_maker()) for _ in range(40)]
             tasks = [waiting(session, User, n, interval=0.3, timeout=30) for n, session in enumerate(sessions[:20], 1)]
             await registered()
-            valkey.kill()
-            await eventually(lambda: asyncio.sleep(0, not bell.connected))
+            valkey.stop("immediate")
+            await eventually(lambda: not bell.connected)
             tasks += [
                 waiting(session, User, n, interval=0.3, timeout=30) for n, session in enumerate(sessions[20:], 21)
             ]
@@ -368,7 +345,7 @@ async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(
                 assert time.monotonic() - began < 0.3 + 0.7
                 await asyncio.sleep(max(0, (end - time.monotonic()) / (len(tasks) - n + 1)))
             valkey.start()
-            await eventually(lambda: asyncio.sleep(0, bell.connected), within=5)
+            await eventually(lambda: bell.connected, within=5)
             late = waiting(sessions[0], User, 100, interval=NEVER)
             await registered()
             async with session_maker() as writer:
@@ -482,7 +459,7 @@ async def test_a_waiter_takes_eight_kib_with_its_session_row_and_task(session_ma
     async def take(numbers: range) -> int:
         before = tracemalloc.get_traced_memory()[0]
         tasks = [asyncio.create_task(wait(n)) for n in numbers]
-        await registered(len(tasks))
+        await registered(len(tasks), within=30)  # tracing makes each of them slow
         gc.collect()
         taken = tracemalloc.get_traced_memory()[0] - before
         for task in tasks:

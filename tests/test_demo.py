@@ -8,7 +8,6 @@ import re
 import signal
 import sys
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -18,12 +17,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from demo.customers import Outcome, Wish, stock_for, wishes
 from demo.verify import Check, verify
+from tests.project import processes_in
 from tests.serving import eventually
 from tests.shop import ROOT, dsn_of, empty_database
 from worker.models import Base
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
+    from pathlib import Path
 
 SHOP_VARIABLES = ("COORD_DATABASE_URL", "COORD_REDIS_URL")
 
@@ -62,21 +63,13 @@ async def output_until(process: asyncio.subprocess.Process, pattern: str) -> re.
     return match
 
 
-def processes_in(directory: Path) -> Iterator[str]:
-    """Those that run in the directory, however they were named and whoever is their parent now."""
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError):
-            if entry.name.isdigit() and (entry / "cwd").readlink().is_relative_to(directory):
-                yield (entry / "cmdline").read_text().replace("\0", " ")
-
-
 async def left_behind(directory: Path) -> list[str]:
     async def none() -> bool:
-        return not list(processes_in(directory))
+        return not processes_in(directory)
 
     with suppress(AssertionError):
         await eventually(none)
-    return list(processes_in(directory))
+    return [*processes_in(directory).values()]
 
 
 @pytest.mark.slow

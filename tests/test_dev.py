@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coord import cli
-from coord.dev.command import Terminal
 from coord.dev.embedded import PostgreSQL, Valkey
 from tests.project import API, WORKER, Dev, processes_in, until
 
@@ -210,8 +209,10 @@ def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: St
         port = taken.getsockname()[1]
         dev = start("--port", str(port))
         assert dev.status() == 1
-    expected = f"coord dev: cannot listen on 127.0.0.1:{port}: Address already in use; choose another with --port\n"
-    assert dev.output == expected
+    refusal = (
+        rf"coord dev: cannot listen on 127\.0\.0\.1:{port}: Address already in use.*; choose another with --port\n"
+    )
+    assert re.fullmatch(refusal, dev.output)
     assert not (project / ".coord").exists()
 
 
@@ -225,21 +226,3 @@ def test_a_missing_package_is_one_line(
     monkeypatch.delenv("COORD_DATABASE_URL", raising=False)
     assert cli.main(["dev", "--app", "api:app", "--worker", "worker.Settings", "--port", "0"]) == 1
     assert re.fullmatch(rf"coord dev: .*{advice}.*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    ("terminal", "no_color", "coloured"), [(True, "", True), (True, "1", False), (False, "", False)]
-)
-def test_colours_are_for_terminals_that_want_them(
-    terminal: bool,
-    no_color: str,
-    coloured: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
-    monkeypatch.setenv("NO_COLOR", no_color)
-    Terminal(["api", "worker-1"]).line("api", "hello")
-    out = capsys.readouterr().out
-    assert ("\x1b[" in out) == coloured
-    assert re.sub(r"\x1b\[\d+m", "", out) == "api      | hello\n"

@@ -19,9 +19,10 @@ import redis
 
 from coord.dev import server as server_module
 from coord.dev.embedded import PostgreSQL, ServerError, Valkey
+from tests.project import until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from coord.dev.server import Server
 
@@ -50,13 +51,6 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def until(condition: Callable[[], Any], what: str, within: float = 10.0) -> None:
-    deadline = time.monotonic() + within
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {within} s: {what}"
-        time.sleep(0.02)
 
 
 async def query(server: PostgreSQL, sql: str) -> Any:
@@ -103,7 +97,10 @@ async def test_start_waits_for_a_predecessor_that_is_still_stopping(directory: P
     with first:
         thread = threading.Thread(target=second.start)
         thread.start()
-        until(lambda: 'lock file "postmaster.pid" already exists' in second.log.read_text(), "it met its predecessor")
+        until(
+            lambda: 'lock file "postmaster.pid" already exists' in second.log.read_text(),
+            lambda: "it met its predecessor",
+        )
     thread.join()
     try:
         assert await query(second, "SELECT 1") == 1
@@ -155,7 +152,7 @@ def test_valkey_keeps_keys_over_a_restart_only_when_told_to(directory: Path, per
 def test_a_killed_valkey_starts_again_at_its_url(directory: Path) -> None:
     with Valkey(directory) as server:
         url, pid = server.url, server.pid
-        server.kill()
+        server.stop("immediate")
         assert not alive(pid)
         assert server.start().url == url
         with client(server) as connection:

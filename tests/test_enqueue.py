@@ -36,7 +36,7 @@ from coord import (
 )
 from coord.jobs.model import jobs
 from coord.retryable import is_retryable
-from tests.ledger import a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered, statements
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import empty_database, waiting_for_locks
@@ -339,7 +339,7 @@ async def test_a_thousand_concurrent_enqueues_of_one_key_make_one_job(
     assert sum(not job.joined for job in found) == 1
 
 
-async def test_whoever_joins_does_not_wait_for_the_jobs_transaction(
+async def test_joining_a_job_does_not_wait_for_its_transaction(
     session_maker: SessionMaker, observer: Connection
 ) -> None:
     options = task_options(a_task, unique_key="k")
@@ -352,7 +352,7 @@ async def test_whoever_joins_does_not_wait_for_the_jobs_transaction(
     assert (await committed(session_maker, options)).id != job.id
 
 
-async def test_who_enqueues_at_the_same_time_waits_for_the_first_to_commit_or_roll_back(
+async def test_a_concurrent_enqueue_of_the_same_key_waits_for_the_first_to_commit_or_roll_back(
     session_maker: SessionMaker, observer: Connection
 ) -> None:
     options = task_options(a_task, unique_key="k")
@@ -408,7 +408,7 @@ async def test_a_task_is_called_what_arq_calls_it(session_maker: SessionMaker, t
         User,
     ],
 )
-async def test_what_is_no_task_is_refused_before_any_sql(session_maker: SessionMaker, task: Any) -> None:
+async def test_anything_but_a_task_is_refused_before_any_sql(session_maker: SessionMaker, task: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="task"):
         task_options(task)
     async with session_maker() as session:
@@ -613,7 +613,7 @@ async def test_arguments_above_a_mebibyte_are_refused_before_any_sql(session_mak
 
 
 @pytest.mark.parametrize("argument", ODD, ids=lambda value: repr(value)[:20])
-async def test_what_is_odd_but_json_arrives_equal(session_maker: SessionMaker, argument: Any) -> None:
+async def test_unusual_json_arrives_equal(session_maker: SessionMaker, argument: Any) -> None:
     job = await committed(session_maker, task_options(a_task, unique_key="k"), argument, name=argument)
     async with session_maker() as session:
         stored = await session.get(Job, job.id)

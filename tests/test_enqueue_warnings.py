@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads t
 
 from coord import create_db_context, create_db_dependency, enqueue, get_transaction
 from tests.counter import jobs_of
-from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task
 from tests.serving import eventually, served
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def application(maker: SessionMaker) -> FastAPI:
 
 @pytest.mark.parametrize("commits", [False, True])
 @pytest.mark.parametrize("path", ["/background", "/stream"])
-async def test_an_enqueue_after_the_requests_commit_is_told_of_unless_it_is_committed(
+async def test_an_enqueue_after_the_requests_commit_is_warned_of_unless_it_is_committed(
     session_maker: SessionMaker, warnings: Callable[[], list[str]], path: str, commits: bool
 ) -> None:
     async with served(application(session_maker)) as client:
         assert (await client.post(path, params={"commits": commits})).status_code == 200
         if not commits:
-            await eventually(lambda: asyncio.sleep(0, warnings()))
+            await eventually(lambda: warnings())
     assert len(await jobs_of(session_maker)) == commits
     assert len(warnings()) == (not commits)
     if not commits:
@@ -126,7 +126,7 @@ async def test_a_session_that_is_closed_with_an_enqueue_uncommitted_says_so(
 
 
 @pytest.mark.parametrize("act", [commits, commits_a_block, commits_a_context, rolls_back, raises])
-async def test_what_was_decided_is_not_warned_of(
+async def test_an_enqueue_that_was_committed_or_rolled_back_is_not_warned_of(
     session_maker: SessionMaker, warnings: Callable[[], list[str]], act: Callable[[SessionMaker], Awaitable[None]]
 ) -> None:
     await act(session_maker)

@@ -1,6 +1,5 @@
 """How jobs get from Redis to a worker: at once, once, at little cost, and whatever becomes of Redis."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -22,12 +21,11 @@ from coord import cancel_job, job_transaction, task_options
 from coord.dev.embedded import Valkey
 from coord.jobs.model import queues
 from coord.queue.message import Message
-from tests.ledger import ledger
 from tests.serving import eventually
-from tests.workers import KEYS, Notes, Office, fresh, notes, office, opened, process, script, until, working
+from tests.workers import KEYS, Notes, Office, fresh, opened, process, until, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
 
     from coord import Job
 

@@ -1,10 +1,8 @@
 """The heartbeat: who is on the list of workers, from when, and until when."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -15,10 +13,10 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import set_progress, worker_settings
 from coord.jobs.model import JobState
-from tests.ledger import a_task, ledger
+from tests.ledger import a_task
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.workers import Working, office, script, until, working
+from tests.workers import Working, until, working
 
 if TYPE_CHECKING:
     from tests.workers import Office

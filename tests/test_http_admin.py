@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from coord import JobState, create_db_dependency, task_options
 from coord.http import HeadRequests, job_routes, problem_handlers
 from tests.counter import PROBLEM, URN, end, jobs_of
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed
 from tests.serving import served
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import pytest
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator
-from tests.counter import changed, counter, orders, placed  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import changed, counter, placed
 from tests.raw import call
 from tests.serving import eventually, served
 from tests.shop import API, SERVING, WORKER, WORKING, dsn_of, emptied, empty_database, running
@@ -206,7 +205,7 @@ async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
     redis_url: str,
     engine: AsyncEngine,
     session_maker: SessionMaker,
-    orders: None,  # noqa: F811
+    orders: None,
 ) -> None:
     """None goes backwards, and what lasts, in the middle and at the end, everybody sees."""
     chance = random.Random(500)

@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import Request
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 
-import coord.waiting.watcher
 from coord import Coordinator, JobState
-from coord.http.disconnect import while_connected
-from tests.counter import changed, counter, do, orders, placed, the_job  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from coord.http.interruption import while_connected
+from tests.counter import changed, counter, do, pass_on, placed, the_job
 from tests.raw import call
-from tests.serving import eventually, served
-from tests.waits import registered
+from tests.serving import all_given_back, eventually, served
+from tests.waits import open_waits, registered
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -45,28 +44,26 @@ EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES)
 class Counter:
     """A counter of its own engine, with a bell, whose traces can be looked for."""
 
-    def __init__(self, app: FastAPI, http: httpx.AsyncClient, engine: AsyncEngine, coordinator: Coordinator) -> None:
+    def __init__(
+        self, app: FastAPI, http: httpx.AsyncClient, engine: AsyncEngine, coordinator: Coordinator, redis: Redis
+    ) -> None:
         self.app = app
         self.http = http
         self.engine = engine
         self.coordinator = coordinator
-
-    async def waits(self) -> bool:
-        watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-        return any(watcher.waiters for watcher in watchers)
-
-    async def waits_for_nobody(self) -> bool:
-        return not await self.waits()
+        self.redis = redis
 
     async def is_connected(self) -> bool:
         return self.coordinator._bell is not None and self.coordinator._bell.connected
 
-    async def hears_nothing(self) -> bool:
-        assert self.coordinator._bell is not None
-        return not self.coordinator._bell._subscriber._listeners
+    async def left_no_trace(self) -> None:
+        """Within a second nobody waits, no channel is subscribed to, and no connection is taken."""
+        await eventually(lambda: not open_waits(), within=1)
+        await eventually(self._has_unsubscribed, within=1)
+        await all_given_back(self.engine, within=1)
 
-    async def holds_no_connection(self) -> bool:
-        return "Current Checked out connections: 0" in self.engine.pool.status()
+    async def _has_unsubscribed(self) -> bool:
+        return not await self.redis.pubsub_channels()
 
 
 @contextlib.asynccontextmanager
@@ -76,8 +73,12 @@ async def open_counter(database_url: str, redis_url: str, *middleware: Any) -> A
     app = counter(maker)
     for dispatch in middleware:
         app.add_middleware(BaseHTTPMiddleware, dispatch=dispatch)
-    async with Coordinator(maker, redis=redis_url) as coordinator, served(app) as http:
-        yield Counter(app, http, engine, coordinator)
+    async with (
+        Coordinator(maker, redis=redis_url) as coordinator,
+        Redis.from_url(redis_url) as redis,
+        served(app) as http,
+    ):
+        yield Counter(app, http, engine, coordinator, redis)
     await engine.dispose()
 
 
@@ -95,23 +96,21 @@ def tasks() -> set[str]:
 
 @EVERY_ROUTE
 @pytest.mark.parametrize("leave", ["reset", "close"])
-async def test_who_leaves_ends_the_wait_and_nothing_else(
+async def test_a_client_that_leaves_ends_its_wait_and_leaves_nothing_but_its_job(
     bell: Counter, session_maker: SessionMaker, route: str, leave: str
 ) -> None:
     method, suffix, headers = ROUTES[route]
     order_id = await placed(session_maker)
     before = tasks()
     async with call(str(bell.http.base_url), method, f"/orders/{order_id}{suffix}", headers) as leaving:
-        await eventually(bell.waits)
+        await eventually(open_waits)
         await registered()
         if leave == "reset":
             leaving.leave()
         else:
             leaving.writer.close()
-        await eventually(bell.waits_for_nobody, within=1)
-        await eventually(bell.hears_nothing, within=1)
-        await eventually(bell.holds_no_connection, within=1)
-        await eventually(lambda: is_true(tasks() <= before), within=1)
+        await bell.left_no_trace()
+        await eventually(lambda: tasks() <= before, within=1)
     if method == "POST":
         job = await the_job(session_maker)
         assert job.state is JobState.QUEUED
@@ -119,11 +118,7 @@ async def test_who_leaves_ends_the_wait_and_nothing_else(
     assert (await bell.http.get(f"/orders/{order_id}")).status_code == 200
 
 
-async def is_true(value: bool) -> bool:
-    return value
-
-
-async def test_who_stays_is_answered_when_others_leave(bell: Counter, session_maker: SessionMaker) -> None:
+async def test_clients_that_stay_are_answered_when_others_leave(bell: Counter, session_maker: SessionMaker) -> None:
     order_id = await placed(session_maker)
     path = f"/orders/{order_id}/fulfil"
     async with contextlib.AsyncExitStack() as stack:
@@ -132,10 +127,10 @@ async def test_who_stays_is_answered_when_others_leave(bell: Counter, session_ma
             for _ in range(9)
         ]
         await the_job(session_maker)
-        await eventually(lambda: waiters_are(9))
+        await eventually(lambda: open_waits() == 9)
         for leaving in asked[::2]:
             leaving.leave()
-        await eventually(lambda: waiters_are(4), within=1)
+        await eventually(lambda: open_waits() == 4, within=1)
         await do(session_maker, await the_job(session_maker))
         for staying in asked[1::2]:
             assert (await staying.begun()).status == 200
@@ -144,14 +139,14 @@ async def test_who_stays_is_answered_when_others_leave(bell: Counter, session_ma
 
 async def test_nothing_watches_a_client_that_was_answered(bell: Counter, session_maker: SessionMaker) -> None:
     """The connection is still there, for the next request."""
-    order_id = await placed(session_maker)
+    order_id, before = await placed(session_maker), tasks()
     async with call(str(bell.http.base_url), "POST", f"/orders/{order_id}/fulfil") as asking:
         await do(session_maker, await the_job(session_maker))
         assert (await asking.begun()).status == 200
-        await eventually(lambda: is_true("_disconnected" not in tasks()), within=1)
+        await eventually(lambda: tasks() <= before, within=1)
 
 
-async def test_a_receive_that_fails_is_no_departure() -> None:
+async def test_a_receive_that_fails_is_not_taken_for_a_disconnect() -> None:
     failed, answered = asyncio.Event(), asyncio.Event()
 
     async def fail() -> Any:
@@ -160,17 +155,13 @@ async def test_a_receive_that_fails_is_no_departure() -> None:
 
     working = asyncio.create_task(while_connected(Request({"type": "http"}, fail), answered.wait()))
     await failed.wait()
-    await eventually(lambda: is_true("_disconnected" not in tasks()))
+    for _ in range(10):  # turns of the event loop, in which a departure would end it
+        await asyncio.sleep(0)
     answered.set()
     assert await working
 
 
-async def waiters_are(number: int) -> bool:
-    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-    return sum(watcher.waiters for watcher in watchers) == number
-
-
-async def test_one_that_left_in_the_middle_of_its_body_is_no_request(
+async def test_a_client_that_leaves_in_the_middle_of_its_body_starts_no_wait(
     bell: Counter, session_maker: SessionMaker
 ) -> None:
     path = f"/orders/{await placed(session_maker)}/fulfil"
@@ -178,17 +169,19 @@ async def test_one_that_left_in_the_middle_of_its_body_is_no_request(
     async with call(str(bell.http.base_url), "POST", path, headers) as leaving:
         await leaving.send(b'{"note": ')
     assert (await bell.http.get("/nowhere")).status_code == 404
-    assert await bell.waits_for_nobody()
+    assert not open_waits()
 
 
-async def test_what_a_client_sends_on_is_no_departure(bell: Counter, session_maker: SessionMaker) -> None:
+async def test_more_bytes_from_a_waiting_client_are_not_taken_for_a_disconnect(
+    bell: Counter, session_maker: SessionMaker
+) -> None:
     """More of a body that nobody reads, and the next request on the same connection."""
     order_id = await placed(session_maker)
     path = f"/orders/{order_id}"
     headers = {"If-None-Match": "*", "Prefer": "wait=20", "Content-Length": "6"}
     async with call(str(bell.http.base_url), "GET", path, headers) as asking:
         await asking.send(b"abc")
-        await eventually(bell.waits)
+        await eventually(open_waits)
         await asking.send(b"def")
         await asking.send(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
         await registered()
@@ -196,10 +189,6 @@ async def test_what_a_client_sends_on_is_no_departure(bell: Counter, session_mak
         await asking.begun()
         assert (asking.status, (await asking.json())["status"]) == (200, "fulfilled")
         assert ((await asking.begun()).status, asking.headers["etag"]) == (200, '"2"')
-
-
-async def pass_on(request: Request, call_next: Any) -> Any:
-    return await call_next(request)
 
 
 @EVERY_ROUTE
@@ -212,13 +201,12 @@ async def test_behind_a_base_http_middleware_waits_end_too(
     async with open_counter(database_url, redis_url, pass_on, pass_on) as bell:
         path = f"/orders/{order_id}{suffix}"
         async with call(str(bell.http.base_url), method, path, {**headers, "Prefer": "wait=2"}) as leaving:
-            await eventually(bell.waits)
+            await eventually(open_waits)
             leaving.leave()
-            await eventually(bell.waits_for_nobody, within=4)
-            await eventually(bell.hears_nothing, within=1)
-            await eventually(bell.holds_no_connection, within=1)
+            await eventually(lambda: not open_waits(), within=4)
+            await bell.left_no_trace()
         async with call(str(bell.http.base_url), method, path, headers) as staying:
-            await eventually(bell.waits)
+            await eventually(open_waits)
             await registered()
             await changed(session_maker, order_id)
             assert (await staying.begun()).status == 200

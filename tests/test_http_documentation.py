@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
-from coord import create_ledger
-from coord.http import admin, events, handling, limits
+from coord.http import events, jobs, limits
 from coord.http.idempotency import EXPIRY_SECONDS, MAX_KEY_LENGTH
-from coord.http.problem import KINDS
+from coord.http.problem import KINDS, MAX_ERRORS
 from coord.jobs.queries import MAX_LISTED_JOBS
 from coord.waiting.watcher import MAX_WAITERS
 from tests.counter import do, placed, the_job
+from tests.pages import Namespace, prose, run
 from tests.raw import call
 from tests.serving import served
-from tests.test_documentation import Namespace, database, namespace, prose, run, session_maker  # noqa: F401 - fixtures
+from tests.shop import ROOT
 from tests.waits import registered
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = ROOT / "docs"
 
 
 async def test_the_application_of_the_http_page_behaves(
-    namespace: Namespace,  # noqa: F811
-    session_maker: async_sessionmaker[AsyncSession],  # noqa: F811
+    namespace: Namespace,
 ) -> None:
-    async with session_maker.kw["bind"].begin() as connection:
-        await create_ledger(connection)
+    session_maker = namespace["session_maker"]
     await run(DOCS / "http.md", namespace)
     path = f"/orders/{await placed(session_maker)}"
     async with served(namespace["app"]) as client:
@@ -52,10 +45,8 @@ async def test_the_application_of_the_http_page_behaves(
         assert (await client.post("/orders/0/fulfil", headers={"Idempotency-Key": "k"})).status_code == 422
 
 
-async def test_the_routes_of_the_security_page_need_their_token(namespace: Namespace) -> None:  # noqa: F811
+async def test_the_routes_of_the_security_page_need_their_token(namespace: Namespace) -> None:
     await run(DOCS / "security.md", namespace)
-    async with namespace["session_maker"].kw["bind"].begin() as connection:
-        await create_ledger(connection)
     async with served(namespace["app"]) as client:
         assert (await client.get("/jobs")).status_code == 401
         token = {"Authorization": "Bearer correct horse battery"}
@@ -86,12 +77,12 @@ def test_every_type_of_problem_is_on_the_page_under_its_status() -> None:
             (limits.MAX_WAIT_SECONDS, limits.ANSWER_MARGIN_SECONDS),
             (25, 2),
         ),
-        ("security", "faults told of one request | 20 |", handling.MAX_ERRORS, 20),
+        ("security", "faults told of one request | 20 |", MAX_ERRORS, 20),
         ("security", "event streams of a process | 1,000 |", events.MAX_STREAMS, 1_000),
         ("security", "waits of a process | 20,000 |", MAX_WAITERS, 20_000),
         ("security", "`Idempotency-Key` | 255 characters | 400 |", MAX_KEY_LENGTH, 255),
         ("security", "jobs in one list | 1,000 | 422 |", MAX_LISTED_JOBS, 1_000),
-        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", admin.MIN_TOKEN_LENGTH, 16),
+        ("security", "`COORD_ADMIN_TOKEN`, 16 characters or more", jobs.MIN_TOKEN_LENGTH, 16),
     ],
 )
 def test_a_number_on_a_page_is_the_codes(page: str, says: str, value: object, expected: object) -> None:

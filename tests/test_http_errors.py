@@ -93,7 +93,7 @@ async def test_what_a_constraint_excludes_is_a_409_without_names(
     assert (await conflicting.post(path, params={"row": "(9, 'z', 9, 9, 2)"})).status_code == 200
 
 
-async def test_what_is_wrong_whoever_else_there_is_stays_a_500(conflicting: httpx.AsyncClient) -> None:
+async def test_a_check_violation_stays_a_500(conflicting: httpx.AsyncClient) -> None:
     answer = await conflicting.post("/dependency", params={"row": "(3, 'c', 3, 3, 3)"})
     assert (answer.status_code, answer.json()["type"]) == (500, "about:blank")
     assert SECRET not in answer.text

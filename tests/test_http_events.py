@@ -12,22 +12,21 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 import coord.http.events
-import coord.http.jobs
-import coord.waiting.watcher
 from coord import Coordinator, Job, JobState, wait_for_row_change
 from coord.http import EventStreams
-from coord.http.jobs import RunningJobs
-from coord.jobs.model import Worker, new_id
-from tests.counter import PROBLEM, URN, changed, counter, end, orders, placed  # noqa: F401 - a fixture
-from tests.ledger import a_task, committed, ledger, statements  # noqa: F401 - a fixture
+from coord.http.events import RunningJobs
+from tests.counter import PROBLEM, URN, changed, counter, end, placed, runs
+from tests.ledger import a_task, committed, statements
 from tests.raw import Call, call
 from tests.serving import eventually, served
-from tests.waits import registered
+from tests.shop import waiting_for_locks
+from tests.waits import open_waits, registered
 from worker.models import Order, OrderStatus
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import asyncpg
     import httpx
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
@@ -36,22 +35,11 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("orders", "nobody_follows")
 
 
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
-
-
 @pytest.fixture
 async def nobody_follows(nobody_left_waiting: None) -> AsyncIterator[None]:
     """Streams that a test has left have ended within a second."""
     yield
-    await eventually(nobody_waits, within=1)
-
-
-async def nobody_waits() -> bool:
-    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
-    return sum(watcher.waiters for watcher in watchers) == 0
+    await eventually(lambda: not open_waits(), within=1)
 
 
 @contextlib.asynccontextmanager
@@ -82,7 +70,7 @@ async def test_a_stream_is_the_state_now_then_the_newest_after_each_change(
         assert await states(stream, 2) == [("3", "rejected")]
 
 
-async def test_a_change_between_the_look_and_the_stream_is_seen(
+async def test_a_change_between_reading_the_row_and_the_stream_is_sent(
     http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
 ) -> None:
     order_id = await placed(session_maker)
@@ -95,7 +83,7 @@ async def test_a_change_between_the_look_and_the_stream_is_seen(
                     ((id, _),) = await states(stream, 1)
                     seen.append(int(id))
                 assert seen == sorted({*seen})
-        await eventually(nobody_waits, within=1)
+        await eventually(lambda: not open_waits(), within=1)
 
 
 async def test_last_event_id_resumes(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
@@ -109,14 +97,14 @@ async def test_last_event_id_resumes(http: httpx.AsyncClient, session_maker: Ses
 
 
 @pytest.mark.parametrize("last", ["0", "7", "", "one", '"1"', "1.0", "é"])
-async def test_an_id_that_is_not_the_newest_is_told_the_newest(
+async def test_an_unknown_last_event_id_gets_the_newest_state(
     http: httpx.AsyncClient, session_maker: SessionMaker, last: str
 ) -> None:
     async with following(http, await placed(session_maker), last) as stream:
         assert await states(stream, 1) == [("1", "pending")]
 
 
-async def test_what_is_not_there_is_a_404_before_the_stream_begins(http: httpx.AsyncClient) -> None:
+async def test_a_missing_row_is_a_404_before_the_stream_begins(http: httpx.AsyncClient) -> None:
     for path, status in (("/orders/1/events", 404), ("/orders/x/events", 422)):
         answer = await http.get(path)
         assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
@@ -191,13 +179,12 @@ async def test_a_stream_ends_after_its_time_and_is_resumed_without_a_gap(
     assert seen == ["0", "1", "2", "3"]
 
 
-def test_a_stream_lasts_a_minute_unless_told(session_maker: SessionMaker) -> None:
-    assert EventStreams(session_maker)._duration == 60
+def test_a_stream_of_negative_length_is_refused(session_maker: SessionMaker) -> None:
     with pytest.raises(ValueError, match="duration"):
         EventStreams(session_maker, duration=-1)
 
 
-async def test_a_finished_stream_is_204_to_who_has_its_last_event(
+async def test_a_finished_stream_is_204_to_a_client_with_its_last_event(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     """After which a browser asks no more."""
@@ -210,7 +197,7 @@ async def test_a_finished_stream_is_204_to_who_has_its_last_event(
 
 
 @pytest.mark.parametrize("state", [JobState.DONE, JobState.FAILED, JobState.CANCELLED])
-async def test_a_finished_jobs_stream_is_204_to_who_has_its_last_event(
+async def test_a_finished_jobs_stream_is_204_to_a_client_with_its_last_event(
     http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState
 ) -> None:
     job = await committed(session_maker, a_task)
@@ -223,18 +210,17 @@ async def test_a_finished_jobs_stream_is_204_to_who_has_its_last_event(
     assert (answer.status_code, answer.content) == (204, b"")
 
 
-async def test_a_job_is_told_until_it_has_ended(
+async def test_a_stream_of_a_job_follows_its_states_until_it_has_ended(
     http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """That it runs is nothing that the ledger says, but the heartbeat of its worker."""
     monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.1)
-    monkeypatch.setattr(coord.http.jobs, "MAX_AGE_SECONDS", 0.05)
+    monkeypatch.setattr(coord.http.events, "MAX_AGE_SECONDS", 0.05)
     job = await committed(session_maker, a_task)
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()
         assert await job_states(stream, 1) == [("1-queued", "queued")]
-        async with session_maker() as session, session.begin():
-            session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
+        await runs(session_maker, job)
         assert await job_states(stream, 1) == [("1-running", "running")]
         async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events", {"Last-Event-ID": "1-queued"}) as another:
             await another.begun()
@@ -246,32 +232,27 @@ async def test_a_job_is_told_until_it_has_ended(
         assert await job_states(late, 2) == [("1-failed", "failed")]
 
 
-async def test_a_job_that_ends_while_its_workers_are_asked_about_is_told_so(
-    http: httpx.AsyncClient, session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
+async def test_a_job_that_ends_while_the_heartbeats_are_read_is_reported_as_ended(
+    http: httpx.AsyncClient,
+    session_maker: SessionMaker,
+    observer: asyncpg.Connection,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The session's own instance is brought up to date in place, whoever holds it."""
     monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.02)
-    look, asked, let = RunningJobs._read, asyncio.Event(), asyncio.Event()
-
-    async def slowly(running: RunningJobs) -> None:
-        await look(running)
-        if asked.is_set():
-            return
-        asked.set()
-        await let.wait()
-
+    monkeypatch.setattr(coord.http.events, "MAX_AGE_SECONDS", 0.01)
     job = await committed(session_maker, a_task)
     async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
         await stream.begun()
         assert await job_states(stream, 1) == [("1-queued", "queued")]
-        monkeypatch.setattr(RunningJobs, "_read", slowly)
-        await asked.wait()
-        async with session_maker() as session:
-            seen = asyncio.create_task(wait_for_row_change(session, Job, job.id, since={"state": "queued"}))
-            await asyncio.sleep(0)
-            await end(session_maker, job, JobState.FAILED, "OutOfTea")
-            await seen  # by the stream too, whose place among those who wait is before this one's
-        let.set()
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE coord_workers IN ACCESS EXCLUSIVE MODE")
+            await eventually(lambda: waiting_for_locks(observer, "SELECT coord_workers"))
+            async with session_maker() as session:
+                seen = asyncio.create_task(wait_for_row_change(session, Job, job.id, since={"state": "queued"}))
+                await registered(2)
+                await end(session_maker, job, JobState.FAILED, "OutOfTea")
+                await seen  # by the stream too, whose place among those who wait is before this one's
         assert await job_states(stream, 2) == [("1-failed", "failed")]
 
 
@@ -280,7 +261,7 @@ async def job_states(stream: Call, count: int) -> list[tuple[str, str]]:
     return [(event.id, event.data["state"]) for event in events if event is not None]
 
 
-async def test_a_hundred_streams_of_jobs_share_one_look_at_the_workers(
+async def test_a_hundred_streams_of_jobs_share_one_read_of_the_heartbeats(
     session_maker: SessionMaker, engine: AsyncEngine
 ) -> None:
     jobs = [await committed(session_maker, a_task) for _ in range(100)]
@@ -290,7 +271,7 @@ async def test_a_hundred_streams_of_jobs_share_one_look_at_the_workers(
     assert len([statement for statement in seen if "coord_workers" in statement]) == 1
 
 
-async def test_a_job_is_told_while_the_workers_cannot_be_asked(session_maker: SessionMaker) -> None:
+async def test_a_job_is_reported_while_the_heartbeats_cannot_be_read(session_maker: SessionMaker) -> None:
     job = await committed(session_maker, a_task)
     away = create_async_engine("postgresql+asyncpg://127.0.0.1:1/nowhere")
     assert (await RunningJobs(async_sessionmaker(away)).status_of(job)).state is JobState.QUEUED
@@ -312,7 +293,7 @@ async def test_rows_of_a_session_that_expires_them_are_streamed_too(database_url
     await engine.dispose()
 
 
-async def test_nobody_is_held_up_by_a_reader_that_does_not_read(
+async def test_a_client_that_does_not_read_delays_no_other_stream(
     http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
 ) -> None:
     order_id = await placed(session_maker)
@@ -325,4 +306,4 @@ async def test_nobody_is_held_up_by_a_reader_that_does_not_read(
             last = ""
             while last != "29":
                 ((last, _),) = await states(idle, 1)
-        await eventually(nobody_waits, within=1)
+        await eventually(lambda: not open_waits(), within=1)

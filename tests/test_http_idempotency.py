@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import delete, insert, inspect, update
@@ -18,10 +18,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 from coord import Job, JobState, UniqueKeyConflictError, create_db_dependency, task_options
 from coord.http import Idempotency, idempotency, problem_handlers
-from coord.http.idempotency import IdempotencyError, _sent
+from coord.http.idempotency import IdempotencyError
 from coord.jobs.model import keys
-from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, orders, placed, the_job, user  # noqa: F401
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, counter, do, end, jobs_of, placed, the_job, user
+from tests.ledger import a_task, committed
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
 from worker.models import Stock
@@ -40,13 +40,6 @@ REUSED = (422, f"{URN}idempotency-key-reused")
 MALFORMED = (400, f"{URN}idempotency-key-malformed")
 
 
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    limits = httpx.Limits(max_connections=None)
-    async with served(counter(session_maker), limits=limits) as client:
-        yield client
-
-
 async def fulfil(
     http: httpx.AsyncClient, order_id: int, key: str | list[str] | None = KEY, *, note: str = "", **headers: str
 ) -> httpx.Response:
@@ -60,7 +53,7 @@ def problem_of(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["type"]
 
 
-async def test_one_that_comes_again_while_the_job_waits_joins_it(
+async def test_a_repeated_request_joins_the_job_that_is_queued(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     order_id = await placed(session_maker)
@@ -76,7 +69,7 @@ async def test_one_that_comes_again_while_the_job_waits_joins_it(
     assert len(await jobs_of(session_maker)) == 1
 
 
-async def test_one_that_comes_when_the_job_is_done_has_its_answer(
+async def test_a_repeated_request_gets_the_answer_of_the_job_that_is_done(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     order_id = await placed(session_maker)
@@ -91,7 +84,7 @@ async def test_one_that_comes_when_the_job_is_done_has_its_answer(
     ("state", "expected"),
     [(JobState.FAILED, (500, f"{URN}job-failed")), (JobState.CANCELLED, (409, f"{URN}job-cancelled"))],
 )
-async def test_one_that_comes_when_the_job_has_ended_otherwise_is_told_so_and_has_no_second(
+async def test_a_repeated_request_gets_the_error_of_the_job_that_failed_and_no_second_job(
     http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState, expected: tuple[int, str]
 ) -> None:
     order_id = await placed(session_maker)
@@ -142,7 +135,7 @@ async def nobody_waits_for_locks(observer: asyncpg.Connection) -> bool:
     return await waiting_for_locks(observer) == 0
 
 
-async def test_one_that_comes_while_the_first_is_not_committed_waits_for_that(
+async def test_a_repeated_request_waits_for_the_commit_of_the_first(
     http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
 ) -> None:
     """When the first fails, the second is the first."""
@@ -151,15 +144,17 @@ async def test_one_that_comes_while_the_first_is_not_committed_waits_for_that(
         first = asyncio.create_task(fulfil(http, order_id))
         await eventually(lambda: waiting_for_locks(observer, "INSERT"))
         second = asyncio.create_task(fulfil(http, order_id))
-        done, _ = await asyncio.wait({first, second}, timeout=0.5)
-        assert not done
+        for _ in range(5):  # others are served meanwhile
+            assert (await http.get(f"/orders/{order_id}")).status_code == 200
+        assert not first.done()
+        assert not second.done()
     assert (await first).status_code == 500
     await do(session_maker, await the_job(session_maker))
     assert (await second).status_code == 200
 
 
 @pytest.mark.parametrize("others", [3, 24, 60])
-async def test_those_who_wait_for_the_first_of_their_key_hold_no_connection(
+async def test_requests_that_wait_for_the_first_of_their_key_hold_no_connection(
     database_url: str, session_maker: SessionMaker, observer: asyncpg.Connection, others: int
 ) -> None:
     engine = create_async_engine(database_url, pool_size=4, max_overflow=0)
@@ -182,7 +177,7 @@ async def test_those_who_wait_for_the_first_of_their_key_hold_no_connection(
     await engine.dispose()
 
 
-async def test_without_a_key_everybody_has_a_job(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+async def test_each_request_without_a_key_has_its_own_job(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
     order_id = await placed(session_maker)
     for _ in range(2):
         await fulfil(http, order_id, None, Prefer="wait=0")
@@ -262,7 +257,7 @@ async def test_a_key_outlives_its_job_and_says_so(http: httpx.AsyncClient, sessi
 
 
 @pytest.mark.parametrize("credential", ["Authorization", "Cookie", "X-Api-Key"])
-async def test_keys_are_apart_for_each_caller_whatever_these_show_for_it(
+async def test_keys_are_apart_for_each_caller_whatever_credentials_they_send(
     http: httpx.AsyncClient, session_maker: SessionMaker, credential: str
 ) -> None:
     """Two callers may show the same credential, and one caller another at the second attempt."""
@@ -277,7 +272,7 @@ async def test_keys_are_apart_for_each_caller_whatever_these_show_for_it(
 
 
 @pytest.mark.parametrize("headers", [{}, {"Cookie": "sid=alice"}, {"Authorization": "Bearer t1"}], ids=str)
-async def test_a_key_is_refused_where_nobody_says_whose_it_is(
+async def test_a_key_is_refused_where_no_caller_is_configured(
     session_maker: SessionMaker, headers: dict[str, str]
 ) -> None:
     order_id = await placed(session_maker)
@@ -373,7 +368,9 @@ def by_hand() -> Idempotency:
     return Idempotency("key", "scope", "fingerprint", timedelta(days=1))
 
 
-async def test_who_waits_for_a_key_has_it_when_its_job_could_not_be_enqueued(session_maker: SessionMaker) -> None:
+async def test_a_key_whose_job_could_not_be_enqueued_is_free_for_the_next(
+    session_maker: SessionMaker,
+) -> None:
     """Also while the other's transaction goes on."""
     await committed(session_maker, task_options(a_task, unique_key="u"), 1)
     async with session_maker() as one, session_maker() as two, asyncio.timeout(5):
@@ -386,7 +383,7 @@ async def test_who_waits_for_a_key_has_it_when_its_job_could_not_be_enqueued(ses
 
 @pytest.mark.parametrize("commits", [True, False])
 @pytest.mark.parametrize("has_locks", [True, False])
-async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
+async def test_a_request_for_a_taken_key_waits_for_the_commit_of_its_job(
     session_maker: SessionMaker, observer: asyncpg.Connection, commits: bool, has_locks: bool
 ) -> None:
     """Without a connection, or inside PostgreSQL if others may wait for what it has."""
@@ -399,8 +396,8 @@ async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
         if has_locks:
             await eventually(lambda: waiting_for_locks(observer, "SELECT pg_advisory"))
         else:
-            assert not (await asyncio.wait({second}, timeout=0.3))[0]
-            await eventually(lambda: asyncio.sleep(0, not two.in_transaction()))
+            await eventually(lambda: not two.in_transaction())
+            assert not second.done()
         await (one.commit() if commits else one.rollback())
         found = await second
         assert (found.id == job.id, found.joined) == (commits, commits)
@@ -408,7 +405,7 @@ async def test_who_waits_for_a_key_that_has_its_job_waits_for_the_commit(
     assert await observer.fetchval("SELECT count(*) FROM stock") == has_locks
 
 
-async def test_two_who_wait_for_each_others_key_and_row_are_a_deadlock_that_postgresql_sees(
+async def test_postgresql_ends_a_deadlock_between_a_key_and_a_row(
     session_maker: SessionMaker, observer: asyncpg.Connection
 ) -> None:
     async with session_maker() as one, session_maker() as two:
@@ -424,7 +421,7 @@ async def test_two_who_wait_for_each_others_key_and_row_are_a_deadlock_that_post
         await two.rollback()
 
 
-async def test_what_is_pending_is_not_flushed(session_maker: SessionMaker) -> None:
+async def test_enqueue_with_a_key_flushes_nothing_pending(session_maker: SessionMaker) -> None:
     async with session_maker() as session:
         session.add(stock := Stock(sku="tea", quantity=1))
         await by_hand().enqueue(session, a_task)
@@ -454,10 +451,21 @@ async def test_joining_writes_nothing(
     assert await observer.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text") == before
 
 
+async def key_of(values: list[str]) -> str | None:
+    """As the dependency reads it from a request with these headers."""
+    headers = [(b"idempotency-key", value.encode("latin-1")) for value in values]
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": headers, "path_params": {}}
+
+    async def no_body() -> dict[str, Any]:
+        return {"type": "http.request"}
+
+    return (await idempotency(caller=user)(Request(scope, no_body))).key
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.lists(st.text(st.characters(codec="latin-1")), max_size=2))
 def test_any_header_is_a_key_or_malformed(values: list[str]) -> None:
     with contextlib.suppress(IdempotencyError):
-        key = _sent(values)
+        key = asyncio.run(key_of(values))
         assert (key is None) == (values == [])
         assert key is None or 0 < len(key) <= 255

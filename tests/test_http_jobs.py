@@ -23,10 +23,9 @@ from coord.http import (
     replies,
     reply,
 )
-from coord.jobs.model import Worker, new_id
 from tests.contract import Contract
-from tests.counter import PROBLEM, end, user
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, end, runs, user
+from tests.ledger import a_task, committed
 from tests.serving import served
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ async def test_a_202_leads_to_its_job(http: httpx.AsyncClient, path: str) -> Non
         (JobState.FAILED, "OSError: [Errno 2] '/srv/s3cret'\nand more", "OSError"),
     ],
 )
-async def test_a_job_says_how_it_ended_and_of_its_error_what_is_for_everybody(
+async def test_a_job_shows_its_final_state_and_no_internals_of_its_error(
     http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState, error: str | None, told: str | None
 ) -> None:
     job = await committed(session_maker, a_task)
@@ -108,8 +107,7 @@ async def test_a_job_that_a_worker_says_it_runs_is_running(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     job = await committed(session_maker, a_task)
-    async with session_maker() as session, session.begin():
-        session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
+    await runs(session_maker, job)
     assert (await http.get(f"/jobs/{job.id}")).json()["state"] == "running"
 
 
@@ -155,6 +153,6 @@ class Answer(BaseModel):
 
 
 @pytest.mark.parametrize("model", [Answer, BaseModel])
-def test_an_answer_of_the_routes_own_is_not_taken_for_that_of_a_202(model: Any) -> None:
+def test_replies_refuses_a_model_that_is_no_accepted(model: Any) -> None:
     with pytest.raises(ValueError, match="response_model"):
         replies(model)

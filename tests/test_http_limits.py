@@ -16,8 +16,7 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from coord import create_db_dependency, lock_tables
 from coord.cancellation import uninterrupted
 from coord.http import RequestLimits, problem_handlers
-from tests.counter import PROBLEM, URN, orders  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, pass_on
 from tests.proxy import Proxy
 from tests.raw import call
 from tests.serving import eventually, served
@@ -143,13 +142,9 @@ async def test_an_upload_that_takes_too_long_is_a_408_and_the_end_of_the_connect
                     assert await slow.reader.read() == b""
         async with call(str(client.base_url), "POST", "/bytes", {"Content-Length": "6"}) as steady:
             await steady.send(b"abc")
-            await eventually(lambda: as_is(service.calls.count("bytes") == 2))
+            await eventually(lambda: service.calls.count("bytes") == 2)
             await steady.send(b"def")
             assert (await steady.begun()).status == 200
-
-
-async def as_is(value: bool) -> bool:
-    return value
 
 
 async def test_a_pool_that_somebody_holds_is_waited_for_until_the_deadline(database_url: str) -> None:
@@ -204,7 +199,7 @@ async def test_a_handler_that_does_not_stop_is_answered_for(service: Service) ->
         assert (await client.get("/stubborn")).json() == "late"
 
 
-async def test_what_a_handler_says_too_late_is_not_heard() -> None:
+async def test_what_a_handler_sends_after_the_deadline_is_dropped() -> None:
     said: list[dict[str, Any]] = []
     refused = asyncio.Event()
 
@@ -263,9 +258,6 @@ async def test_a_timeout_of_the_handlers_own_is_a_bug_of_its_own(service: Servic
 
 
 async def test_the_deadline_holds_behind_a_base_http_middleware_too(service: Service) -> None:
-    async def pass_on(request: Request, call_next: Any) -> Any:
-        return await call_next(request)
-
     service.app.add_middleware(BaseHTTPMiddleware, dispatch=pass_on)
     async with served(service.app) as client:
         answer = await client.get("/stubborn", headers=AT_ONCE)

@@ -6,22 +6,19 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI
 from sqlalchemy import delete, text
 from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
 
 from coord import create_db_dependency
 from coord.http import Poll, poll
-from tests.counter import URN, changed, counter, orders, placed  # noqa: F401 - a fixture
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import URN, changed, placed
 from tests.models import Account, User
 from tests.serving import served
 from tests.waits import registered
 from worker.models import Order, OrderStatus
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     import httpx
     from sqlalchemy.ext.asyncio import async_sessionmaker
 
@@ -30,12 +27,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
 
 FIRST = '"1"'
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
 
 
 async def read(http: httpx.AsyncClient, order_id: int, method: str = "GET", **headers: str) -> httpx.Response:
@@ -54,7 +45,9 @@ async def test_an_answer_has_the_version_as_its_tag(http: httpx.AsyncClient, ses
 
 
 @pytest.mark.parametrize("tags", [FIRST, 'W/"1"', '"0", "1"', '"a,b" , W/"1"', "*", '"","1"', ', ,"1",,'])
-async def test_who_has_it_is_told_so_in_a_304(http: httpx.AsyncClient, session_maker: SessionMaker, tags: str) -> None:
+async def test_a_client_that_has_the_row_gets_a_304_at_once(
+    http: httpx.AsyncClient, session_maker: SessionMaker, tags: str
+) -> None:
     order_id = await placed(session_maker)
     answer = await read(http, order_id, If_None_Match=tags)
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", FIRST)
@@ -65,7 +58,7 @@ async def test_who_has_it_is_told_so_in_a_304(http: httpx.AsyncClient, session_m
 
 
 @pytest.mark.parametrize("tags", ['"2"', '"11"', "1", 'w"1"', '"1', '"*"', '*, "2"', '"x1"', "", '"0,1"'])
-async def test_who_does_not_have_it_gets_it_at_once(
+async def test_a_client_that_has_another_version_gets_the_row_at_once(
     http: httpx.AsyncClient, session_maker: SessionMaker, tags: str
 ) -> None:
     order_id = await placed(session_maker)
@@ -81,7 +74,7 @@ async def test_a_tag_may_come_in_one_of_several_lines(http: httpx.AsyncClient, s
     assert answer.status_code == 304
 
 
-async def test_without_a_tag_nobody_waits(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+async def test_a_request_without_a_tag_does_not_wait(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
     answer = await read(http, await placed(session_maker), Prefer="wait=20")
     assert (answer.status_code, answer.elapsed.total_seconds() < 1) == (200, True)
     assert "preference-applied" not in answer.headers
@@ -118,7 +111,7 @@ async def test_a_change_of_anything_in_the_row_counts(http: httpx.AsyncClient, s
     assert (answer.status_code, answer.headers["etag"], answer.json()["status"]) == (200, '"2"', "pending")
 
 
-async def test_a_change_to_what_the_client_has_too_is_no_news(
+async def test_a_change_to_another_version_that_the_client_has_is_a_304(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     order_id = await placed(session_maker)
@@ -131,7 +124,7 @@ async def test_a_change_to_what_the_client_has_too_is_no_news(
     assert (await both).headers["etag"] == '"3"'
 
 
-async def test_without_a_change_the_end_is_a_304(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+async def test_a_wait_without_a_change_ends_in_a_304(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
     order_id = await placed(session_maker)
     answer = await read(http, order_id, If_None_Match=FIRST, Prefer="wait=1")
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", FIRST)
@@ -140,7 +133,7 @@ async def test_without_a_change_the_end_is_a_304(http: httpx.AsyncClient, sessio
 
 
 @pytest.mark.parametrize("prefer", ["wait=0", "respond-async", "wait=soon", "return=minimal"])
-async def test_who_does_not_ask_to_wait_does_not(
+async def test_a_request_without_prefer_wait_does_not_wait(
     http: httpx.AsyncClient, session_maker: SessionMaker, prefer: str
 ) -> None:
     answer = await read(http, await placed(session_maker), If_None_Match=FIRST, Prefer=prefer)
@@ -186,9 +179,9 @@ async def test_a_key_of_two_columns_can_be_polled_and_a_row_without_a_version_ca
         return found.balance if found else poll.not_modified()
 
     @app.get("/users")
-    async def user(request: Request, response: Response, session: AsyncSession = Depends(get_db)) -> Any:
+    async def user(poll: Poll = Depends(poll), session: AsyncSession = Depends(get_db)) -> Any:
         with pytest.raises(ValueError, match="User has no version_id_col"):
-            await Poll(request, response).changed(session, User(id=1))
+            await poll.changed(session, User(id=1))
 
     async with session_maker() as session, session.begin():
         session.add(Account(region="north", number=3))

@@ -107,7 +107,7 @@ def test_every_error_of_coord_is_on_the_list() -> None:
     assert known - {type(error) for error, _, _ in RAISED} == {coord.CoordError, coord.UncommittedChangesError}
 
 
-async def test_a_failed_job_says_why_in_one_line_and_which_it_was(fallible: Fallible) -> None:
+async def test_a_failed_job_is_answered_with_its_reason_and_its_id(fallible: Fallible) -> None:
     answer = await fallible.answer_to(coord.JobFailedError(job_id=JOB, reason="OutOfTea: none is left"))
     assert (answer.json()["detail"], answer.json()["job"]) == ("OutOfTea: none is left", str(JOB))
 
@@ -129,14 +129,14 @@ INTERNAL = [
 
 
 @pytest.mark.parametrize("reason", INTERNAL)
-async def test_a_failed_job_does_not_say_how_it_is_made(fallible: Fallible, reason: str) -> None:
+async def test_the_reason_of_a_failed_job_shows_no_internals(fallible: Fallible, reason: str) -> None:
     answer = await fallible.answer_to(coord.JobFailedError(job_id=JOB, reason=reason))
     assert SECRET not in answer.text
     assert answer.json()["detail"] == reason.split(":")[0]
 
 
 @pytest.mark.parametrize("reason", ["OutOfTea: 3 of 5 are left", "ValueError: not and/or but 1/2", "gave up", ""])
-def test_a_reason_for_everybody_is_told_as_it_is(reason: str) -> None:
+def test_a_reason_without_internals_is_shown_as_it_is(reason: str) -> None:
     assert public_reason(reason) == reason
     assert public_reason(None) is None
 
@@ -209,14 +209,14 @@ def test_a_problem_of_ones_own_has_a_type_a_title_and_members() -> None:
         b'{"number": ' + b"9" * 5_000 + b"}",
     ],
 )
-async def test_a_body_that_is_not_as_it_should_be_is_a_422(fallible: Fallible, body: bytes) -> None:
+async def test_an_invalid_body_is_a_422(fallible: Fallible, body: bytes) -> None:
     answer = await fallible.client.post("/exact", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
     assert answer.json()["type"] == f"{URN}invalid"
     assert answer.json()["detail"]
 
 
-async def test_a_body_with_a_thousand_faults_is_told_of_some(fallible: Fallible) -> None:
+async def test_an_invalid_body_lists_at_most_twenty_errors(fallible: Fallible) -> None:
     answer = await fallible.client.post("/numbers", json=["x"] * 1_000)
     assert answer.status_code == 422
     assert 1 <= len(answer.json()["errors"]) <= 20

@@ -10,9 +10,7 @@ from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, JobState
-from coord.jobs.model import Worker, new_id
-from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, orders, placed, the_job  # noqa: F401
-from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, placed, runs, the_job
 from tests.serving import served
 from tests.waits import registered
 from worker.models import Order
@@ -28,12 +26,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("orders", "nobody_left_waiting")
 
 CAP = 1
-
-
-@pytest.fixture(scope="module")
-async def http(session_maker: SessionMaker) -> AsyncIterator[httpx.AsyncClient]:
-    async with served(counter(session_maker)) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +73,7 @@ async def test_a_change_that_somebody_else_makes_is_the_answer_too(
         ("wait=tomorrow, foo", CAP, None),
     ],
 )
-async def test_when_time_is_up_the_job_goes_on(
+async def test_when_time_is_up_the_answer_is_202_and_the_job_goes_on(
     brief: httpx.AsyncClient, session_maker: SessionMaker, prefer: str | None, seconds: float, applied: str | None
 ) -> None:
     order_id = await placed(session_maker)
@@ -98,8 +90,7 @@ async def test_when_time_is_up_the_job_goes_on(
 async def test_the_answer_says_that_the_job_runs(brief: httpx.AsyncClient, session_maker: SessionMaker) -> None:
     asking = fulfilling(brief, await placed(session_maker))
     job = await the_job(session_maker)
-    async with session_maker() as session, session.begin():
-        session.add(Worker(id=new_id(), queue="q", host="h", pid=1, jobs={str(job.id): {"attempt": 1}}))
+    await runs(session_maker, job)
     assert (await asking).json()["job"]["state"] == "running"
 
 
@@ -167,7 +158,7 @@ async def test_a_row_that_is_deleted_meanwhile_is_a_404(http: httpx.AsyncClient,
     assert "Order(" not in answer.text
 
 
-async def test_one_wait_too_many_is_refused_for_now_and_its_job_is_kept(
+async def test_one_wait_too_many_is_a_503_and_its_job_is_kept(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     async with Coordinator(session_maker, max_waiters=1):
@@ -183,7 +174,7 @@ async def test_one_wait_too_many_is_refused_for_now_and_its_job_is_kept(
         assert (await polling).status_code == 200
 
 
-async def test_what_a_handler_says_in_headers_is_said_with_every_answer(
+async def test_headers_set_by_the_handler_are_sent_with_every_answer(
     http: httpx.AsyncClient, session_maker: SessionMaker
 ) -> None:
     order_id = await placed(session_maker)
@@ -209,7 +200,7 @@ async def test_a_pool_of_one_serves_all_who_wait(database_url: str) -> None:
     await engine.dispose()
 
 
-async def test_a_job_that_cannot_be_looked_at_in_time_is_accepted_as_it_was(database_url: str) -> None:
+async def test_a_202_has_the_last_known_state_when_the_job_cannot_be_read_in_time(database_url: str) -> None:
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
     maker = async_sessionmaker(engine, expire_on_commit=False)
     async with served(counter(maker)) as client:

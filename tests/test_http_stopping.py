@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
-from coord.http.stopping import stop_observed
-from tests.counter import changed, orders, placed, the_job  # noqa: F401 - a fixture
-from tests.ledger import a_task, committed, ledger  # noqa: F401 - a fixture
+from coord.http.interruption import stop_observed
+from tests.counter import placed, the_job
 from tests.raw import call
 from tests.shop import SERVING, Command, running
 
@@ -88,7 +87,7 @@ async def test_a_server_that_stops_without_a_signal_ends_with_its_streams_time(
         assert await server.exit_status(within=10) == 0
 
 
-async def test_each_observer_is_told_beside_whoever_handles_the_signal() -> None:
+async def test_every_observer_is_notified_and_the_previous_handler_is_called() -> None:
     told: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _frame: told.append(number))
     try:
@@ -105,7 +104,7 @@ async def test_each_observer_is_told_beside_whoever_handles_the_signal() -> None
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-async def test_handlers_are_as_they_were_when_nobody_observes_any_more(replaced: bool) -> None:
+async def test_signal_handlers_are_restored_after_the_last_observer(replaced: bool) -> None:
     """Or as somebody else has set them meanwhile."""
 
     def another(*_: object) -> None: ...
@@ -119,7 +118,7 @@ async def test_handlers_are_as_they_were_when_nobody_observes_any_more(replaced:
     signal.signal(signal.SIGTERM, before)
 
 
-def test_in_another_thread_there_is_no_signal_to_be_told_of() -> None:
+def test_an_event_loop_outside_the_main_thread_installs_no_handler() -> None:
     before = signal.getsignal(signal.SIGTERM)
     seen: list[object] = []
 

@@ -24,9 +24,9 @@ from coord import (
     task_options,
 )
 from coord.jobs.attempt import ATTEMPT
-from coord.jobs.transaction import CLASS
+from coord.jobs.job_transaction import CLASS
 from coord.retryable import is_retryable
-from tests.ledger import WORKER_LOCK, a_task, committed, delivered, ledger, statements  # noqa: F401 - a fixture
+from tests.ledger import WORKER_LOCK, a_task, committed, delivered, statements
 from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
@@ -213,7 +213,7 @@ async def test_a_result_belongs_to_an_open_job_transaction(session_maker: Sessio
     ],
     ids=str,
 )
-async def test_whatever_is_not_the_ledgers_is_superseded_at_entry(
+async def test_an_attempt_that_differs_from_the_ledger_is_superseded_at_entry(
     session_maker: SessionMaker, observer: Connection, engine: AsyncEngine, change: dict[str, Any]
 ) -> None:
     job = await committed(session_maker, task_options(a_task, timeout=30), 5, fast=True)
@@ -242,7 +242,7 @@ async def test_a_job_that_has_ended_is_superseded_at_entry(
     assert await users(observer) == 0
 
 
-async def test_no_except_exception_of_a_task_stops_it(session_maker: SessionMaker) -> None:
+async def test_except_exception_does_not_catch_job_superseded(session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
     ctx = delivered(job, session_maker, attempt=9)
     went_on = False

@@ -28,14 +28,12 @@ from coord import (
     watch_row,
 )
 from coord.waiting.reader import Reader
-from tests.ledger import a_task, committed, delivered, executed, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered, executed
 from tests.models import User
 from tests.serving import all_given_back, eventually
-from tests.waits import read_settings, registered, waiters, waiting  # noqa: F401 - a fixture
+from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -48,23 +46,8 @@ NEVER = 60.0
 
 
 @pytest.fixture
-async def user(tables: None, observer: Connection) -> int:
-    await observer.execute("INSERT INTO users VALUES (1, 'before')")
-    return 1
-
-
-@pytest.fixture
-async def job(ledger: None, session_maker: SessionMaker) -> Job:  # noqa: F811
+async def job(ledger: None, session_maker: SessionMaker) -> Job:
     return await committed(session_maker)
-
-
-@pytest.fixture
-async def coordinator(
-    nobody_left_waiting: None, session_maker: SessionMaker, redis_url: str
-) -> AsyncIterator[Coordinator]:
-    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
-        await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
-        yield coordinator
 
 
 async def end(observer: Connection, state: str, error: str | None = None) -> None:
@@ -205,7 +188,7 @@ async def test_of_a_change_and_a_failure_the_one_that_is_known_first_ends_the_wa
         await registered()
         held = Held(monkeypatch, Job if first == "change" else User, "columns")
         held.free.clear()
-        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await eventually(lambda: held.under_way)
         await observer.execute("UPDATE users SET name = 'half'")
         await end(observer, "failed")
         if first == "change":
@@ -230,7 +213,7 @@ async def test_a_failure_ends_a_wait_whose_changes_were_not_the_ones(
         task = waiting(session, User, user, job=job, until=another)
         await registered()
         await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, "half" in seen))
+        await eventually(lambda: "half" in seen)
         await end(observer, "failed")
         with pytest.raises(JobFailedError):
             await task
@@ -354,7 +337,7 @@ async def test_a_row_that_is_not_there_is_not_found_whatever_the_job(
 async def known_to_have_ended() -> None:
     """Return when a wait that is under way has been told that its job is done."""
 
-    await eventually(lambda: asyncio.sleep(0, any(waiter.concluding for waiter in waiters())))
+    await eventually(lambda: any(waiter.concluding for waiter in waiters()))
 
 
 @pytest.mark.parametrize("kind", ["columns", "entities"])
@@ -371,7 +354,7 @@ async def test_a_read_that_began_before_the_jobs_commit_is_not_its_last_word(
         held.free.clear()
         if kind == "entities":
             await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await eventually(lambda: held.under_way)
         async with job_transaction(delivered(job, session_maker)) as working:
             (await working.get_one(User, user)).name = "final"
         await known_to_have_ended()
@@ -389,7 +372,7 @@ async def test_a_first_read_that_began_before_the_jobs_commit_is_not_its_last_wo
     held.free.clear()
     async with session_maker() as session:
         task = waiting(session, User, user, job=job, until=lambda row: row.name == "nothing like it")
-        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await eventually(lambda: held.under_way)
         async with job_transaction(delivered(job, session_maker)) as working:
             (await working.get_one(User, user)).name = "final"
         await known_to_have_ended()
@@ -407,7 +390,7 @@ async def test_a_last_read_that_fails_is_made_again(
         await registered()
         held = Held(monkeypatch, User, "columns")
         held.free.clear()
-        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await eventually(lambda: held.under_way)
         await observer.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
@@ -436,9 +419,9 @@ async def test_a_read_that_was_under_way_at_the_deadline_is_not_the_last_look(
         held = Held(monkeypatch, User, "entities")
         held.free.clear()
         await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, held.under_way))
+        await eventually(lambda: held.under_way)
         await observer.execute("UPDATE users SET name = 'final'")
-        await eventually(lambda: asyncio.sleep(0, any(waiter.last for waiter in waiters())))
+        await eventually(lambda: any(waiter.last for waiter in waiters()))
         held.free.set()
         assert (await task).name == "final"
 
@@ -471,13 +454,13 @@ async def test_a_look_at_the_job_is_not_the_last_word_while_the_last_look_at_the
         counted("entities")
         counted("columns")
         await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, reads[User] == 1))
-        await eventually(lambda: asyncio.sleep(0, any(waiter.last for waiter in waiters())))
+        await eventually(lambda: reads[User] == 1)
+        await eventually(lambda: any(waiter.last for waiter in waiters()))
         await observer.execute("UPDATE users SET name = 'final'")
         gates[0].set()
-        await eventually(lambda: asyncio.sleep(0, reads[User] == 2))
+        await eventually(lambda: reads[User] == 2)
         seen = reads[Job]
-        await eventually(lambda: asyncio.sleep(0, reads[Job] > seen + 1 or task.done()))
+        await eventually(lambda: reads[Job] > seen + 1 or task.done())
         gates[1].set()
         assert (await task).name == "final"
 
@@ -639,7 +622,7 @@ async def test_a_job_itself_can_be_waited_for(
 ) -> None:
     async with Coordinator(session_maker, redis=redis_url if rung else None) as coordinator, session_maker() as session:
         if rung:
-            await eventually(lambda: asyncio.sleep(0, coordinator._bell and coordinator._bell.connected))
+            await eventually(lambda: coordinator._bell and coordinator._bell.connected)
         interval = NEVER if rung else 0.05
         task = waiting(session, Job, job.id, until=lambda job: job.state.is_final, interval=interval)
         await registered()

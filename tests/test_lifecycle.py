@@ -1,10 +1,8 @@
 """How a worker stops: what runs gets its time, what does not end is another worker's, and no attempt is used up."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from typing import TYPE_CHECKING, Any
@@ -13,10 +11,9 @@ import pytest
 
 from coord import job_transaction
 from coord.dev.embedded import Valkey
-from tests.ledger import ledger
 from tests.serving import eventually
 from tests.test_fetcher import measured
-from tests.workers import KEYS, Notes, Office, notes, office, opened, process, until, working
+from tests.workers import KEYS, Notes, Office, opened, process, until, working
 
 if TYPE_CHECKING:
     from pathlib import Path

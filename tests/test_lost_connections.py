@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from coord import create_db_context, enqueue, job_transaction, lock_tables
 from coord.database.engine import prepare
 from coord.retryable import is_retryable
-from tests.ledger import committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import committed, delivered
 from tests.models import User
 from tests.proxy import Proxy
 from tests.serving import eventually

@@ -22,7 +22,7 @@ from coord.cli import main
 from coord.jobs import migrations
 from coord.jobs.model import jobs, new_id
 from coord.worker.maintenance.rows import QueuedJobs
-from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered
 from tests.shop import dsn_of, empty_database
 
 if TYPE_CHECKING:

@@ -1,10 +1,8 @@
 """What the ledger and Redis forget: jobs that ended long ago, those that nobody wants any more, and expired keys."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
@@ -16,9 +14,9 @@ import coord.worker.maintenance.pruner
 from coord import cancel_job, retry_job, task_options
 from coord.jobs.model import attempts, cancellations, jobs, keys
 from coord.worker.maintenance.pruner import Pruner, _expired
-from tests.ledger import a_task, ledger
+from tests.ledger import a_task
 from tests.serving import eventually
-from tests.workers import office, opened, script, until, working
+from tests.workers import working
 
 if TYPE_CHECKING:
     import pytest

@@ -13,7 +13,7 @@ from redis.exceptions import ResponseError
 
 import coord.notify.publisher
 from coord.dev.embedded import Valkey
-from coord.notify.client import close_client, own_client
+from coord.notify.bell import close_client, own_client
 from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 
@@ -39,7 +39,7 @@ class Scene:
         self.publisher.publish({b"%d" % number: [notice(b"%d" % number)] for number in numbers})
 
     async def has_heard(self, *numbers: int) -> None:
-        await eventually(lambda: asyncio.sleep(0, {b"%d" % number for number in numbers} <= set(self.received)))
+        await eventually(lambda: {b"%d" % number for number in numbers} <= set(self.received))
 
     async def connections(self) -> list[str]:
         return [client["id"] for client in await self.redis.client_list() if client["name"] == NAME]
@@ -100,20 +100,20 @@ async def test_commands_are_carried_out_in_order_and_the_last_word_on_a_key_coun
     assert scene.publisher.is_pending("job")
     await scene.has_heard(1)
     assert await scene.redis.getdel("order") == b"abc"
-    await eventually(lambda: asyncio.sleep(0, not scene.publisher.is_pending("job")))
+    await eventually(lambda: not scene.publisher.is_pending("job"))
     assert scene.received == [b"1"]
 
 
 async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scene) -> None:
     scene.publisher.publish({"a": [("NOSUCHCOMMAND",)], "b": [notice(b"1")]})
     await scene.has_heard(1)
-    await eventually(lambda: asyncio.sleep(0, len(scene.results) == 1))
+    await eventually(lambda: len(scene.results) == 1)
     assert isinstance(scene.results[0], ResponseError)
 
 
 async def test_what_cannot_be_sent_harms_nothing_that_comes_later(scene: Scene) -> None:
     scene.publisher.publish({"a": [("SET", "a", object())]})  # type: ignore[list-item]
-    await eventually(lambda: asyncio.sleep(0, scene.results))
+    await eventually(lambda: scene.results)
     scene.publish(1)
     await scene.has_heard(1)
 
@@ -154,7 +154,7 @@ async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)
     scene.publish(2)
-    await eventually(lambda: asyncio.sleep(0, len(scene.results) > 1), within=0.9)
+    await eventually(lambda: len(scene.results) > 1, within=0.9)
     assert isinstance(scene.results[1], TimeoutError)
     await scene.redis.client_unpause()
     scene.publish(3)
@@ -169,10 +169,10 @@ async def test_what_redis_refuses_is_told(redis_url: str) -> None:
     try:
         async with opened(redis_url.replace("//", "//deaf:any@"), redis_url) as scene:
             scene.publish(1)
-            await eventually(lambda: asyncio.sleep(0, scene.results))
+            await eventually(lambda: scene.results)
             assert "permission" in str(scene.results[0])
             scene.publisher.publish({b"allowed": [notice(b"allowed")]})
-            await eventually(lambda: asyncio.sleep(0, None in scene.results))
+            await eventually(lambda: None in scene.results)
     finally:
         async with Redis.from_url(redis_url) as redis:
             await redis.acl_deluser("deaf")
@@ -183,7 +183,7 @@ async def test_what_is_published_without_redis_is_dropped_until_it_is_there_agai
         async with opened(valkey.url, valkey.url) as scene:
             scene.publish(1)
             await scene.has_heard(1)
-            valkey.kill()
+            valkey.stop("immediate")
             for number in range(2, 50):
                 scene.publish(number)
                 await asyncio.sleep(0.005)

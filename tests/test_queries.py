@@ -28,7 +28,7 @@ from coord import (
     task_options,
 )
 from coord.jobs.attempt import ATTEMPT
-from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
@@ -168,7 +168,7 @@ async def test_a_list_is_of_the_state_and_task_that_was_asked_for(
             assert {report.state for report in await list_jobs(session, state=name)} == {JobState(name)}
 
 
-async def test_nobody_runs_anything_when_there_is_no_worker(session_maker: SessionMaker) -> None:
+async def test_no_job_is_running_without_a_worker(session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
     async with session_maker() as session:
         assert await list_jobs(session, state="running") == []
@@ -189,7 +189,7 @@ async def test_pages_go_on_where_the_last_one_ended(session_maker: SessionMaker)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1001, 2.0, "5", None])
-async def test_a_limit_that_makes_no_sense_is_refused(session_maker: SessionMaker, limit: Any) -> None:
+async def test_a_limit_outside_its_range_is_refused(session_maker: SessionMaker, limit: Any) -> None:
     async with session_maker() as session:
         with pytest.raises(ValueError, match="limit"):
             await list_jobs(session, limit=limit)
@@ -326,7 +326,7 @@ async def test_there_is_always_one_attempt_more(
 
 
 @pytest.mark.parametrize("state", ["done", "queued"])
-async def test_what_is_done_or_unfinished_is_not_run_again(
+async def test_a_done_or_unfinished_job_is_not_retried(
     session_maker: SessionMaker, observer: Connection, state: str
 ) -> None:
     job = await committed(session_maker)

@@ -1,11 +1,10 @@
 """What the reconciler makes of each difference between the ledger and what Redis and the heartbeats say."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
@@ -18,8 +17,8 @@ from coord.queue.keys import soon_member, taken_member
 from coord.queue.message import Message
 from coord.worker.freshness import RedisClock
 from coord.worker.maintenance.reconciler import Reconciler
-from tests.ledger import a_task, ledger
-from tests.workers import KEYS, fresh, office, opened, script
+from tests.ledger import a_task
+from tests.workers import KEYS, fresh
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -1,6 +1,5 @@
 """Who is taken for alive: heartbeats in a real table, and a clock that can be set."""
 
-# ruff: noqa: F401 - a fixture is imported
 from __future__ import annotations
 
 import socket
@@ -15,7 +14,6 @@ from coord.jobs.model import new_id, queues, workers
 from coord.worker.maintenance.registry import BLINK_SECONDS as BLINK
 from coord.worker.maintenance.registry import DEAD_SECONDS as DEAD
 from coord.worker.maintenance.registry import WorkerRegistry, named
-from tests.ledger import ledger
 
 if TYPE_CHECKING:
     from uuid import UUID

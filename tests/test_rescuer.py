@@ -1,6 +1,5 @@
 """What becomes of a worker's jobs and locks when it is killed, frozen, cut off, or merely slow."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -15,28 +14,13 @@ from arq.worker import func
 
 from coord import cancel_job, job_transaction, lock_tables, task_options
 from coord.worker.maintenance.registry import DEAD_SECONDS
-from tests.ledger import ledger
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import Network
-from tests.workers import (
-    KEYS,
-    Notes,
-    Office,
-    Process,
-    fragile_postgresql,
-    notes,
-    office,
-    opened,
-    prepared,
-    process,
-    script,
-    until,
-    working,
-)
+from tests.workers import KEYS, Notes, Office, Process, fragile_postgresql, opened, prepared, process, until, working
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     import asyncpg
 

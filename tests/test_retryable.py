@@ -27,7 +27,7 @@ from coord import (
     task_options,
 )
 from coord.retryable import is_retryable, is_server_away
-from tests.ledger import a_task, committed, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, committed, delivered
 from tests.models import Item, User
 from tests.serving import eventually
 from tests.shop import waiting_for_locks

@@ -1,6 +1,5 @@
 """Each end that an attempt can come to, and what the ledger, Redis and arq say of it afterwards."""
 
-# ruff: noqa: F401, F811 - fixtures are imported
 from __future__ import annotations
 
 import asyncio
@@ -19,10 +18,9 @@ from coord import LockTimeoutError, cancel_job, job_transaction, lock_tables, ta
 from coord.queue.keys import RANK_SHIFT
 from coord.queue.message import Message
 from coord.worker.failure import backoff
-from tests.ledger import ledger
 from tests.models import User
 from tests.serving import eventually
-from tests.workers import Office, fragile_postgresql, given, office, opened, prepared, until, working
+from tests.workers import Office, fragile_postgresql, given, opened, prepared, until, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -113,7 +113,7 @@ async def test_an_order_for_more_than_there_is_is_rejected_and_takes_nothing(sho
     assert (await shop.left("cocoa"), await shop.last_invoice()) == (2, last)
 
 
-async def test_all_there_is_may_be_ordered(shop: Shop) -> None:
+async def test_the_whole_stock_may_be_ordered(shop: Shop) -> None:
     await shop.stock("last", 1)
     assert (await shop.fulfil(await shop.place("last", 1))).json()["status"] == "fulfilled"
     assert await shop.left("last") == 0
@@ -251,7 +251,7 @@ async def test_a_job_that_is_not_there_is_a_404(shop: Shop, job_id: str, status:
     ("method", "path"),
     [("GET", "/jobs"), ("GET", "/jobs/{id}/details"), ("POST", "/jobs/{id}/cancel"), ("POST", "/jobs/{id}/retry")],
 )
-async def test_without_a_token_nobody_looks_after_jobs(shop: Shop, method: str, path: str) -> None:
+async def test_without_a_token_the_job_routes_do_not_exist(shop: Shop, method: str, path: str) -> None:
     job_id = await shop.database.fetchval("SELECT id FROM coord_jobs LIMIT 1") or uuid.uuid4()
     headers = {"Authorization": "Bearer anything"}
     answer = await shop.http.request(method, path.format(id=job_id), headers=headers)
@@ -346,7 +346,7 @@ async def test_an_id_that_no_order_can_have_is_refused(shop: Shop, order_id: str
     assert (answer.status_code, answer.headers["content-type"]) == (422, PROBLEM)
 
 
-async def test_what_is_not_there_is_a_problem_too(shop: Shop) -> None:
+async def test_an_unknown_path_is_a_problem(shop: Shop) -> None:
     for answer, status in (
         (await shop.http.get("/stock/never-stocked"), 404),
         (await shop.http.get("/nowhere"), 404),

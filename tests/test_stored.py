@@ -45,8 +45,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, composite, mapped_column
 from sqlalchemy.types import UserDefinedType
 
 from coord import WaitTimeoutError, wait_for_row_change
-from coord.waiting.stored import is_certain
-from tests.waits import read_settings, registered, waiting  # noqa: F401 - a fixture
+from coord.waiting.baseline import is_certain
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

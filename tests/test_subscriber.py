@@ -14,7 +14,7 @@ from redis.exceptions import NoPermissionError
 
 import coord.notify.subscriber
 from coord.dev.embedded import Valkey
-from coord.notify.client import close_client, own_client
+from coord.notify.bell import close_client, own_client
 from coord.notify.subscriber import MAX_CHANNELS_PER_COMMAND, Subscriber
 from tests.serving import eventually
 
@@ -49,13 +49,13 @@ class Scene:
         listener = Listener()
         for channel in channels:
             self.subscriber.listen(channel, listener)
-        await eventually(lambda: asyncio.sleep(0, listener.confirmed >= len(channels)))
+        await eventually(lambda: listener.confirmed >= len(channels))
         return listener
 
     async def receives(self, channel: bytes, listener: Listener) -> None:
         before = listener.messages
         assert await self.redis.publish(channel, b"") == 1
-        await eventually(lambda: asyncio.sleep(0, listener.messages == before + 1))
+        await eventually(lambda: listener.messages == before + 1)
 
     async def connections(self) -> list[str]:
         return [client["id"] for client in await self.redis.client_list() if client["name"] == NAME]
@@ -69,7 +69,7 @@ class Scene:
 async def scene(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator[Scene]:
     """Whatever the client that was given is results about answers, its own are as it wants them."""
     async with opened(f"{redis_url}?client_name={NAME}{request.param}", redis_url) as scene:
-        await eventually(lambda: asyncio.sleep(0, None in scene.results))
+        await eventually(lambda: None in scene.results)
         yield scene
 
 
@@ -135,7 +135,7 @@ async def test_ten_thousand_channels_take_some_commands_and_a_second(scene: Scen
     assert await commands() - before <= 11
     await scene.receives(channels[-1], listener)
     await scene.kill()
-    await eventually(lambda: asyncio.sleep(0, listener.confirmed >= 2 * len(channels)))
+    await eventually(lambda: listener.confirmed >= 2 * len(channels))
     await scene.receives(channels[0], listener)
     assert await commands() - before <= 22
     for channel in channels:
@@ -150,10 +150,10 @@ async def _none(scene: Scene) -> bool:
 async def test_everything_is_subscribed_to_again_after_a_lost_connection(scene: Scene) -> None:
     listener, later = await scene.listen(b"one", b"two"), Listener()
     await scene.kill()
-    await eventually(lambda: asyncio.sleep(0, not scene.subscriber.connected))
+    await eventually(lambda: not scene.subscriber.connected)
     scene.subscriber.leave(b"two", listener)
     scene.subscriber.listen(b"three", later)
-    await eventually(lambda: asyncio.sleep(0, listener.confirmed >= 3 and later.confirmed))
+    await eventually(lambda: listener.confirmed >= 3 and later.confirmed)
     await scene.receives(b"one", listener)
     await scene.receives(b"three", later)
     assert sorted(await scene.redis.pubsub_channels()) == [b"one", b"three"]
@@ -169,7 +169,7 @@ async def test_a_channel_that_is_refused_keeps_its_listener_waiting_for_a_moment
             allowed = await scene.listen(b"allowed")
             await scene.receives(b"allowed", allowed)
             await scene.listen(b"refused")
-            await eventually(lambda: asyncio.sleep(0, any(isinstance(one, NoPermissionError) for one in scene.results)))
+            await eventually(lambda: any(isinstance(one, NoPermissionError) for one in scene.results))
     finally:
         async with Redis.from_url(redis_url) as redis:
             await redis.acl_deluser("half")
@@ -182,12 +182,12 @@ async def test_a_redis_that_falls_silent_is_found_out_and_heard_again(
     with Valkey(server_directory / "silent") as valkey:
         async with opened(valkey.url, valkey.url) as scene:
             listener = await scene.listen(b"channel")
-            await eventually(lambda: asyncio.sleep(0, scene.results.count(None) > 1))
+            await eventually(lambda: scene.results.count(None) > 1)
             os.kill(valkey.pid, signal.SIGSTOP)
             try:
-                await eventually(lambda: asyncio.sleep(0, not scene.subscriber.connected))
-                await eventually(lambda: asyncio.sleep(0, any(isinstance(one, TimeoutError) for one in scene.results)))
+                await eventually(lambda: not scene.subscriber.connected)
+                await eventually(lambda: any(isinstance(one, TimeoutError) for one in scene.results))
             finally:
                 os.kill(valkey.pid, signal.SIGCONT)
-            await eventually(lambda: asyncio.sleep(0, scene.results[-1] is None))
+            await eventually(lambda: scene.results[-1] is None)
             await scene.receives(b"channel", listener)

@@ -261,4 +261,4 @@ async def test_a_hook_of_the_sessions_sees_the_wait_read(database_url: str) -> N
         async with maker() as session:
             with pytest.raises(WaitTimeoutError):
                 await wait_for_row_change(session, Order, 1, timeout=0.1)
-    await eventually(lambda: asyncio.sleep(0, seen))
+    await eventually(lambda: seen)

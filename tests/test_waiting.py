@@ -39,7 +39,7 @@ from coord import (
 from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import all_given_back, eventually
-from tests.waits import read_settings, registered, waiting  # noqa: F401 - a fixture
+from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -48,12 +48,6 @@ if TYPE_CHECKING:
     SessionMaker = async_sessionmaker[AsyncSession]
 
 pytestmark = pytest.mark.usefixtures("tables", "nobody_left_waiting", "read_settings")
-
-
-@pytest.fixture
-async def user(tables: None, observer: Connection) -> int:
-    await observer.execute("INSERT INTO users VALUES (1, 'before')")
-    return 1
 
 
 async def test_a_change_by_anybody_is_seen_within_the_interval(
@@ -184,7 +178,7 @@ async def test_until_needs_no_change_and_gets_a_detached_row(
         task = waiting(session, User, user, until=finished)
         await registered()
         await observer.execute("UPDATE users SET name = 'half'")
-        await eventually(lambda: asyncio.sleep(0, "half" in seen))
+        await eventually(lambda: "half" in seen)
         await observer.execute("UPDATE users SET name = 'done'")
         assert (await task).name == "done"
         assert seen == ["before", "half", "done"]
@@ -632,6 +626,24 @@ async def test_a_row_that_never_rests_ends_an_until_by_its_deadline(
     await asyncio.wait([changing])
 
 
+async def test_a_row_that_was_changed_and_is_kept_where_it_was_before_is_a_change(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    """PostgreSQL uses the place of an outdated version again as soon as nobody can see that any more."""
+    change = "UPDATE users SET name = name || '.' WHERE id = $1 RETURNING ctid"
+    before = await observer.fetchval(change, user)
+    async with session_maker() as session:
+        task = waiting(session, User, user, columns=[User.name], interval=60, timeout=3)
+        await registered()
+        for _ in range(10):
+            await observer.execute("VACUUM users")
+            if await observer.fetchval(change, user) == before:
+                break
+        else:
+            raise AssertionError("it has not come back to its place")
+        assert "." in (await task).name
+
+
 async def test_watching_never_goes_behind_what_its_caller_has_read(
     session_maker: SessionMaker, observer: Connection, user: int
 ) -> None:
@@ -640,7 +652,7 @@ async def test_watching_never_goes_behind_what_its_caller_has_read(
         await observer.execute("UPDATE users SET name = 'older'")
         group = next(iter(Watcher.of(session_maker.kw["bind"])._pollers.values()))
         (waiter,) = group.waiters[user,]
-        await eventually(lambda: asyncio.sleep(0, getattr(waiter, "due", True) and getattr(waiter, "row", True)))
+        await eventually(lambda: getattr(waiter, "due", True) and getattr(waiter, "row", True))
         await observer.execute("UPDATE users SET name = 'newest'")
         await session.refresh(row)
         assert row.name == "newest"

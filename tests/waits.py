@@ -14,6 +14,7 @@ from tests.serving import eventually
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.waiting.waiter import Waiter
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
 
 def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.Task[Any]:
     return asyncio.create_task(wait_for_row_change(session, *arguments, **{"interval": 0.05, "timeout": 10, **options}))
+
+
+def open_waits() -> int:
+    """How many wait in this event loop, as its cap counts them."""
+    watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()
+    return sum(watcher.waiters for watcher in watchers)
 
 
 def waiters() -> list[Waiter[Any]]:
@@ -42,10 +49,26 @@ async def read_settings(
             yield
 
 
-async def registered(count: int = 1) -> None:
+@pytest.fixture
+async def user(tables: None, observer: Connection) -> int:
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    return 1
+
+
+@pytest.fixture
+async def coordinator(
+    nobody_left_waiting: None, session_maker: async_sessionmaker[AsyncSession], redis_url: str
+) -> AsyncIterator[Coordinator]:
+    """Whose shared rows are handed out, and whose bell is connected."""
+    async with Coordinator(session_maker, redis=redis_url, read_settings={}) as coordinator:
+        await eventually(lambda: coordinator._bell and coordinator._bell.connected)
+        yield coordinator
+
+
+async def registered(count: int = 1, *, within: float = 5.0) -> None:
     """Return once so many wait and everybody who waits has had the first look at the row."""
 
     async def read() -> bool:
         return len(found := waiters()) >= count and all(waiter.has_read for waiter in found)
 
-    await eventually(read)
+    await eventually(read, within=within)

@@ -30,4 +30,6 @@ def command(servers_only: bool, **options: Any) -> int:
 
     if not servers_only and not (options["app"] and options["worker"]):
         raise click.UsageError("name the programs with --app and --worker, or take --servers-only")
-    return run(Options(servers_only=servers_only, **options))
+    if servers_only:
+        options |= {"app": None, "worker": None}
+    return run(Options(**options))

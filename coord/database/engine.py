@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import asyncpg
 from sqlalchemy import event
 from sqlalchemy.exc import InterfaceError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection
-    from sqlalchemy.engine import Dialect, ExceptionContext
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.orm import SessionTransaction
 
 logger = logging.getLogger("coord.engine")
 
@@ -24,6 +27,8 @@ READ_ONLY = "25006"
 """PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
 _FAILURE = "coord.failure"
+_SESSION = "coord.session"
+"""In a connection's `info`: a reference to the session whose transaction it was given to."""
 
 
 def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
@@ -34,19 +39,9 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     if not isinstance(engine, AsyncEngine):
         message = "coord needs sessions bound to one asynchronous engine: async_sessionmaker(bind=engine)"
         raise ValueError(message)  # noqa: TRY004 - what a maker is bound to is its value
-    require_asyncpg(engine.dialect)
+    if (engine.dialect.name, engine.dialect.driver) != ("postgresql", "asyncpg"):
+        raise ValueError(f"coord needs postgresql+asyncpg, not {engine.dialect.name}+{engine.dialect.driver}")
     return engine
-
-
-def source_of(session: AsyncSession) -> AsyncEngine | AsyncConnection:
-    """What reads for this session go through: its engine, or the one connection it is bound to."""
-    engine = engine_of(session)
-    return session.bind if isinstance(session.bind, AsyncConnection) else engine
-
-
-def require_asyncpg(dialect: Dialect) -> None:
-    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
-        raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
 
 
 def prepare(engine: AsyncEngine) -> None:
@@ -83,8 +78,11 @@ def _on_error(context: ExceptionContext) -> None:
         if isinstance(error, asyncpg.InternalClientError):  # which SQLAlchemy passes on as it is
             lost = InterfaceError(context.statement, None, error, connection_invalidated=True)
             raise lost from error
+    elif _is_committing(connection):
+        logger.warning("A statement in a listener of a commit has failed, so the commit fails: %s", error)
+        connection.invalidate(error)
     else:
-        note_failure(connection, context.sqlalchemy_exception or error)
+        _note_failure(connection, context.sqlalchemy_exception or error)
 
 
 def _is_lost(connection: Connection, error: Exception) -> bool:
@@ -105,7 +103,23 @@ def _is_read_only(driver: asyncpg.Connection) -> bool:
     return "on" in (getattr(settings, name, None) for name in ("in_hot_standby", "default_transaction_read_only"))
 
 
-def note_failure(connection: Connection, error: BaseException) -> None:
+@event.listens_for(Session, "after_begin")
+def _note_session(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+    if session.bind is not connection:
+        connection.info[_SESSION] = ref(session)
+
+
+def _is_committing(connection: Connection) -> bool:
+    """Whether a listener of the engine's `commit` has sent the statement, after the last check that can be made.
+
+    A session counts as inactive once it has flushed and its connections commit. A savepoint of the listener's own is
+    its to roll back to.
+    """
+    session = connection.info.get(_SESSION, lambda: None)()
+    return session is not None and not session.is_active and not connection.in_nested_transaction()
+
+
+def _note_failure(connection: Connection, error: BaseException) -> None:
     """Have the next commit check that PostgreSQL has not aborted the transaction.
 
     Listening to the commits of this connection alone: on an engine that is listened to every statement is slower.
@@ -117,6 +131,7 @@ def note_failure(connection: Connection, error: BaseException) -> None:
 def _forget_failure(_dbapi_connection: Any, record: Any) -> None:
     """Else what its traceback refers to would live as long as the pooled connection."""
     record.info.pop(_FAILURE, None)
+    record.info.pop(_SESSION, None)
 
 
 def last_failure(connection: Connection) -> BaseException | None:

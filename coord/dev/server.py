@@ -15,7 +15,7 @@ from coord.dev.process import Owner, end, spawn
 if TYPE_CHECKING:
     import signal
     import subprocess
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
 HOST = "127.0.0.1"
@@ -37,8 +37,9 @@ class Server(ABC):
     """What the two servers share. One object may be started and stopped again and again, and keeps its port."""
 
     name: ClassVar[str]
-    stop_signals: ClassVar[Mapping[StopMode, Sequence[signal.Signals]]]
-    at_parent_death: ClassVar[signal.Signals]
+    stop_signal: ClassVar[signal.Signals]
+    crash_signal: ClassVar[signal.Signals]
+    """Ends it at once; also sent when its parent dies."""
 
     def __init__(self, directory: Path, *, port: int | None = None) -> None:
         self.directory = directory.resolve()
@@ -82,7 +83,8 @@ class Server(ABC):
     def stop(self, mode: StopMode = "fast") -> None:
         """Stop in good order, or with "immediate" as a crash would. Does nothing when it is not running."""
         if self._process is not None:
-            end(self._process, *self.stop_signals[mode], grace=STOP_SECONDS)
+            signals = (self.stop_signal, self.crash_signal) if mode == "fast" else (self.crash_signal,)
+            end(self._process, *signals, grace=STOP_SECONDS)
             self._process = None
 
     def restart(self, mode: StopMode = "fast") -> None:
@@ -96,8 +98,8 @@ class Server(ABC):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    @abstractmethod
-    def _prepare(self) -> None: ...
+    def _prepare(self) -> None:  # noqa: B027 - most need nothing
+        """Make what the program expects to find in its directory."""
 
     @abstractmethod
     def _command(self, port: int) -> Sequence[str | Path]: ...
@@ -109,15 +111,15 @@ class Server(ABC):
     def _owner(self) -> Owner | None:
         return None
 
-    def _spawn(self, command: Sequence[str | Path], at_parent_death: signal.Signals) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
         env = {**os.environ, "LC_ALL": "C"}
         with self.log.open("ab") as log:
-            return spawn(command, stdout=log, env=env, owner=self._owner(), at_parent_death=at_parent_death)
+            return spawn(command, stdout=log, env=env, owner=self._owner(), at_parent_death=self.crash_signal)
 
     def _try_port(self, port: int, deadline: float) -> bool:
         """One attempt; False asks for another, because a race was lost or a predecessor is still stopping."""
         offset = self._log_size()
-        process = self._spawn(self._command(port), self.at_parent_death)
+        process = self._spawn(self._command(port))
         try:
             while process.poll() is None and not self._accepts(process, port):
                 if time.monotonic() > deadline:

@@ -17,16 +17,14 @@ What a client may ask for: `Prefer: wait=10` (RFC 7240), an `Idempotency-Key`, `
 
 from __future__ import annotations
 
-from coord.http.admin import job_routes
 from coord.http.events import EventStreams, finishes
-from coord.http.handling import problem_handlers
 from coord.http.idempotency import Idempotency, idempotency
-from coord.http.jobs import Accepted, AcceptedJob, JobStatus, job_status_routes
+from coord.http.jobs import Accepted, AcceptedJob, JobStatus, job_routes, job_status_routes
 from coord.http.limits import RequestLimits
 from coord.http.methods import HeadRequests
 from coord.http.polling import Poll, poll, polls
 from coord.http.prefer import Preference
-from coord.http.problem import problem, problems, public_reason
+from coord.http.problem import problem, problem_handlers, problems, public_reason
 from coord.http.reply import Reply, replies, reply
 
 __all__ = [

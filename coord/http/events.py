@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from contextlib import aclosing, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +14,15 @@ from coord.cancellation import uninterrupted
 from coord.database.engine import engine_of, prepare
 from coord.durations import seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
-from coord.http.disconnect import ended
-from coord.http.jobs import HEARTBEAT_INTERVAL_SECONDS, JobStatus, RunningJobs
-from coord.http.stopping import stop_observed
-from coord.jobs.model import Job
+from coord.http.interruption import ended, stop_observed
+from coord.http.jobs import JobStatus
+from coord.jobs.model import Job, JobState
+from coord.jobs.queries import heartbeats
 from coord.waiting.wait import watch_row
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
@@ -28,8 +30,14 @@ if TYPE_CHECKING:
 
     Dependency = Callable[..., AsyncGenerator[AsyncIterator[Any], None]]
 
+logger = logging.getLogger("coord.http")
+
 MAX_STREAMS = 1_000
 MAX_DURATION_SECONDS = 60.0
+HEARTBEAT_INTERVAL_SECONDS = 2.0
+"""Between two heartbeats of a worker, and between two reads of them for a stream."""
+MAX_AGE_SECONDS = 1.0
+"""For which one read of them will do for all streams."""
 LAST_EVENT_ID = Header(alias="Last-Event-ID", description="The id of the last event that the client has.")
 
 
@@ -79,33 +87,36 @@ class EventStreams:
         stream ends after a state that `is_final`; to a client that has that one already the answer is 204, after which
         a browser does not come back.
         """
-
-        async def states(
-            now: Any = Depends(row), last: Annotated[str | None, LAST_EVENT_ID] = None
-        ) -> AsyncGenerator[AsyncIterator[Any], None]:
-            _refuse_finished(now, last, id, is_final)
-            async with self._watched(now, columns) as rows:
-                yield _new_states(rows, last, id, is_final)
-
-        return states
+        return self._following(row, columns, id, is_final, running=None)
 
     def jobs(self, job: Callable[..., Any]) -> Dependency:
         """A dependency: each `JobStatus` of the job that the dependency `job` gives, until it has ended."""
+        columns = [Job.state, Job.attempt, Job.error]
+        return self._following(job, columns, _event_id, lambda job: job.state.is_final, running=self._running)
 
-        async def statuses(
-            now: Any = Depends(job), last: Annotated[str | None, LAST_EVENT_ID] = None
-        ) -> AsyncGenerator[AsyncIterator[JobStatus], None]:
-            _refuse_finished(JobStatus.model_validate(now), last, _event_id, _has_ended)
-            watched = [Job.state, Job.attempt, Job.error]
-            async with self._watched(now, watched, tick=HEARTBEAT_INTERVAL_SECONDS) as rows:
-                yield _new_states(self._statuses(rows), last, _event_id, _has_ended)
+    def _following(
+        self,
+        row: Callable[..., Any],
+        columns: Sequence[Any] | None,
+        id: Callable[[Any], str],
+        is_final: Callable[[Any], bool],
+        running: RunningJobs | None,
+    ) -> Dependency:
+        async def states(
+            now: Any = Depends(row), last: Annotated[str | None, LAST_EVENT_ID] = None
+        ) -> AsyncGenerator[AsyncIterator[Any], None]:
+            if last is not None and is_final(now) and id(now) == last:
+                raise HTTPException(204)
+            async with (
+                self._watched(now, columns) as (own, changes),
+                aclosing(_states(own, changes, last, id, is_final, self._duration, running)) as news,
+            ):
+                yield news
 
-        return statuses
+        return states
 
     @asynccontextmanager
-    async def _watched(
-        self, now: Any, columns: Sequence[Any] | None, tick: float | None = None
-    ) -> AsyncIterator[AsyncIterator[Any]]:
+    async def _watched(self, now: Any, columns: Sequence[Any] | None) -> AsyncIterator[tuple[Any, AsyncIterator[Any]]]:
         if self._open >= self._max:
             raise TooManyWaitersError(f"{self._open} event streams are as many as this process serves")
         self._open += 1
@@ -115,15 +126,43 @@ class EventStreams:
                 self._session_maker() as session,
                 watch_row(session, type(now), key, columns=columns, since=now) as changes,
             ):
-                own = await session.merge(now, load=False)  # a commit of the request's session may expire the other
-                async with aclosing(_rows(own, changes, self._duration, tick)) as rows:
-                    yield rows
+                # A commit of the request's session may expire the other.
+                yield await session.merge(now, load=False), changes
         finally:
             self._open -= 1
 
-    async def _statuses(self, jobs: AsyncIterator[Job]) -> AsyncIterator[JobStatus]:
-        async for job in jobs:
-            yield await self._running.status_of(job)
+
+class RunningJobs:
+    """The workers' last heartbeats."""
+
+    def __init__(self, session_maker: async_sessionmaker[AsyncSession]) -> None:
+        self._session_maker = session_maker
+        self._running: set[tuple[UUID, int]] = set()
+        self._expires = 0.0
+        self._lock = asyncio.Lock()
+
+    async def status_of(self, job: Job) -> JobStatus:
+        """As it is at the call: the instance may be brought up to date meanwhile.
+
+        Reads the heartbeats only for an unfinished job, in a transaction of its own.
+        """
+        status = JobStatus.model_validate(job)
+        if not status.state.is_final:
+            async with self._lock:
+                await self._read()
+            if (status.id, status.attempt) in self._running:
+                status.state = JobState.RUNNING
+        return status
+
+    async def _read(self) -> None:
+        if (now := asyncio.get_running_loop().time()) < self._expires:
+            return
+        self._expires = now + MAX_AGE_SECONDS
+        try:
+            async with self._session_maker() as session:
+                self._running = {(beat.id, beat.attempt) for beat in await heartbeats(session)}
+        except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
+            logger.debug("The workers' heartbeats cannot be read: %s", error)
 
 
 def finishes() -> dict[int | str, dict[str, Any]]:
@@ -131,40 +170,37 @@ def finishes() -> dict[int | str, dict[str, Any]]:
     return {204: {"description": "There is nothing after the client's last event"}}
 
 
-def _refuse_finished(state: Any, last: str | None, id: Callable[[Any], str], is_final: Callable[[Any], bool]) -> None:
-    if last is not None and is_final(state) and id(state) == last:
-        raise HTTPException(204)
+def _event_id(job: Any) -> str:
+    return JobStatus.model_validate(job).event_id
 
 
-async def _new_states(
-    states: AsyncIterator[Any], last: str | None, id: Callable[[Any], str], is_final: Callable[[Any], bool]
-) -> AsyncIterator[Any]:
-    async for state in states:
-        final = is_final(state)
-        if id(state) != last:
-            last = id(state)
-            yield state
-        if final:
-            return
-
-
-async def _rows(
-    row: Any, changes: AsyncIterator[Any], duration: float, tick: float | None
+async def _states(
+    row: Any,
+    changes: AsyncIterator[Any],
+    last: str | None,
+    id: Callable[[Any], str],
+    is_final: Callable[[Any], bool],
+    duration: float,
+    running: RunningJobs | None,
 ) -> AsyncGenerator[Any, None]:
-    """The row now and after each change, and with `tick` again after so many seconds without one."""
+    """The row now and after each change; of a job its status, also after each heartbeat, which says that it runs."""
     loop = asyncio.get_running_loop()
     end = loop.time() + duration
+    interval = duration if running is None else HEARTBEAT_INTERVAL_SECONDS
     change: asyncio.Future[Any] | None = None
     with stop_observed() as stopped:
         try:
-            while True:
-                yield row
-                change = change or asyncio.ensure_future(anext(changes))
-                left = max(0, end - loop.time())
-                timeout = left if tick is None else min(tick, left)
-                await asyncio.wait({change, stopped}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-                if stopped.done() or loop.time() >= end:
+            while not stopped.done() and loop.time() < end:
+                state = row if running is None else await running.status_of(row)
+                final = is_final(state)
+                if id(state) != last:
+                    last = id(state)
+                    yield state
+                if final:
                     return
+                change = change or asyncio.ensure_future(anext(changes))
+                timeout = max(0, min(interval, end - loop.time()))
+                await asyncio.wait({change, stopped}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if change.done():
                     row, change = change.result(), None
         except RowNotFoundError:
@@ -172,11 +208,3 @@ async def _rows(
         finally:
             if change is not None:
                 await uninterrupted(ended(change))
-
-
-def _event_id(status: JobStatus) -> str:
-    return status.event_id
-
-
-def _has_ended(status: JobStatus) -> bool:
-    return status.state.is_final

@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import re
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any, overload
 from weakref import WeakValueDictionary
@@ -25,7 +25,7 @@ from coord.jobs.enqueue import enqueue
 from coord.jobs.model import Job, execute, job_mapper, jobs, keys
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from sqlalchemy import CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -94,22 +94,21 @@ class Idempotency:
         async with mutex if queues else nullcontext():
             pause = MIN_POLL_SECONDS
             while (known := await self._known(session)) is None:  # read first: a request that joins writes nothing
-                if (job := await self._first(session, enqueue(session, task, *args, **kwargs))) is not None:
+                if (job := await self._first(session, lambda: enqueue(session, task, *args, **kwargs))) is not None:
                     return job
                 await self._wait(session, pause)
                 pause = min(2 * pause, MAX_POLL_SECONDS)
             return known
 
-    async def _first(self, session: AsyncSession, enqueuing: Coroutine[Any, Any, Job]) -> Job | None:
+    async def _first(self, session: AsyncSession, enqueued: Callable[[], Awaitable[Job]]) -> Job | None:
         """The job, with the key, in a savepoint: or a 4xx for what enqueue raises would commit a key alone."""
-        with closing(enqueuing):
-            connection = await session.connection(bind_arguments={"mapper": job_mapper, "clause": update(keys)})
-            async with settled(connection.begin_nested()):
-                if not await self._taken(session):
-                    return None
-                job = await enqueuing
-                await _run(session, update(keys).where(self._is_mine).values(job_id=job.id))
-                return job
+        connection = await session.connection(bind_arguments={"mapper": job_mapper, "clause": update(keys)})
+        async with settled(connection.begin_nested()):
+            if not await self._taken(session):
+                return None
+            job = await enqueued()
+            await _run(session, update(keys).where(self._is_mine).values(job_id=job.id))
+            return job
 
     async def _known(self, session: AsyncSession) -> Job | None:
         """The job of a request that was the same, if there was one."""
@@ -180,12 +179,12 @@ def idempotency(
 
     async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:
         key = _sent(request.headers.getlist("idempotency-key"))
-        if key is None or caller is None:
-            if key is not None:
-                raise IdempotencyError(UNSCOPED_KEY)
+        if key is None:
             if required:
                 raise IdempotencyError(MISSING_KEY)
             return Idempotency(None, "", "", kept)
+        if caller is None:
+            raise IdempotencyError(UNSCOPED_KEY)
         scope = _digest(caller(request), request.method, _route(request))
         return Idempotency(key, scope, await _fingerprint(request), kept)
 

@@ -1,29 +1,26 @@
-"""Jobs for clients that have their id: what a 202 has, where its `Location` leads, and whether a job runs just now."""
+"""Jobs over HTTP: what a 202 has, where its `Location` leads, and, for who has the token, list, cancel, run again."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
+import secrets
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, HTTPException, Query, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker  # noqa: TC002
+from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
 
 from coord.http.problem import problems, public_reason
 from coord.jobs import queries
-from coord.jobs.model import Job, JobState
+from coord.jobs.model import JobState  # noqa: TC001
+from coord.jobs.queries import JobReport  # noqa: TC001
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
-logger = logging.getLogger("coord.http")
-
-HEARTBEAT_INTERVAL_SECONDS = 2.0
-"""Between two heartbeats of a worker, and between two reads of them for a stream."""
-MAX_AGE_SECONDS = 1.0
-"""For which one read of them will do for all streams."""
+MIN_TOKEN_LENGTH = 16
+_bearer = HTTPBearer(auto_error=False)
 
 
 class AcceptedJob(BaseModel):
@@ -55,6 +52,12 @@ class JobStatus(BaseModel):
         return f"{self.attempt}-{self.state}"
 
 
+class StateAnswer(BaseModel):
+    """The state that an operation has found or made."""
+
+    state: JobState
+
+
 def job_status_routes(get_db: Callable[..., Any]) -> APIRouter:
     """`GET /jobs/{job_id}`: the state of a job, for clients that know its id, which cannot be guessed."""
     router = APIRouter(prefix="/jobs", tags=["jobs"])
@@ -67,34 +70,56 @@ def job_status_routes(get_db: Callable[..., Any]) -> APIRouter:
     return router
 
 
-class RunningJobs:
-    """The workers' last heartbeats."""
+def bearer_token(token: str | None) -> Callable[..., Awaitable[None]]:
+    """A dependency that lets requests with `token` through, compared in constant time, or with None all.
 
-    def __init__(self, session_maker: async_sessionmaker[AsyncSession]) -> None:
-        self._session_maker = session_maker
-        self._running: set[tuple[UUID, int]] = set()
-        self._expires = 0.0
-        self._lock = asyncio.Lock()
+    Raises `ValueError` for a token of less than 16 characters.
+    """
+    if token is not None and len(token) < MIN_TOKEN_LENGTH:
+        raise ValueError(f"a token has at least {MIN_TOKEN_LENGTH} characters")
 
-    async def status_of(self, job: Job) -> JobStatus:
-        """As it is at the call: the instance may be brought up to date meanwhile.
+    async def check(given: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]) -> None:
+        offered = b"" if given is None else given.credentials.encode("latin-1")  # the bytes that were sent
+        if token is not None and not secrets.compare_digest(offered, token.encode()):
+            raise HTTPException(401, "a bearer token is needed", {"WWW-Authenticate": "Bearer"})
 
-        Reads the heartbeats only for an unfinished job, in a transaction of its own.
-        """
-        status = JobStatus.model_validate(job)
-        if not status.state.is_final:
-            async with self._lock:
-                await self._read()
-            if (status.id, status.attempt) in self._running:
-                status.state = JobState.RUNNING
-        return status
+    return check
 
-    async def _read(self) -> None:
-        if (now := asyncio.get_running_loop().time()) < self._expires:
-            return
-        self._expires = now + MAX_AGE_SECONDS
+
+def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
+    """`GET /jobs`, `GET /jobs/{id}/details`, `POST /jobs/{id}/cancel` and `/retry`, for clients with the bearer token.
+
+    With `token=None` they are open to all that can reach them: for development.
+    """
+    router = APIRouter(prefix="/jobs", tags=["job administration"], dependencies=[Depends(bearer_token(token))])
+    database = Depends(get_db)
+
+    @router.get("", responses=problems(401, 422))
+    async def list_jobs(
+        session: AsyncSession = database,
+        state: JobState | None = None,
+        task: Annotated[str | None, Query(max_length=200, pattern=r"^[^\x00]*$")] = None,
+        before: UUID | None = None,
+        limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
+    ) -> list[JobReport]:
+        """Jobs, the newest first; `before` is the last of the page before."""
+        return await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
+
+    @router.get("/{job_id}/details", responses=problems(401, 404, 422))
+    async def job_details(job_id: UUID, session: AsyncSession = database) -> JobReport:
+        return await queries.get_job(session, job_id)
+
+    @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
+    async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+        """`cancelled`, or `running` until its worker has cancelled it, or the state in which it had already ended."""
+        return StateAnswer(state=await queries.cancel_job(session, job_id))
+
+    @router.post("/{job_id}/retry", responses=problems(401, 404, 409, 422))
+    async def retry_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
+        """Have a failed or cancelled job run again."""
         try:
-            async with self._session_maker() as session:
-                self._running = {(beat.id, beat.attempt) for beat in await queries.heartbeats(session)}
-        except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", error)
+            return StateAnswer(state=(await queries.retry_job(session, job_id)).state)
+        except ValueError as error:
+            raise HTTPException(409, "only a failed or cancelled job can be run again") from error
+
+    return router

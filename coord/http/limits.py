@@ -7,12 +7,13 @@ import re
 from inspect import isawaitable
 from typing import TYPE_CHECKING, NamedTuple
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+from coord.http.interruption import stop_observed
 from coord.http.prefer import Preference
 from coord.http.problem import OUT_OF_TIME, problem, problem_of
-from coord.http.stopping import stop_observed
 from coord.telemetry import request_id
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ CLEANUP_SECONDS = 0.5
 """For a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
 MAX_BODY_BYTES, MAX_HEAD_BYTES = 1_000_000, 16_384
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_TOO_LARGE = "the body is larger than {} bytes"
 _CLOSE = {"Connection": "close"}  # the rest of the body is not worth reading
 
 
@@ -81,19 +83,17 @@ class RequestLimits:
         scope[ARRIVAL] = arrival = Arrival(asyncio.get_running_loop().time(), self._wait, self._server_timing)
         request_id.set(_request_id(scope))
         exchange = _Exchange(scope, receive, send, self._body)
+        headers = Headers(scope=scope)
+        announced = headers.get("content-length", "")
         if _size_of_head(scope) > self._head:
             await exchange.respond(problem(431, f"the head of the request is larger than {self._head} bytes"))
-        elif _announced(scope) > self._body:
-            await exchange.respond(exchange.too_large())
+        elif announced.isdecimal() and int(announced) > self._body:
+            await exchange.respond(_too_large(self._body))
         else:
-            preferred = Preference.of(value.decode("latin-1") for name, value in scope["headers"] if name == b"prefer")
+            preferred = Preference.of(headers.getlist("prefer"))
             wait = self._wait if preferred.wait is None else preferred.seconds(self._wait)
             with stop_observed():  # from the arrival on, so that no signal is missed before the handler waits
                 await exchange.run(self._app, arrival.time + max(wait, self._margin) + self._margin)
-
-
-class _BodyTooLargeError(HTTPException):
-    """More has come than was allowed. FastAPI lets no other error through that is met while it reads a body."""
 
 
 class _Exchange:
@@ -108,26 +108,25 @@ class _Exchange:
         """Whether all of the body has come; whether a reader waits, or has waited in vain, for more of it."""
         self._started = self._replaced = False
         """Whether the application has begun to respond, or a response was sent in its place."""
-        self._deadline: asyncio.Timeout | None = None
-        self._late: asyncio.TimerHandle | None = None
+        self._deadline = asyncio.timeout(None)
         self._responding: asyncio.Task[None] | None = None
 
     async def run(self, app: ASGIApp, limit: float) -> None:
-        self._late = asyncio.get_running_loop().call_at(limit + CLEANUP_SECONDS, self._respond_late)
+        late = asyncio.get_running_loop().call_at(limit + CLEANUP_SECONDS, self._respond_late)
         try:
-            async with asyncio.timeout_at(limit) as deadline:
-                self._deadline = deadline
+            async with self._deadline as deadline:
+                deadline.reschedule(limit)
                 await app(self._scope, self._receive_message, self._send_message)
-        except _BodyTooLargeError:
-            await self.respond(self.too_large())
         except Exception as error:
-            if deadline.expired() and isinstance(error, TimeoutError):
+            if self._left < 0 and isinstance(error, HTTPException):  # met by a middleware that reads the body
+                await self.respond(_too_large(self._body))
+            elif deadline.expired() and isinstance(error, TimeoutError):
                 await self.respond(self._out_of_time())
-                return
-            await self._respond_to(error)
-            raise  # for the server's log
+            else:
+                await self._respond_to(error)
+                raise  # for the server's log
         finally:
-            self._late.cancel()
+            late.cancel()
             if self._responding is not None:
                 await self._responding
 
@@ -146,16 +145,14 @@ class _Exchange:
             response = handler(Request(self._scope), error)
             await self.respond(await response if isawaitable(response) else response)
 
-    def too_large(self) -> Response:
-        return problem(413, f"the body is larger than {self._body} bytes", headers=_CLOSE)
-
     def _out_of_time(self) -> Response:
         if self._missed:
             return problem(408, "the body of the request did not come in time", headers=_CLOSE)
         return problem_of(OUT_OF_TIME)
 
     def _respond_late(self) -> None:
-        self._responding = asyncio.create_task(self.respond(self._out_of_time()))
+        if not self._started:
+            self._responding = asyncio.create_task(self.respond(self._out_of_time()))
 
     async def _receive_message(self) -> Message:
         self._missed = not self._complete
@@ -165,7 +162,8 @@ class _Exchange:
             self._complete = not message.get("more_body", False)
             self._left -= len(message.get("body", b""))
             if self._left < 0 and not self._started:
-                raise _BodyTooLargeError(413, f"the body is larger than {self._body} bytes", _CLOSE)
+                # FastAPI lets no other error through that is met while it reads a body.
+                raise HTTPException(413, _TOO_LARGE.format(self._body), _CLOSE)
         return message
 
     async def _send_message(self, message: Message) -> None:
@@ -173,9 +171,7 @@ class _Exchange:
             return
         if message["type"] == "http.response.start":
             self._started = True
-            if self._late is not None:
-                self._late.cancel()
-            if self._deadline is not None and not self._deadline.expired():
+            if not self._deadline.expired():
                 self._deadline.reschedule(None)
         await self._send(message)
 
@@ -190,7 +186,5 @@ def _size_of_head(scope: Scope) -> int:
     return fields + len(scope.get("raw_path") or scope["path"]) + len(scope["query_string"])
 
 
-def _announced(scope: Scope) -> int:
-    """The length of the body by its header."""
-    length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    return int(length) if length.isdigit() else 0
+def _too_large(limit: int) -> Response:
+    return problem(413, _TOO_LARGE.format(limit), headers=_CLOSE)

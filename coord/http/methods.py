@@ -25,53 +25,42 @@ class HeadRequests:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        scope[_HEAD] = True
-        if scope["method"] != "HEAD":
-            await self._app(scope, receive, send)
-            return
-        head = _Head(receive, send)
-        # Of a server with a newer ASGI, Starlette ends a stream only at the next piece of it.
-        as_get = {**scope, "method": "GET", "asgi": {**scope["asgi"], "spec_version": "2.3"}}
-        await self._app(as_get, head.receive, head.send)
+        if scope["type"] == "http":
+            scope[_HEAD] = True
+            if scope["method"] == "HEAD":
+                # Of a server with a newer ASGI, Starlette ends a stream only at the next piece of it.
+                scope = {**scope, "method": "GET", "asgi": {**scope["asgi"], "spec_version": "2.3"}}
+                receive, send = _head_alone(receive, send)
+        await self._app(scope, receive, send)
 
 
-class _Head:
-    """The beginning of an answer, after which the client is as good as gone."""
+def _head_alone(receive: Receive, send: Send) -> tuple[Receive, Send]:
+    """The client is as good as gone once it has the beginning of the answer."""
+    sent = asyncio.Event()
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive = receive
-        self._send = send
-        self._sent = asyncio.Event()
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            await send(message)
+            await send({"type": "http.response.body", "body": b""})
+            sent.set()
 
-    async def receive(self) -> Message:
-        receiving, sent = asyncio.ensure_future(self._receive()), asyncio.ensure_future(self._sent.wait())
+    async def receive_until_sent() -> Message:
+        receiving, sending = asyncio.ensure_future(receive()), asyncio.ensure_future(sent.wait())
         try:
-            await asyncio.wait({receiving, sent}, return_when=asyncio.FIRST_COMPLETED)
-            return {"type": "http.disconnect"} if self._sent.is_set() else receiving.result()
+            await asyncio.wait({receiving, sending}, return_when=asyncio.FIRST_COMPLETED)
+            return {"type": "http.disconnect"} if sent.is_set() else receiving.result()
         finally:
             receiving.cancel()
-            sent.cancel()
+            sending.cancel()
 
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            await self._send(message)
-            await self._send({"type": "http.response.body", "body": b""})
-            self._sent.set()
+    return receive_until_sent, send_head
 
 
 def allowed(request: Request) -> list[str]:
     """The methods of the request's path, over all of its routes: each route knows only its own."""
-    names = ("type", "path", "raw_path", "root_path", "headers", "server", "scheme", "query_string")
-    scope = {name: request.scope[name] for name in names if name in request.scope}
-    routes = request.app.router.routes
-    found = {
-        method
-        for method in METHODS
-        if any(route.matches({**scope, "method": method})[0] is Match.FULL for route in routes)
-    }
-    if "GET" in found and _HEAD in request.scope:
-        found.add("HEAD")
-    return [method for method in METHODS if method in found]
+    found = []
+    for method in METHODS:
+        scope = {**request.scope, "method": "GET" if method == "HEAD" and _HEAD in request.scope else method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes):
+            found.append(method)
+    return found

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Header, Request, Response
+from fastapi import Depends, Header, Request, Response
 from sqlalchemy import inspect
 
-from coord.http.reply import PREFER, PREFERENCE_APPLIED, Reply
+from coord.http.reply import PREFERENCE_APPLIED, Reply, reply
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -26,9 +26,9 @@ class Poll:
     The tag is the mapper's version column, so a row without one cannot be polled.
     """
 
-    def __init__(self, request: Request, response: Response) -> None:
+    def __init__(self, request: Request, response: Response, reply: Reply) -> None:
         self._response = response
-        self._reply = Reply(request, response)
+        self._reply = reply
         known = ", ".join(request.headers.getlist("if-none-match")).strip()
         self._any = known == "*"
         self._tags = frozenset(_TAGS.findall(known))
@@ -40,7 +40,9 @@ class Poll:
         unchanged. Raises what `Reply.row` does.
         """
         mapper: Mapper[M] = inspect(type(row))
-        version = _version(mapper)
+        if mapper.version_id_col is None:
+            raise ValueError(f"{mapper.class_.__name__} has no version_id_col, so its rows have no tag")
+        version = mapper.get_property_by_column(mapper.version_id_col).key
         found: M | None = row
         if self._any or str(getattr(row, version)) in self._tags:
             seen = self._tags | {str(getattr(row, version))}
@@ -62,11 +64,11 @@ class Poll:
 async def poll(
     request: Request,
     response: Response,
-    _prefer: Annotated[str | None, PREFER] = None,
+    reply: Annotated[Reply, Depends(reply)],
     _if_none_match: Annotated[str | None, IF_NONE_MATCH] = None,
 ) -> Poll:
     """A dependency: `Annotated[Poll, Depends(poll)]`."""
-    return Poll(request, response)
+    return Poll(request, response, reply)
 
 
 def polls() -> dict[int | str, dict[str, Any]]:
@@ -78,9 +80,3 @@ def polls() -> dict[int | str, dict[str, Any]]:
         **PREFERENCE_APPLIED,
     }
     return {200: {"headers": headers}, 304: {"description": "The client has it", "headers": headers}}
-
-
-def _version(mapper: Mapper[Any]) -> str:
-    if mapper.version_id_col is None:
-        raise ValueError(f"{mapper.class_.__name__} has no version_id_col, so its rows have no tag")
-    return mapper.get_property_by_column(mapper.version_id_col).key

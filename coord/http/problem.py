@@ -1,13 +1,24 @@
-"""Every error answer is a problem document (RFC 9457), and this is the one table from error to status."""
+"""Every error answer is a problem document (RFC 9457) that shows nothing of how this service is made.
+
+Here is the one table from error to status, and the handlers that answer by it.
+"""
 
 from __future__ import annotations
 
 import http.client
+import logging
 import re
+from functools import partial
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fastapi.responses import JSONResponse
+import asyncpg
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from coord.errors import (
     DeadlockError,
@@ -19,13 +30,27 @@ from coord.errors import (
     UniqueKeyConflictError,
     WaitTimeoutError,
 )
+from coord.http.methods import allowed
+from coord.retryable import CONTENTION_STATES, is_retryable, sqlstate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+
+    from fastapi import Request
+
+logger = logging.getLogger("coord.http")
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 1
 """After which a client may repeat a request that was refused for now."""
+
+
+CLIENT_GONE = 499
+"""No client reads it; it is nginx's status for a client that went away, and looks right in access logs."""
+MAX_ERRORS = 20
+"""Of one request, in a problem document."""
+VIOLATIONS = {"23505", "23P01"}
+"""Of a unique and of an exclusion constraint, at a statement or, where it is deferred, at the commit."""
 
 
 class Kind(NamedTuple):
@@ -66,8 +91,7 @@ ERRORS: dict[type[Exception], Kind] = {
 """Coord's errors and the pool's. What is not here is a bug: 500, and the error is only in the log."""
 KINDS = (
     *(MALFORMED_KEY, UNSCOPED_KEY, MISSING_KEY, REUSED_KEY, EXPIRED_JOB, INVALID),
-    *(OUT_OF_TIME, DATABASE_AWAY, CONFLICT, CONTENTION),
-    *ERRORS.values(),
+    *(OUT_OF_TIME, DATABASE_AWAY, CONFLICT, CONTENTION, *ERRORS.values()),
 )
 ANYWHERE = (408, 413, 422, 431, 500, 503)
 """Statuses that any route may answer: size, time, parameters, bugs, servers that are away."""
@@ -83,7 +107,7 @@ def problem(
 ) -> JSONResponse:
     """A problem document of the type `urn:coord:problem:<kind>`, or of none of its own; 503 has `Retry-After`."""
     title = phrase(status) if kind is None else kind.replace("-", " ").capitalize()
-    found = {"type": _urn(kind), "title": title, "status": status, "detail": _text(detail), **members}
+    found = {"type": _urn(kind), "title": title, "status": status, "detail": _sendable(detail), **members}
     fields = dict(headers or {})
     if status == http.client.SERVICE_UNAVAILABLE:
         fields.setdefault("Retry-After", str(RETRY_AFTER_SECONDS))
@@ -120,9 +144,9 @@ def _urn(kind: str | None) -> str:
     return "about:blank" if kind is None else f"urn:coord:problem:{kind}"
 
 
-def _text(detail: str) -> str:
+def _sendable(text: str) -> str:
     """Half a surrogate pair, which a client may have sent as JSON, cannot be sent back."""
-    return detail.encode(errors="replace").decode()
+    return text.encode(errors="replace").decode()
 
 
 def _declared(status: int) -> dict[str, Any]:
@@ -141,3 +165,73 @@ def _declared(status: int) -> dict[str, Any]:
         name, kind = headers[status]
         found["headers"] = {name: {"schema": {"type": kind}, "required": True}}
     return found
+
+
+def problem_handlers() -> dict[Any, Callable[..., Any]]:
+    """For `FastAPI(exception_handlers=…)`: whatever is raised is answered with a problem document."""
+    return {
+        HTTPException: _http,
+        RequestValidationError: _invalid,
+        **{error: partial(_known, kind) for error, kind in ERRORS.items()},
+        DBAPIError: _database,
+        asyncpg.PostgresError: _database,  # not wrapped by SQLAlchemy: a server that refuses the connection
+        asyncpg.InterfaceError: _database,
+        OSError: _database,  # nor is one that is not there
+        ClientDisconnect: _gone,
+        Exception: _bug,
+    }
+
+
+async def _http(request: Request, error: HTTPException) -> Response:
+    status, detail, headers = error.status_code, error.detail, dict(error.headers or {})
+    if status in {204, 304}:  # which have no body
+        return Response(status_code=status, headers=headers)
+    if status == 400 and detail == "There was an error parsing the body":  # FastAPI, of what is not even text
+        return problem_of(INVALID, f"body: {detail}")
+    if status == 405 and "Allow" in headers:
+        headers["Allow"] = ", ".join(allowed(request)) or headers["Allow"]
+    members: dict[str, Any] = {} if isinstance(detail, str) else {"errors": detail}
+    text = detail if isinstance(detail, str) else phrase(status)
+    return problem(status, text, kind=getattr(error, "kind", None), headers=headers, **members)
+
+
+async def _invalid(_: Request, error: RequestValidationError) -> Response:
+    """Without the refused input: not every input can be written as JSON again (NaN, half a surrogate pair)."""
+    errors = [
+        {"where": [_sendable(str(part)) for part in found["loc"]], "message": found["msg"]}
+        for found in error.errors()[:MAX_ERRORS]
+    ]
+    detail = "; ".join(f"{'.'.join(found['where'])}: {found['message']}" for found in errors)
+    return problem_of(INVALID, detail, errors=errors)
+
+
+async def _known(kind: Kind, _: Request, error: Exception) -> Response:
+    detail = public_reason(error.reason) if isinstance(error, JobFailedError) else None
+    job = {"job": str(error.job_id)} if isinstance(error, JobFailedError | JobCancelledError) else {}
+    return problem_of(kind, detail, **job)
+
+
+async def _database(_: Request, error: Exception) -> Response:
+    if sqlstate_of(error) in VIOLATIONS:
+        return problem_of(CONFLICT)
+    if not _of_the_database(error) or not (is_retryable(error) or isinstance(error, OSError)):
+        raise error
+    if sqlstate_of(error) in CONTENTION_STATES:
+        return problem_of(CONTENTION)
+    cause = error.orig if isinstance(error, DBAPIError) else error  # without the statement and its values
+    logger.warning("The database cannot be reached: %s", " ".join(str(cause).split()) or type(cause).__name__)
+    return problem_of(DATABASE_AWAY)
+
+
+async def _gone(_: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+async def _bug(_: Request, error: Exception) -> Response:
+    return problem(500, "this is our fault, and in our log")
+
+
+def _of_the_database(error: Exception) -> bool:
+    """Whether SQLAlchemy or the driver met it: a file that is missing, or another service, is not the database."""
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__))
+    return not isinstance(error, OSError) or any(name.split(".")[0] in {"sqlalchemy", "asyncpg"} for name in modules)

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 from coord.database.transaction import end_transaction
 from coord.errors import WaitTimeoutError
-from coord.http.disconnect import while_connected
+from coord.http.interruption import while_connected
 from coord.http.jobs import Accepted, AcceptedJob
 from coord.http.limits import ARRIVAL, MAX_WAIT_SECONDS, Arrival
 from coord.http.prefer import Preference

@@ -2,9 +2,8 @@
 
 changes.py    what a session's transaction has changed, once it has committed
 channels.py   the channels of rows and tables
-client.py     the redis-py client that all of this goes through
 publisher.py  sends commands, in order
 subscriber.py notifies the listeners of channels
-bell.py       both, as one process uses them
+bell.py       both, as one process uses them, and the redis-py client that they go through
 outage.py     logs once that Redis is away, and once that it is back
 """

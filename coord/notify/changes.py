@@ -1,10 +1,14 @@
-"""Which rows a session's transaction has changed: notified after the outermost commit and never otherwise."""
+"""Which rows a session's transaction has changed: notified after the outermost commit and never otherwise.
+
+Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `announce`. What
+sessions change is listened to from the import of this module on, and collected for the engines that are observed,
+whichever maker made the session. The connection that a row went by tells its engine, as a session may have several.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -30,93 +34,84 @@ if TYPE_CHECKING:
 logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"
-_observed: Counter[Dialect] = Counter()
-"""How often an engine's changes are collected, by its dialect: each engine has its own."""
+"""In a session's `info`: what it has changed, by engine and savepoint."""
+_observed: dict[Dialect, list[Notify]] = {}
+"""What is notified, by the engine's dialect: each engine has its own. Of several the first is, which is enough."""
 
 
-class Changes:
-    """Collects what sessions change by way of the engine with this dialect, whichever maker made them.
+@contextmanager
+def observed(dialect: Dialect, notify: Notify) -> Iterator[None]:
+    """Notify of what is committed by way of the engine with this dialect, until the block ends."""
+    _observed.setdefault(dialect, []).append(notify)
+    try:
+        yield
+    finally:
+        _observed[dialect].remove(notify)
+        if not _observed[dialect]:
+            del _observed[dialect]
 
-    Rows that the ORM flushes count one by one, its bulk statements by table; raw SQL is announced with `add`. The
-    connection that a row went by tells its engine, as a session may have several.
-    """
 
-    def __init__(self, dialect: Dialect, notify: Notify) -> None:
-        self._dialect = dialect
-        self._notify = notify
+def announce(session: Session, dialect: Dialect, change: Change) -> None:
+    """Notify of the change after the commit; at once when no transaction is open."""
+    if dialect in _observed and session.in_transaction():
+        _collected(session, dialect)[change] = None
+    elif dialect in _observed:
+        _observed[dialect][0](session, {change: None})
 
-    @contextmanager
-    def observed(self) -> Iterator[None]:
-        """Listen on SQLAlchemy's `Mapper` and `Session` until the block ends."""
-        with ExitStack() as stack:
-            _listen(stack, Mapper, "after_insert", self._after_insert, raw=True)
-            _listen(stack, Mapper, "after_update", self._after_update, raw=True)
-            _listen(stack, Mapper, "after_delete", self._after_delete, raw=True)
-            _listen(stack, Session, "do_orm_execute", self._do_orm_execute)
-            _listen(stack, Session, "after_commit", self._after_commit)
-            _listen(stack, Session, "after_soft_rollback", self._after_soft_rollback)
-            _listen(stack, Session, "after_transaction_end", self._after_transaction_end)
-            _observed[self._dialect] += 1
-            try:
-                yield
-            finally:
-                _observed[self._dialect] -= 1
-                if not _observed[self._dialect]:
-                    del _observed[self._dialect]
 
-    def add(self, session: Session, change: Change) -> None:
-        """Notify of the change after the commit; at once when no transaction is open."""
-        if session.in_transaction():
-            _collected(session, self._dialect)[change] = None
-        else:
-            self._notify(session, {change: None})
+@event.listens_for(Mapper, "after_insert", raw=True)
+def _after_insert(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    if connection.dialect in _observed and state.session is not None:
+        key = tuple(mapper.primary_key_from_instance(state.obj()))
+        _collected(state.session, connection.dialect).setdefault((mapper, key))
 
-    def _after_insert(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
-        if connection.dialect is self._dialect and state.session is not None:
-            key = tuple(mapper.primary_key_from_instance(state.obj()))
-            _collected(state.session, self._dialect).setdefault((mapper, key))
 
-    def _after_update(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
-        """SQLAlchemy also calls this for rows whose values are unchanged."""
-        if connection.dialect is self._dialect and _has_changed(mapper, state):
-            self._after_delete(mapper, connection, state)
+@event.listens_for(Mapper, "after_update", raw=True)
+def _after_update(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    """SQLAlchemy also calls this for rows whose values are unchanged."""
+    if connection.dialect in _observed and _has_changed(mapper, state):
+        _after_delete(mapper, connection, state)
 
-    def _after_delete(self, mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
-        """The row by the key that it had before the flush: no wait is for a row that does not exist yet."""
-        if connection.dialect is self._dialect and state.session is not None and state.identity is not None:
-            _collected(state.session, self._dialect).setdefault((mapper, state.identity))
 
-    def _do_orm_execute(self, state: ORMExecuteState) -> None:
-        if not (state.is_update or state.is_delete or state.is_insert):
-            return
-        mappers = state.all_mappers
-        if mappers and state.session.get_bind(**state.bind_arguments).dialect is self._dialect:
-            for mapper in mappers:
-                _collected(state.session, self._dialect)[mapper, None] = None
+@event.listens_for(Mapper, "after_delete", raw=True)
+def _after_delete(mapper: Mapper[Any], connection: Connection, state: InstanceState[Any]) -> None:
+    """The row by the key that it had before the flush: no wait is for a row that does not exist yet."""
+    if connection.dialect in _observed and state.session is not None and state.identity is not None:
+        _collected(state.session, connection.dialect).setdefault((mapper, state.identity))
 
-    def _after_commit(self, session: Session) -> None:
-        """SQLAlchemy calls this at a savepoint's release as well."""
-        if session.in_nested_transaction():
-            return
-        changes: dict[Change, Any] = {}
-        for collected in session.info.pop((_CHANGES, self._dialect), {}).values():
-            changes |= collected
-        if changes:
-            self._notify(session, changes)
 
-    def _after_soft_rollback(self, session: Session, rolled_back: SessionTransaction) -> None:
-        if rolled_back.parent is None:
-            session.info.pop((_CHANGES, self._dialect), None)
-            return
-        changes: dict[SessionTransaction | None, Any] = session.info.get((_CHANGES, self._dialect), {})
-        for savepoint in [*changes]:
+@event.listens_for(Session, "do_orm_execute")
+def _do_orm_execute(state: ORMExecuteState) -> None:
+    if _observed and (state.is_update or state.is_delete or state.is_insert) and (mappers := state.all_mappers):
+        dialect = state.session.get_bind(**state.bind_arguments).dialect
+        for mapper in mappers if dialect in _observed else ():
+            _collected(state.session, dialect)[mapper, None] = None
+
+
+@event.listens_for(Session, "after_commit")
+def _after_commit(session: Session) -> None:
+    """SQLAlchemy calls this at a savepoint's release as well."""
+    if session.in_nested_transaction():
+        return
+    for dialect, savepoints in session.info.pop(_CHANGES, {}).items():
+        changes = {change: job for collected in savepoints.values() for change, job in collected.items()}
+        if dialect in _observed and changes:
+            _observed[dialect][0](session, changes)
+
+
+@event.listens_for(Session, "after_soft_rollback")
+def _after_soft_rollback(session: Session, rolled_back: SessionTransaction) -> None:
+    for savepoints in session.info.get(_CHANGES, {}).values():
+        for savepoint in [*savepoints]:
             if rolled_back in _with_parents(savepoint):
-                del changes[savepoint]
+                del savepoints[savepoint]
 
-    def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
-        """Closing a session ends its transaction without a rollback of its own."""
-        if ended.parent is None:
-            session.info.pop((_CHANGES, self._dialect), None)
+
+@event.listens_for(Session, "after_transaction_end")
+def _after_transaction_end(session: Session, ended: SessionTransaction) -> None:
+    """Also of a transaction that was closed without a rollback of its own."""
+    if ended.parent is None:
+        session.info.pop(_CHANGES, None)
 
 
 def collect(session: Session, change: Change, job: Any = None) -> None:
@@ -169,7 +164,8 @@ def _names(mapper: Mapper[Any]) -> frozenset[str]:
 def _collected(session: Session, dialect: Dialect) -> dict[Change, Any]:
     """Those of the innermost savepoint, or of the transaction outside any."""
     nested = session.get_nested_transaction()
-    changes: dict[Change, Any] = session.info.setdefault((_CHANGES, dialect), {}).setdefault(nested, {})
+    by_engine = session.info.setdefault(_CHANGES, {})
+    changes: dict[Change, Any] = by_engine.setdefault(dialect, {}).setdefault(nested, {})
     return changes
 
 
@@ -177,8 +173,3 @@ def _with_parents(transaction: SessionTransaction | None) -> Iterator[SessionTra
     while transaction is not None:
         yield transaction
         transaction = transaction.parent
-
-
-def _listen(stack: ExitStack, target: Any, name: str, listener: Callable[..., None], **options: Any) -> None:
-    event.listen(target, name, listener, **options)
-    stack.callback(event.remove, target, name, listener)

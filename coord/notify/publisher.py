@@ -10,13 +10,14 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+    from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 
     from redis.asyncio import Redis
     from redis.asyncio.connection import Connection
 
-    from coord.notify.client import Command, Commands
-
+    Command = tuple[str | bytes | int | float, ...]
+    """As redis-py's `execute_command` takes it."""
+    Commands = Sequence[Command]
     Batch = Mapping[Hashable, Commands]
     """Commands by what they are about, in order; of two about the same the later ones count."""
 

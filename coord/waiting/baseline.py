@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
+import enum
+import uuid
 import warnings
 from collections.abc import Mapping
+from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
-from sqlalchemy import inspect
+from sqlalchemy import Boolean, Date, Enum, Integer, LargeBinary, String, Uuid, inspect
 from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
-
-from coord.waiting.stored import is_certain
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
     from sqlalchemy.orm import Mapper
+    from sqlalchemy.types import TypeEngine
 
     from coord.database.target import Target
 
@@ -23,6 +25,17 @@ Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""
 Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
+
+
+_EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
+    (Integer, int),
+    (Boolean, bool),
+    (Enum, enum.Enum),
+    (Enum, str),
+    (Date, date),
+    (Uuid, uuid.UUID),
+    (LargeBinary, bytes),
+]
 
 
 def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:
@@ -93,6 +106,18 @@ def difference(
             return True
         doubtful[name] = seen
     return doubtful or None
+
+
+def is_certain(kind: TypeEngine[Any], seen: Any, value: Any) -> bool:
+    """Whether values of this type that differ in Python differ in PostgreSQL, so that PostgreSQL need not compare."""
+    if seen is None or value is None:
+        return True
+    if isinstance(kind, String) and not isinstance(kind, Enum):
+        # CHAR(n) pads with spaces and VARCHAR(n) cuts them off, whatever the mapping calls the column.
+        return isinstance(seen, str) and isinstance(value, str) and seen.rstrip(" ") != value.rstrip(" ")
+    if type(seen) is not type(value) and not (isinstance(seen, uuid.UUID) and isinstance(value, uuid.UUID)):
+        return False
+    return any(isinstance(kind, exact) and isinstance(value, python) for exact, python in _EXACT)
 
 
 def own_copy(value: Any) -> Any:

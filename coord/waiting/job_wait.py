@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from coord.database.target import Target
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
 from coord.jobs.model import Job, JobState, job_mapper
-from coord.waiting.handed import HandedWaiter
+from coord.waiting.waiter import Waiter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from contextlib import AbstractContextManager
 
     from coord.database.schemas import Schemas
-    from coord.waiting.waiter import Waiter
     from coord.waiting.watcher import Watcher
 
-_NO_JOB = nullcontext()
 
+class JobWaiter(Waiter[Job]):
+    """Waits for the job's row on behalf of another waiter, whose end it may be.
 
-class JobWaiter(HandedWaiter[Job]):
-    """Waits for the job's row on behalf of another waiter, whose end it may be."""
+    Always by the shared read: rows of the ledger depend on no session's settings.
+    """
 
     __slots__ = ("_owner",)
     counts = 0
     reads_at_first = False
+    fresh = 0
 
-    def __init__(self, owner: Waiter[Any], *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, owner: Waiter[Any], job_id: UUID, schemas: Schemas, watcher: Watcher) -> None:
+        poller = watcher.poller(JobWaiter, job_mapper, schemas, ())
+        pending, interval = watcher.is_job_pending(job_id), owner.interval
+        super().__init__(
+            poller, job_target(job_id), {"state": JobState.QUEUED}, interval=interval, awaits_message=pending
+        )
         self._owner = owner
         owner.job = self
+
+    def differs_in(self, values: Mapping[str, Any]) -> bool | None:
+        return values["state"] is not self.baseline["state"] or None
+
+    def on_unchanged(self) -> None:
+        self.has_read = True
 
     def receive(self, row: Job | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         self.has_read = True
@@ -52,10 +60,11 @@ class JobWaiter(HandedWaiter[Job]):
         self.has_read = self.has_read or self.awaits_message
         self.awaits_message = False
 
-    def defers_to_owner(self) -> bool:
-        """The job's commit is its effect's as well, and that mostly ends the wait."""
-        self._owner.read_before(self)
-        return True
+    def on_message(self, *, of_row: bool) -> bool:
+        """The job's commit is its effect's as well, and that mostly ends the wait: the owner's row is read first."""
+        if of_row:
+            self._owner.read_before(self)
+        return not of_row
 
     def on_last_read(self) -> None:
         """If it was a read after the owner's last, and not one that came in between."""
@@ -87,27 +96,6 @@ def job_target(job_id: UUID) -> Target[Job]:
 
 def job_not_found(target: Target[Job]) -> RowNotFoundError:
     return RowNotFoundError(f"{target} not found")
-
-
-def job_waiter(
-    watcher: Watcher, owner: Waiter[Any], job_id: UUID | None, schemas: Schemas, *, reads: bool
-) -> AbstractContextManager[object]:
-    """To be left when the wait ends. Nothing, for a wait without a job, and unless the shared read `reads` it.
-
-    Rows of the ledger depend on no session's settings.
-    """
-    if job_id is None or not reads:
-        return _NO_JOB
-    return watcher.register(
-        job_target(job_id),
-        schemas,
-        {"state": JobState.QUEUED},
-        settings=(),
-        interval=owner.interval,
-        awaits_message=watcher.is_job_pending(job_id),
-        make=partial(JobWaiter, owner),
-        counts=False,
-    )
 
 
 def job_id_of(job: Job | UUID) -> UUID:

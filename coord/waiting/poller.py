@@ -6,25 +6,28 @@ import asyncio
 import contextvars
 import logging
 import random
-from abc import ABC, abstractmethod
 from collections import Counter
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from coord.retryable import is_server_away
-from coord.waiting.deadlines import Deadlines
+from sqlalchemy import inspect
+from sqlalchemy.exc import DBAPIError
+
+from coord.database.target import column_names
+from coord.observation import tell_waiters
+from coord.retryable import is_server_away, sqlstate_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
     from collections.abc import Set as AbstractSet
 
-    from coord.database.target import ColumnNames, Key
+    from coord.database.target import Key
+    from coord.notify.bell import Bell
+    from coord.notify.channels import Channels
     from coord.waiting.reader import Reader
-    from coord.waiting.subscription import RowSubscription
     from coord.waiting.waiter import Waiter
+    from coord.waiting.watcher import Watcher
 
     Due = Mapping[Key, list[Any]]
-
-T = TypeVar("T")
 
 logger = logging.getLogger("coord.waiting")
 
@@ -34,7 +37,21 @@ RETRY_INTERVAL_SECONDS = 0.2
 """Between attempts to read while PostgreSQL is away."""
 
 
-class Poller(ABC):
+class _Listener(NamedTuple):
+    """Of the channel of one row, or with no key of the table's."""
+
+    poller: Poller
+    key: Key | None
+
+    def subscribed(self) -> None:
+        if self.key is not None:
+            self.poller.on_subscribed(self.key)
+
+    def on_message(self) -> None:
+        self.poller.on_message(self.key)
+
+
+class Poller:
     """The waiters by key, and a loop that runs while there are any.
 
     It reads for them all once an interval, the shortest of theirs, from a random moment on; and at once the rows of a
@@ -44,20 +61,17 @@ class Poller(ABC):
     The loop runs in an empty `contextvars.Context`: a hook of the application finds no caller's values there.
     """
 
-    def __init__(
-        self, reader: Reader, subscription: RowSubscription | None, *, on_leave: Callable[[Poller, Waiter[Any]], None]
-    ) -> None:
+    def __init__(self, watcher: Watcher, reader: Reader) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Any]] = {}
-        self.deadlines = Deadlines()
         self.generation = 0
         """The number of the read that is under way, or was the last."""
         self.error: Exception | None = None
         """Why rows cannot be read at present."""
-        self._subscription = subscription
-        self._on_leave = on_leave
+        self._watcher = watcher
+        self._bell: Bell | None = None
+        self._channels: Channels | None = None
         self._intervals: Counter[float] = Counter()
-        self._watched: Counter[ColumnNames] = Counter()
         self._due: set[Key] = set()
         self._changed: set[Key] = set()
         """Those of the due rows that had a message: they have probably changed."""
@@ -67,14 +81,17 @@ class Poller(ABC):
         self.task: asyncio.Task[None] | None = None
 
     def add(self, waiter: Waiter[Any]) -> None:
+        self._watcher.waiters += waiter.counts
+        tell_waiters(waiter.counts)
         key = waiter.target.key
+        if not self.waiters:
+            self._listen(None)
         others = self.waiters.setdefault(key, [])
         others.append(waiter)
         if waiter.interval < self._interval:
             self._awake.set()  # or the loop would sleep on by the longer one
         self._intervals[waiter.interval] += 1
-        self._watched[waiter.target.columns] += 1
-        is_subscribed = self._subscription is not None and (len(others) > 1 or self._subscription.listen(self, key))
+        is_subscribed = self._bell is not None and (len(others) > 1 or self._listen(key))
         waiter.awaits_message = waiter.awaits_message and is_subscribed
         if not waiter.awaits_message and (not is_subscribed or len(others) > 1):
             self.request(key)
@@ -87,31 +104,46 @@ class Poller(ABC):
 
     def remove(self, waiter: Waiter[Any]) -> None:
         key = waiter.target.key
-        others = self.waiters[key]
-        others.remove(waiter)
-        if not others:
+        self.waiters[key].remove(waiter)
+        if not self.waiters[key]:
             del self.waiters[key]
-            if self._subscription is not None:
-                self._subscription.leave(self, key)
-        _discount(self._intervals, waiter.interval)
-        _discount(self._watched, waiter.target.columns)
+            self._leave(key)
+        self._intervals[waiter.interval] -= 1
+        if not self._intervals[waiter.interval]:
+            del self._intervals[waiter.interval]
         if not self.waiters:
-            self.subscribe(None)
+            self._leave(None)
             self._awake.set()
-        self._on_leave(self, waiter)
+        self._watcher.on_leave(self, waiter)
 
-    def subscribe(self, subscription: RowSubscription | None) -> None:
-        """Use another subscription from now on, or none."""
-        if self._subscription is not None:
-            self._subscription.close()
-        self._subscription = subscription
-        for key in self.waiters:
-            if subscription is not None:
-                subscription.listen(self, key)
+    def subscribe(self, bell: Bell | None, channels: Channels | None) -> None:
+        """Have messages of this bell from now on, or none."""
+        keys = [None, *self.waiters] if self.waiters else []
+        for key in keys:
+            self._leave(key)
+        self._bell, self._channels = bell, channels
+        for key in keys:
+            self._listen(key)
+
+    def _listen(self, key: Key | None) -> bool:
+        """Whether `on_subscribed` will be called on confirmation."""
+        if self._bell is None:
+            return False
+        self._bell.listen(self._channel(key), _Listener(self, key))
+        return self._bell.connected
+
+    def _leave(self, key: Key | None) -> None:
+        if self._bell is not None:
+            self._bell.leave(self._channel(key), _Listener(self, key))
+
+    def _channel(self, key: Key | None) -> bytes:
+        assert self._channels is not None
+        mapper, schemas = self.reader.mapper, self.reader.schemas
+        return self._channels.table(mapper, schemas) if key is None else self._channels.row(mapper, schemas, key)
 
     def told(self, key: Key) -> tuple[bytes, float] | None:
         """The payload of the last message about the row, and when it came."""
-        return None if self._subscription is None else self._subscription.told(key)
+        return None if self._bell is None else self._bell.told(self._channel(key))
 
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""
@@ -125,10 +157,9 @@ class Poller(ABC):
         self._deferred.add(key)
 
     def _request_deferred(self) -> None:
-        deferred, self._deferred = self._deferred, set()
-        if due := deferred & self.waiters.keys():
-            self._due |= due
-            self._awake.set()
+        for key in self._deferred & self.waiters.keys():
+            self.request(key)
+        self._deferred.clear()
 
     def on_subscribed(self, key: Key) -> None:
         """Have the row read, since earlier messages were missed; unless its waiters know that there were none."""
@@ -138,13 +169,14 @@ class Poller(ABC):
         for waiter in waiters:
             waiter.on_subscribed()
 
-    @abstractmethod
     def on_message(self, key: Key | None) -> None:
         """The row, or with no key any of them, may have changed."""
-
-    @abstractmethod
-    async def _read(self, due: Due, changed: AbstractSet[Key]) -> None:
-        """Read the due rows, and notify their waiters."""
+        for each in [*self.waiters] if key is None else [key]:
+            answers = [waiter.on_message(of_row=key is not None) for waiter in self.waiters.get(each, ())]
+            if any(answers):
+                self.request(each)
+                if key is not None:
+                    self._changed.add(key)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The task may have been cancelled with all others: no wait may be left without reads."""
@@ -157,15 +189,15 @@ class Poller(ABC):
         tick = loop.time() - random.uniform(0, self._interval)  # so that processes do not read in step
         while self.waiters:
             await self._sleep_after(tick)
-            if not self.waiters:
-                return
             keys: Iterable[Key] = self._due
             if (now := loop.time()) >= tick + self._interval:
-                tick, keys = _next(tick, now, self._interval), self.waiters
+                # Ticks stay evenly spaced unless a whole one was missed.
+                tick, keys = tick + self._interval if now < tick + 2 * self._interval else now, self.waiters
             self.generation += 1
             due = {key: [*self.waiters[key]] for key in keys if key in self.waiters}
             changed, self._due, self._changed = self._changed, set(), set()
-            await self._poll(due, changed)
+            if due:
+                await self._poll(due, changed)
 
     @property
     def _interval(self) -> float:
@@ -185,7 +217,10 @@ class Poller(ABC):
     async def _poll(self, due: Due, changed: AbstractSet[Key]) -> None:
         last = [waiter for waiters in due.values() for waiter in waiters if waiter.last]
         try:
-            await self._read(due, changed)
+            if self.reader.settings is None:
+                await self._read_identities(due)
+            else:
+                await self._read_rows(due, changed)
         except Exception as error:  # noqa: BLE001 - it reaches the waiters, or is tried again
             await self._failed(error, due)
             return
@@ -195,6 +230,37 @@ class Poller(ABC):
         for waiter in last:
             waiter.on_last_read()
 
+    async def _read_identities(self, due: Due) -> None:
+        """Which versions of the rows there are, and no values, for waits whose sessions read when they are woken."""
+        shared = {key: [waiter for waiter in waiters if not waiter.solo] for key, waiters in due.items()}
+        keys = [key for key, waiters in shared.items() if waiters]
+        found = await self.reader.identities(keys) if keys else {}
+        for key in keys:
+            for waiter in shared[key]:
+                waiter.on_identity(found.get(key))
+
+    async def _read_rows(self, due: Due, changed: AbstractSet[Key]) -> None:
+        """The watched columns of every row, and the whole row where they differ or a message came."""
+        whole = {key for key, waiters in due.items() if key in changed or any(waiter.fresh for waiter in waiters)}
+        if rest := [key for key in due if key not in whole]:
+            watched = set().union(*{waiter.target.columns for key in rest for waiter in due[key]})
+            names = tuple(name for name in column_names(self.reader.mapper) if name in watched)
+            found = await self.reader.columns(rest, names)
+            for key in rest:
+                values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
+                # Compared for each of them, since that also completes their baselines.
+                found_by = [] if values is None else [waiter.differs_in(values) for waiter in due[key]]
+                if values is None or any(each is not None for each in found_by):
+                    whole.add(key)
+                for waiter in () if key in whole else due[key]:
+                    waiter.on_unchanged()
+        rows = await self.reader.entities([*whole]) if whole else {}
+        for key in whole:
+            row = rows.get(key)
+            values = None if row is None else inspect(row).dict
+            for waiter in due[key]:
+                waiter.receive(row, values, alone=len(due[key]) == 1)
+
     async def _failed(self, error: Exception, due: Due) -> None:
         """Try again if the database is away; else find the row that failed: only its waiters get the error."""
         if is_server_away(error):
@@ -203,7 +269,7 @@ class Poller(ABC):
             self.error = error
             self._due.update(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-        elif len(due) > 1 and not self._concerns_all(error):
+        elif len(due) > 1 and (self.reader.settings is not None or not _concerns_all(error)):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 await self._poll({key: due[key] for key in half}, set())
@@ -212,17 +278,7 @@ class Poller(ABC):
                 for waiter in waiters:
                     waiter.on_read_error(error)
 
-    def _concerns_all(self, _error: Exception) -> bool:
-        """Whether the error is not about one key, so that bisecting is useless."""
-        return False
 
-
-def _discount(counter: Counter[T], item: T) -> None:
-    counter[item] -= 1
-    if not counter[item]:
-        del counter[item]
-
-
-def _next(tick: float, now: float, interval: float) -> float:
-    """Ticks stay evenly spaced unless a whole one was missed."""
-    return tick + interval if now < tick + 2 * interval else now
+def _concerns_all(error: Exception) -> bool:
+    """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
+    return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")

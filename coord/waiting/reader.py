@@ -11,8 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.pool import QueuePool
 
-from coord.waiting.statements import columns_of, entity_of, identities_of, parameters_of
-from coord.waiting.stored import comparisons_of
+from coord.waiting.statements import columns_of, comparisons_of, entity_of, identities_of, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from coord.database.schemas import Schemas
     from coord.database.target import ColumnNames, Key, Target
-    from coord.waiting.settings import Settings
 
     Found = dict[Key, Sequence[Any]]
 
@@ -31,7 +29,9 @@ READ_TIMEOUT_SECONDS = 5.0
 """After which a read is given up and repeated: the connection may be dead without an error."""
 POOL_TIMEOUT_SECONDS = 30.0
 """Added for a read that may have to queue for a connection, unless the pool has a `pool_timeout` of its own."""
-_SET = text("SELECT set_config(:name, :value, true)")
+SET = text("SELECT set_config(:name, :value, true)")
+Settings = tuple[tuple[str, str], ...]
+"""PostgreSQL's settings and their values, by name."""
 
 
 class Reader:
@@ -98,7 +98,7 @@ class Reader:
         with session:
             if self.settings:
                 for name, value in self.settings:
-                    session.execute(_SET, {"name": name, "value": value})
+                    session.execute(SET, {"name": name, "value": value})
                 return session.execute(statement, parameters).all()
             # In AUTOCOMMIT asyncpg sends the query alone.
             connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})

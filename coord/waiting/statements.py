@@ -1,11 +1,29 @@
-"""The statements of waits, made once for each mapped class: making one takes as long as running it."""
+"""The statements of waits, made once for each mapped class: making one takes as long as running it.
+
+Those that read rows, and one that compares: what was flushed is not always, in Python, what comes back.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import ARRAY, Integer, Table, and_, bindparam, cast, column, func, literal_column, select
+from sqlalchemy import (
+    ARRAY,
+    JSON,
+    Integer,
+    Table,
+    Text,
+    and_,
+    bindparam,
+    cast,
+    column,
+    func,
+    literal,
+    literal_column,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
 from sqlalchemy.orm import lazyload, undefer, with_polymorphic
 
@@ -13,15 +31,15 @@ from coord.database.schemas import is_untranslated
 from coord.database.target import EAGER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
-    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy import Column, ColumnElement, Select
     from sqlalchemy.orm import Mapper
 
     from coord.database.schemas import Schemas
-    from coord.database.target import ColumnNames, Key
+    from coord.database.target import ColumnNames, Key, Target
 
-_QUOTE = asyncpg_dialect().identifier_preparer.quote  # type: ignore[no-untyped-call]
+_DIALECT = asyncpg_dialect()  # type: ignore[no-untyped-call]
 
 
 def parameters_of(mapper: Mapper[Any], keys: Sequence[Key], *, one: bool) -> dict[str, Any]:
@@ -38,24 +56,17 @@ def columns_of(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, *, one
 
 
 @lru_cache(maxsize=256)
-def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
-    """The row as an instance. Of a class with subclasses, it is loaded with the columns of its own class."""
+def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool, identified: bool = False) -> Select[Any]:
+    """The row as an instance, and which version it is. A subclass's is loaded with the columns of its own class."""
     entity = _entity(mapper)
-    return _select(mapper, schemas, entity, [entity], one=one).options(*_all_columns(mapper))
+    selected = [entity, *(_identity(mapper) if identified else ())]
+    return _select(mapper, schemas, entity, selected, one=one).options(*_all_columns(mapper))
 
 
 @lru_cache(maxsize=256)
 def identities_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
-    """Where PostgreSQL keeps the row: another place after every change, and in every other table."""
+    """Which version of the row there is: another one after every change, and in every other table."""
     return _select(mapper, schemas, _entity(mapper), _identity(mapper), one=one)
-
-
-@lru_cache(maxsize=256)
-def entity_with_identity(mapper: Mapper[Any], schemas: Schemas, *, identified: bool) -> Select[Any]:
-    """Of one key: its position, the row as an instance, and where PostgreSQL keeps it, if that can be told."""
-    entity = _entity(mapper)
-    selected = [entity, *(_identity(mapper) if identified else ())]
-    return _select(mapper, schemas, entity, selected, one=True).options(*_all_columns(mapper))
 
 
 def has_identity(mapper: Mapper[Any]) -> bool:
@@ -64,9 +75,18 @@ def has_identity(mapper: Mapper[Any]) -> bool:
 
 
 def _identity(mapper: Mapper[Any]) -> list[ColumnElement[Any]]:
-    """The system columns `tableoid` and `ctid` (section 5.6 of PostgreSQL's manual) of each table."""
-    names = sorted({_QUOTE(table.name) for each in mapper.self_and_descendants for table in each.tables})
-    return [literal_column(f"{name}.{system}") for name in names for system in ("tableoid", "ctid")]
+    """System columns (section 5.6 of PostgreSQL's manual) of each table: its place, and who wrote it there.
+
+    The place alone is used again as soon as nobody sees the version that was there.
+    """
+    names = sorted(
+        {
+            _DIALECT.identifier_preparer.quote(table.name)
+            for each in mapper.self_and_descendants
+            for table in each.tables
+        }
+    )
+    return [literal_column(f"{name}.{system}") for name in names for system in ("tableoid", "ctid", "xmin")]
 
 
 def _entity(mapper: Mapper[Any]) -> Any:
@@ -111,3 +131,56 @@ def _wanted(mapper: Mapper[Any], own: Sequence[Any]) -> tuple[Any, ColumnElement
 def _is_bound_by_expression(mapper: Mapper[Any]) -> bool:
     """Whether a key's type has SQL of its own around its values, which the elements of an array go without."""
     return any(key.type.bind_expression(bindparam("key")) is not None for key in mapper.primary_key)
+
+
+def comparisons_of(
+    target: Target[Any], schemas: Schemas, seen: Mapping[str, Any]
+) -> Iterator[tuple[Select[Any], dict[str, Any]]]:
+    """For each table of the row: whether the values, if they were stored there, would be what is there."""
+    by_table: dict[Table, list[str]] = {}
+    for name in seen:
+        table = target.mapper.columns[name].table
+        assert isinstance(table, Table)
+        by_table.setdefault(table, []).append(name)
+    for table, names in by_table.items():
+        keys = {f"key_{n}": part for n, part in enumerate(target.key)}
+        values = {f"seen_{n}": seen[name] for n, name in enumerate(names)}
+        yield _comparison(target.mapper, table, tuple(names), schemas), keys | values
+
+
+@lru_cache(maxsize=256)
+def _comparison(mapper: Mapper[Any], table: Table, names: ColumnNames, schemas: Schemas) -> Select[Any]:
+    """PostgreSQL makes a row of the values, by the very types of the table's columns, and writes both rows out.
+
+    Text is compared, since not every type has an equality, and that of some (box, path) is no equality of values.
+    """
+    own = table.alias("own")
+    columns = [mapper.columns[name] for name in names]
+    pairs: list[Any] = []
+    for n, each in enumerate(columns):
+        pairs += [cast(literal(each.name), Text), _as_json(f"seen_{n}", each)]
+    given = func.json_populate_record(own.table_valued(), func.json_build_object(*pairs))
+    stored = given.table_valued(*[each.name for each in columns], name="given")
+    same = and_(*(cast(stored.c[each.name], Text) == cast(own.c[each.key], Text) for each in columns))
+    is_it = [
+        own.c[_key_in(mapper, key, table).key] == bindparam(f"key_{n}", type_=key.type)
+        for n, key in enumerate(mapper.primary_key)
+    ]
+    statement = select(same).select_from(own.join(stored, true())).where(*is_it)
+    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+
+
+def _as_json(name: str, of: Column[Any]) -> ColumnElement[Any]:
+    """What JSON has of a value: PostgreSQL's text for it, which it reads by the column's type; JSON is itself."""
+    parameter = bindparam(name, type_=of.type)
+    plain = of.type.dialect_impl(_DIALECT)
+    if isinstance(plain, JSON):
+        return cast(parameter, of.type)
+    known = "::" in str(parameter.compile(dialect=_DIALECT))
+    return cast(parameter if known else cast(parameter, of.type), Text)
+
+
+def _key_in(mapper: Mapper[Any], key: ColumnElement[Any], table: Table) -> Any:
+    """The column of the table that has this part of the key: a subclass's table has its own."""
+    columns: list[Any] = mapper.get_property_by_column(key).columns
+    return next((each for each in columns if each.table is table), key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +15,11 @@ from coord.durations import seconds
 from coord.errors import UncommittedChangesError
 from coord.observation import observed_wait
 from coord.waiting.baseline import baseline_of, database_values
-from coord.waiting.job_wait import job_id_of, job_waiter
+from coord.waiting.handed import HandedWaiter
+from coord.waiting.job_wait import JobWaiter, job_id_of
+from coord.waiting.session_reader import SessionReader
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
-from coord.waiting.waits import Wait
+from coord.waiting.woken import WokenWaiter
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from coord.database.target import M
     from coord.durations import Seconds
     from coord.jobs.model import Job
-    from coord.waiting.waits import RowWait
+    from coord.waiting.baseline import Baseline
+
+    RowWaiter = HandedWaiter[M] | WokenWaiter[M]
 
 
 async def wait_for_row_change(
@@ -80,16 +84,12 @@ async def wait_for_row_change(
     if until is not None:  # it may depend on any column
         target = Target.of(model, pk_value, None)
     await _release(session, target, began, deadline)
-    wait = Wait.of(session, target, schemas)
-    awaits_message = job_id is not None and since is None and until is None and wait.watcher.is_job_pending(job_id)
-    with (
-        wait.registered(
-            baseline, interval=interval_seconds, fresh=until is not None, awaits_message=awaits_message
-        ) as row,
-        job_waiter(wait.watcher, row.waiter, job_id, schemas, reads=not row.reads_job),
-        observed_wait(session, row.waiter, job),
-    ):
-        return await row.changed(began, deadline, until=until, job_id=job_id)
+    own = SessionReader(session, target, schemas)
+    awaits_message = job_id is not None and since is None and until is None and own.watcher.is_job_pending(job_id)
+    waiter = _waiter(own, baseline, interval_seconds, fresh=until is not None, awaits_message=awaits_message)
+    its_job = nullcontext() if job_id is None or own.bound else JobWaiter(waiter, job_id, schemas, own.watcher)
+    with waiter, its_job, observed_wait(session, waiter, job):
+        return await waiter.changed(began, deadline, until=until, job_id=job_id)
 
 
 @asynccontextmanager
@@ -117,21 +117,30 @@ async def watch_row(
     interval_seconds = _interval(interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
-    wait = Wait.of(session, target, schemas_in_use(session.sync_session))
-    with wait.registered(baseline, interval=interval_seconds, fresh=since is None) as row:
-        async with aclosing(_states(session, row, limit)) as states:
+    own = SessionReader(session, target, schemas_in_use(session.sync_session))
+    with _waiter(own, baseline, interval_seconds, fresh=since is None) as waiter:
+        async with aclosing(_states(session, waiter, limit)) as states:
             yield states
 
 
-async def _states(session: AsyncSession, row: RowWait[M], limit: float | None) -> AsyncGenerator[M, None]:
+def _waiter(
+    own: SessionReader[M], baseline: Baseline, interval: float, *, fresh: bool, awaits_message: bool = False
+) -> RowWaiter[M]:
+    """By whose read it goes: the shared one's where it is declared what rows depend on."""
+    kind: Any = WokenWaiter if own.settings is None else HandedWaiter
+    waiter: RowWaiter[M] = kind(own, baseline, interval=interval, fresh=fresh, awaits_message=awaits_message)
+    return waiter
+
+
+async def _states(session: AsyncSession, waiter: RowWaiter[M], limit: float | None) -> AsyncGenerator[M, None]:
     while True:
         began = asyncio.get_running_loop().time()
         deadline = None if limit is None else began + limit
-        await _release(session, row.waiter.target, began, deadline)
-        row.waiter.begin_step()
-        own = await row.changed(began, deadline)
-        row.waiter.baseline = database_values(own, row.waiter.target)  # it may be newer than what ended the wait
-        yield own
+        await _release(session, waiter.target, began, deadline)
+        waiter.begin_step()
+        row = await waiter.changed(began, deadline)
+        waiter.baseline = database_values(row, waiter.target)  # it may be newer than what ended the wait
+        yield row
 
 
 async def _release(session: AsyncSession, target: Target[Any], began: float, deadline: float | None) -> None:

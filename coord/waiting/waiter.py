@@ -11,7 +11,6 @@ from coord.errors import WaitTimeoutError
 if TYPE_CHECKING:
     from coord.database.target import Target
     from coord.waiting.baseline import Baseline
-    from coord.waiting.deadlines import Alarm
     from coord.waiting.poller import Poller
 
 LAST_READ_SECONDS = 0.8
@@ -19,7 +18,7 @@ LAST_READ_SECONDS = 0.8
 
 
 class Waiter(Generic[M]):
-    """A wait registered with the poller of one mapped class."""
+    """A wait, registered with the poller of one mapped class until its block ends."""
 
     counts = 1
     """How many of the process's `max_waiters` it takes."""
@@ -42,18 +41,20 @@ class Waiter(Generic[M]):
         "then",
     )
 
-    def __init__(self, poller: Poller, target: Target[M], baseline: Baseline, *, interval: float) -> None:
+    def __init__(
+        self, poller: Poller, target: Target[M], baseline: Baseline, *, interval: float, awaits_message: bool = False
+    ) -> None:
         self._poller = poller
         self._signal: asyncio.Future[None] | None = None
-        self._alarm: Alarm | None = None
+        self._alarm: asyncio.TimerHandle | None = None
         self.target = target
         self.baseline = baseline
         self.interval = interval
+        self.awaits_message = awaits_message
+        """Whether the row cannot have changed without a message."""
         self.concluding = False
         """Whether the next row is the last, whatever it is."""
         self.has_read = False
-        self.awaits_message = False
-        """Whether the row cannot have changed without a message."""
         self.job: Waiter[Any] | None = None
         """The waiter for the job that may end this wait."""
         self.then: tuple[int, Waiter[Any]] | None = None
@@ -65,12 +66,10 @@ class Waiter(Generic[M]):
         self.error: BaseException | None = None
 
     def __enter__(self) -> Self:
+        self._poller.add(self)
         return self
 
     def __exit__(self, *_error: object) -> None:
-        self.leave()
-
-    def leave(self) -> None:
         self._poller.remove(self)
 
     def _asleep(self, until: float | None) -> asyncio.Future[None]:
@@ -79,13 +78,16 @@ class Waiter(Generic[M]):
         Not a coroutine: that would cost memory for every waiter.
         """
         self._signal = asyncio.get_running_loop().create_future()
-        if until is not None:
-            self._alarm = self._poller.deadlines.set(until, self)
+        self._set_alarm(until)
         return self._signal
+
+    def _set_alarm(self, when: float | None) -> None:
+        if when is not None:
+            self._alarm = asyncio.get_running_loop().call_at(when, self.on_deadline, when)
 
     def _awake(self) -> None:
         if self._alarm is not None:
-            self._poller.deadlines.cancel(self._alarm)
+            self._alarm.cancel()
         self._signal = self._alarm = None
 
     def wake(self) -> None:
@@ -120,13 +122,17 @@ class Waiter(Generic[M]):
         """Messages of the row come from now on; when called again, some may have been missed."""
         self.awaits_message = False
 
-    def defers_to_owner(self) -> bool:
-        """Whether its owner's row is read first when this one has a message."""
-        return False
+    def on_message(self, *, of_row: bool) -> bool:
+        """A message about its row, or about the whole table; whether the shared read is to look at the row."""
+        return True
 
     def conclude(self) -> None:
         """The job is done: the row as it is from now on is the answer."""
         self.concluding = True
+
+    def begin_step(self) -> None:
+        """The next wait of a watch."""
+        self.last = self.over = False
 
     def on_deadline(self, when: float) -> None:
         """Have one last read at the deadline, of the job as well, and wait for it `LAST_READ_SECONDS` at most."""
@@ -134,7 +140,7 @@ class Waiter(Generic[M]):
             self.give_up()
             return
         self.last = True
-        self._alarm = self._poller.deadlines.set(when + LAST_READ_SECONDS, self)
+        self._set_alarm(when + LAST_READ_SECONDS)
         if self.job is None:
             self.request()
         else:

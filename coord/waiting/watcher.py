@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from coord.errors import TooManyWaitersError
 from coord.observation import tell_waiters
-from coord.waiting.handed import HandingPoller
+from coord.waiting.poller import Poller
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
-from coord.waiting.settings import settings_of
-from coord.waiting.woken import WakingPoller
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from sqlalchemy.engine import Dialect
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.orm import Mapper
 
     from coord.database.schemas import Schemas
-    from coord.database.target import Target
-    from coord.waiting.baseline import Baseline
-    from coord.waiting.poller import Poller
-    from coord.waiting.settings import Declared, Settings
-    from coord.waiting.subscription import RowSubscription
+    from coord.notify.bell import Bell
+    from coord.notify.channels import Channels
+    from coord.waiting.reader import Settings
     from coord.waiting.waiter import Waiter
 
-    Subscribe = Callable[[Mapper[Any], Schemas], RowSubscription | None]
-
-W = TypeVar("W", bound="Waiter[Any]")
-
+Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | None
+"""`read_settings`: what the rows that a session reads depend on."""
 MAX_WAITERS = 20_000
 MAX_OWN_READS = 4
 """Sessions that read by themselves at a time: the pool's connections are for others as well."""
+
+_SETTING_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_$]*(\.[A-Za-z_][A-Za-z0-9_$]*)*")
 
 
 class Watcher:
@@ -52,9 +50,8 @@ class Watcher:
         self._max_waiters = MAX_WAITERS
         self._declared: Declared = None
         self._coordinated = False
-        self._subscribe: Subscribe = _subscribe_to_nothing
-        self.is_job_pending: Callable[[object], bool] = _is_never_pending
-        """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
+        self._bell: Bell | None = None
+        self._channels: Channels | None = None
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._idle_tasks: set[asyncio.Task[None]] = set()
         """Tasks of pollers whose last waiter has left."""
@@ -69,56 +66,50 @@ class Watcher:
         return watcher
 
     def settings_of(self, session: AsyncSession) -> Settings | None:
-        """What the rows that the session reads depend on, as declared to the coordinator; None if undeclared."""
-        return settings_of(self._declared, session)
+        """Those under which a shared read sees what this session sees; None if undeclared."""
+        declared = self._declared
+        return None if declared is None else checked_settings(declared(session) if callable(declared) else declared)
 
-    def register(
-        self,
-        target: Target[Any],
-        schemas: Schemas,
-        baseline: Baseline,
-        *,
-        settings: Settings | None,
-        interval: float,
-        make: Callable[..., W],
-        awaits_message: bool = False,
-        counts: bool = True,
-    ) -> W:
-        """A waiter, registered from now until its block ends.
+    def is_job_pending(self, job_id: object) -> bool:
+        """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
+        return self._bell is not None and self._bell.is_pending(job_id)
 
-        With `awaits_message` its row cannot change without a message; if it `counts`, it takes one of `max_waiters`.
-        """
-        if counts and self.waiters >= self._max_waiters:
+    def poller(
+        self, kind: type[Waiter[Any]], mapper: Mapper[Any], schemas: Schemas, settings: Settings | None
+    ) -> Poller:
+        """The one to register a waiter of this kind with, at once."""
+        if kind.counts and self.waiters >= self._max_waiters:
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
-        kind = (target.mapper, schemas, settings)
-        if (poller := self._pollers.get(kind)) is None:
-            poller = self._pollers[kind] = self._poller(*kind)
-        waiter = make(poller, target, baseline, interval=interval)
-        waiter.awaits_message = awaits_message
-        poller.add(waiter)
-        self.waiters += waiter.counts
-        tell_waiters(waiter.counts)
-        return waiter
+        key = (mapper, schemas, settings)
+        if (poller := self._pollers.get(key)) is None:
+            poller = self._pollers[key] = Poller(self, Reader(self.engine, mapper, schemas, settings))
+            poller.subscribe(self._bell, self._channels)
+        return poller
 
-    def _poller(self, mapper: Mapper[Any], schemas: Schemas, settings: Settings | None) -> Poller:
-        made = WakingPoller if settings is None else HandingPoller
-        reader = Reader(self.engine, mapper, schemas, settings)
-        return made(reader, self._subscribe(mapper, schemas), on_leave=self._left)
+    def on_leave(self, poller: Poller, waiter: Waiter[Any]) -> None:
+        self.waiters -= waiter.counts
+        tell_waiters(-waiter.counts)
+        if not poller.waiters:
+            self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
+            if poller.task is not None and not poller.task.done():
+                self._idle_tasks.add(poller.task)
+                poller.task.add_done_callback(self._idle_tasks.discard)
+                if self._draining:
+                    poller.task.cancel()
+            self._forget_if_idle()
 
     @contextmanager
-    def coordinate(
-        self, max_waiters: int, declared: Declared, subscribe: Subscribe, is_job_pending: Callable[[object], bool]
-    ) -> Iterator[None]:
+    def coordinate(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels) -> Iterator[None]:
         """Use another cap, and messages, until the block ends, also for waits that have begun before."""
         if self._coordinated:
             raise RuntimeError("This engine has a Coordinator in this event loop already; one serves all its waits.")
-        self._set(max_waiters, declared, subscribe, coordinated=True)
-        self.is_job_pending, self._draining = is_job_pending, False
+        self._coordinated, self._draining = True, False
+        self._set(max_waiters, declared, bell, channels)
         try:
             yield
         finally:
-            self._set(MAX_WAITERS, None, _subscribe_to_nothing, coordinated=False)
-            self.is_job_pending = _is_never_pending
+            self._coordinated = False
+            self._set(MAX_WAITERS, None, None, None)
             self._forget_if_idle()
 
     async def drain(self) -> None:
@@ -131,36 +122,28 @@ class Watcher:
         while self._idle_tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait([*self._idle_tasks], timeout=left)
 
-    def _set(self, max_waiters: int, declared: Declared, subscribe: Subscribe, *, coordinated: bool) -> None:
-        self._max_waiters, self._declared, self._coordinated = max_waiters, declared, coordinated
-        self._subscribe = subscribe
-        for (mapper, schemas, _), poller in self._pollers.items():
-            poller.subscribe(subscribe(mapper, schemas))
-
-    def _left(self, poller: Poller, waiter: Waiter[Any]) -> None:
-        self.waiters -= waiter.counts
-        tell_waiters(-waiter.counts)
-        if not poller.waiters:
-            self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
-            if poller.task is not None and not poller.task.done():
-                self._idle_tasks.add(poller.task)
-                poller.task.add_done_callback(self._idle_tasks.discard)
-                if self._draining:
-                    poller.task.cancel()
-            self._forget_if_idle()
+    def _set(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels | None) -> None:
+        self._max_waiters, self._declared, self._bell, self._channels = max_waiters, declared, bell, channels
+        for poller in self._pollers.values():
+            poller.subscribe(bell, channels)
 
     def _forget_if_idle(self) -> None:
         if not self._pollers and not self._coordinated:
             _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
 
 
-def _subscribe_to_nothing(_mapper: Mapper[Any], _schemas: Schemas) -> None:
-    """Waits go by polling alone."""
-
-
-def _is_never_pending(_job_id: object) -> bool:
-    """Without a coordinator this process sends no messages."""
-    return False
+def checked_settings(declared: object) -> Settings:
+    """`ValueError` unless it is a mapping of PostgreSQL's settings to their values."""
+    if not isinstance(declared, Mapping):
+        raise ValueError(  # noqa: TRY004 - it is an argument's value, or what an argument has returned
+            f"read_settings is a mapping of PostgreSQL's settings to text, or gives one for a session; not {declared!r}"
+        )
+    for name, value in declared.items():
+        if not isinstance(name, str) or not _SETTING_NAME.fullmatch(name):
+            raise ValueError(f"read_settings has {name!r}, which is not the name of a setting of PostgreSQL")
+        if not isinstance(value, str) or "\0" in value:
+            raise ValueError(f"read_settings[{name!r}] is text without a null character, not {value!r}")
+    return tuple(sorted(declared.items()))
 
 
 _watchers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Dialect, Watcher]] = WeakKeyDictionary()

@@ -1,7 +1,7 @@
 """Where rows may depend on the session that reads: the shared read only wakes waits, and each session reads its row.
 
-The shared read takes not a row's values but where PostgreSQL keeps it, which is another place after every change. As
-long as that is where the session itself found it, the row is the same. Where the two keep disagreeing although the
+The shared read takes not a row's values but which version of it there is, another one after every change. As long as
+that is the one that the session itself found, the row is the same. Where the two keep disagreeing although the
 session's row is unchanged, they see different rows, or one of them sees none: from then on that wait reads by itself
 at its interval.
 """
@@ -12,24 +12,29 @@ import asyncio
 import logging
 from typing import TYPE_CHECKING, Any
 
+from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.target import M
-from coord.retryable import sqlstate_of
+from coord.errors import RowNotFoundError
+from coord.jobs.model import JobState
+from coord.retryable import is_server_away
 from coord.waiting.baseline import difference, own_copy
-from coord.waiting.poller import Poller
+from coord.waiting.job_wait import end_of, job_not_found, job_target
+from coord.waiting.poller import RETRY_INTERVAL_SECONDS
+from coord.waiting.session_reader import seconds_left
 from coord.waiting.statements import has_identity
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Callable
+    from uuid import UUID
 
     from sqlalchemy.orm import Mapper
 
-    from coord.database.target import Key, Target
+    from coord.jobs.model import Job
     from coord.waiting.baseline import Baseline, Difference
-    from coord.waiting.poller import Due
+    from coord.waiting.session_reader import OwnRow, SessionReader
 
     Identity = tuple[Any, ...] | None
     """None is that of no row."""
@@ -44,26 +49,26 @@ _warned: set[Mapper[Any]] = set()
 class WokenWaiter(Waiter[M]):
     """Is woken when its session must read the row."""
 
-    __slots__ = ("_deadline", "_expected", "_identity", "_reason", "_shared", "due", "fresh", "job_unreadable", "solo")
+    __slots__ = (
+        *("_deadline", "_expected", "_fresh", "_identity", "_job_unreadable", "_known", "_own", "_reason", "_shared"),
+        *("due", "solo"),
+    )
 
     def __init__(
-        self,
-        poller: Poller,
-        target: Target[M],
-        baseline: Baseline,
-        *,
-        interval: float,
-        fresh: bool = False,
-        solo: bool = False,
+        self, own: SessionReader[M], baseline: Baseline, *, interval: float, fresh: bool, awaits_message: bool
     ) -> None:
-        super().__init__(poller, target, baseline, interval=interval)
-        self.fresh = fresh
+        poller = own.watcher.poller(WokenWaiter, own.target.mapper, own.schemas, None)
+        super().__init__(poller, own.target, baseline, interval=interval, awaits_message=awaits_message)
+        self._own = own
+        self._known = bool(baseline)
+        """Whether the session has read the row before."""
+        self._fresh = fresh
         """Whether its row is wanted although nothing differs."""
-        self.due = solo
+        self.due = own.bound
         """Whether the session is to read."""
-        self.solo = solo or not has_identity(target.mapper)
+        self.solo = own.bound or not has_identity(own.target.mapper)
         """Whether it reads by itself at its interval, and shares no read."""
-        self.job_unreadable = solo
+        self._job_unreadable = own.bound
         """Whether its job is for the session to read as well."""
         self._deadline: float | None = None
         self._expected: tuple[int, Waiter[Any]] | None = None
@@ -75,25 +80,126 @@ class WokenWaiter(Waiter[M]):
         self._reason: object = None
         """Why it reads by itself, until that is logged."""
 
-    async def wanted(self, began: float, deadline: float | None) -> None:
-        """Return when the session is to read the row; times are the loop's.
+    async def changed(
+        self,
+        began: float,
+        deadline: float | None,
+        *,
+        until: Callable[[M], bool] | None = None,
+        job_id: UUID | None = None,
+    ) -> M:
+        """The session's own instance, once the row ends the wait; times are the loop's.
 
-        Raises `WaitTimeoutError`, or what has become of the job.
+        Raises `WaitTimeoutError`, `RowNotFoundError`, what became of the job, or what the session's read has raised.
         """
-        loop = asyncio.get_running_loop()
         self._deadline = deadline
-        while not self.due:
-            if self.error is not None:
-                raise self.error
-            if self.over:
-                raise self.timed_out(began)
-            until = deadline + LAST_READ_SECONDS if self.last and deadline is not None else deadline
-            own = loop.time() + self.interval if self.solo and not self.last else None
-            try:
-                await self._asleep(min((each for each in (until, own) if each is not None), default=None))
-            finally:
-                self._awake()
-        self.due, self._expected = False, self.then
+        while True:
+            while not self.due:
+                if self.error is not None or self.over:
+                    raise self.error or self.timed_out(began)
+                try:
+                    await self._asleep(self._next_alarm())
+                finally:
+                    self._awake()
+            self.due, self._expected = False, self.then
+            concluding, own_job_id = self.concluding, job_id if self._job_unreadable else None
+            found = await self._read(began, own_job_id)
+            if found is None:
+                continue
+            concluding = concluding or (own_job_id is not None and _is_done(found.job, own_job_id))
+            if found.row is None:
+                raise self._not_found()
+            self._warn()
+            if concluding or await self._ends(found.row, until):
+                self._on_tested(found.row)
+                self.has_read, self._identity, self._shared = True, found.identity, _UNREAD
+                return await self._own.adopt(found.row, deadline)
+            self._on_unchanged(found.identity)
+
+    def _next_alarm(self) -> float | None:
+        """The deadline, or when the read after it is over; or before that the end of its own interval."""
+        until = self._deadline
+        if self.last and until is not None:
+            return until + LAST_READ_SECONDS
+        if not self.solo:
+            return until
+        own = asyncio.get_running_loop().time() + self.interval
+        return own if until is None else min(until, own)
+
+    async def _read(self, began: float, job_id: UUID | None) -> OwnRow[M] | None:
+        """None if the database is away, and the read must be repeated."""
+        if seconds_left(self._deadline) <= 0:
+            raise self.timed_out(began)
+        try:
+            return await self._own.read(self._deadline, identified=not self.solo, job_id=job_id)
+        except Exception as error:
+            if self._own.shares_errors or not is_server_away(error):
+                raise
+            if seconds_left(self._deadline) <= RETRY_INTERVAL_SECONDS:
+                raise self.timed_out(began) from error
+            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+            self.due = True
+            return None
+
+    async def _ends(self, row: M, until: Callable[[M], bool] | None) -> bool:
+        """Whether the row differs, or `until` is true of one that does. If only PostgreSQL can tell, it does."""
+        values = inspect(row).dict
+        found: Difference = True
+        if not self._fresh:
+            found = difference(self.target.mapper, self.baseline, values, self.target.columns)
+        if until is not None and found is not None:
+            found = until(row) or None
+            self._on_tested(row)
+        if not isinstance(found, dict):
+            return found is not None
+        try:
+            if not await self._own.stores(found, self._deadline):
+                return True
+        except DBAPIError as error:
+            if is_server_away(error):
+                raise
+            return True  # SQL cannot compare it, so the comparison in Python counts
+        self.baseline.update({name: values[name] for name in found})
+        return False
+
+    def _on_tested(self, row: M) -> None:
+        """It need not be tested again until it changes."""
+        values = inspect(row).dict
+        self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
+        self._fresh = False
+
+    def _on_unchanged(self, identity: Identity) -> None:
+        """The session has read the row, there, and nothing differs."""
+        self.has_read = True
+        if not self.solo and self._shared not in (_UNREAD, identity):
+            if self._identity == identity:
+                self._go_solo(f"{self.target} is another row, or none, when it is read without a session's context")
+            else:
+                self.request()  # it has changed in between, or they disagree
+        self._identity, self._shared = identity, _UNREAD
+        if self.last and self.solo and (self.job is None or self._job_unreadable):
+            self.over = True
+        if self.then is not None and self.then is self._expected:
+            self._go_on()
+
+    def _not_found(self) -> RowNotFoundError:
+        if self.has_read:
+            return RowNotFoundError(f"{self.target} was deleted")
+        hint = "; if the session saw it under settings of its transaction, name these in Coordinator(read_settings=...)"
+        return RowNotFoundError(f"{self.target} not found{hint * self._known}")
+
+    def _warn(self) -> None:
+        """Log that it reads by itself, where that could not be known beforehand and nothing else is wrong."""
+        reason, self._reason = self._reason, None
+        if reason is None or self.target.mapper in _warned:
+            return
+        _warned.add(self.target.mapper)
+        logger.warning(
+            "Waits for %s read by themselves, each at its interval: %s. If rows depend on settings of PostgreSQL, name "
+            "these in Coordinator(read_settings=...), and waits share their reads",
+            self.target.mapper.class_.__name__,
+            reason,
+        )
 
     def on_deadline(self, when: float) -> None:
         if self.last:
@@ -112,42 +218,17 @@ class WokenWaiter(Waiter[M]):
         elif self.then is not None and self.then[0] <= self._poller.generation:
             self._go_on()
 
-    def on_unchanged(self, identity: Identity) -> None:
-        """The session has read the row, there, and nothing differs."""
-        self.has_read = True
-        if not self.solo and self._shared not in (_UNREAD, identity):
-            if self._identity == identity:
-                self._go_solo(f"{self.target} is another row, or none, when it is read without a session's context")
-            else:
-                self.request()  # it has changed in between, or they disagree
-        self._identity, self._shared = identity, _UNREAD
-        if self.last and self.solo and (self.job is None or self.job_unreadable):
-            self.over = True
-        if self.then is not None and self.then is self._expected:
-            self._go_on()
-
-    def warn(self) -> None:
-        """Log that it reads by itself, where that could not be known beforehand and nothing else is wrong."""
-        reason, self._reason = self._reason, None
-        if reason is None or self.target.mapper in _warned:
-            return
-        _warned.add(self.target.mapper)
-        logger.warning(
-            "Waits for %s read by themselves, each at its interval: %s. If rows depend on settings of PostgreSQL, name "
-            "these in Coordinator(read_settings=...), and waits share their reads",
-            self.target.mapper.class_.__name__,
-            reason,
-        )
-
-    def on_message(self) -> None:
-        self._require(True)
+    def on_message(self, *, of_row: bool) -> bool:
+        """The session must read the row; of a whole table perhaps no row has changed, and the shared read tells."""
+        self._require(of_row or self.solo)
+        return not of_row
 
     def on_read_error(self, error: Exception) -> None:
         """A hook that needs a context, a table that is not there without one, a view; or what the session will see."""
         self._go_solo(f"the shared read fails with {type(error).__name__}")
 
     def on_job_unreadable(self, error: Exception) -> None:
-        self.job_unreadable = True
+        self._job_unreadable = True
         self._go_solo(f"its job cannot be read without a session's context: {type(error).__name__}")
 
     def _go_solo(self, reason: str) -> None:
@@ -163,24 +244,6 @@ class WokenWaiter(Waiter[M]):
         super().conclude()
         self._require(True)
 
-    def begin_step(self) -> None:
-        """The next wait of a watch."""
-        self.last = self.over = False
-
-    def on_returned(self, values: Mapping[str, Any], identity: Identity) -> None:
-        """The row that the session has read is handed to its caller."""
-        self.on_tested(values)
-        self.has_read = True
-        self._identity, self._shared = identity, _UNREAD
-
-    def on_tested(self, values: Mapping[str, Any]) -> None:
-        """The row was tested, and need not be again until it changes."""
-        self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
-        self.fresh = False
-
-    def differs_in(self, values: Mapping[str, Any]) -> Difference:
-        return True if self.fresh else difference(self.target.mapper, self.baseline, values, self.target.columns)
-
     def _require(self, due: bool) -> None:
         if due:
             self.due = True
@@ -192,31 +255,9 @@ class WokenWaiter(Waiter[M]):
         self.then = self._expected = None
 
 
-class WakingPoller(Poller):
-    """Reads where the rows are kept, and none of their values."""
-
-    def on_message(self, key: Key | None) -> None:
-        """The sessions of one row must read it; of a whole table perhaps no row has changed."""
-        if key is None:
-            self._due.update(self.waiters)
-            self._awake.set()
-        for waiter in self._waiters_of(key):
-            if key is not None or waiter.solo:
-                waiter.on_message()
-
-    def _waiters_of(self, key: Key | None) -> list[WokenWaiter[Any]]:
-        if key is not None:
-            return [*self.waiters.get(key, ())]
-        return [waiter for waiters in self.waiters.values() for waiter in waiters]
-
-    async def _read(self, due: Due, changed: AbstractSet[Key]) -> None:
-        shared = {key: [waiter for waiter in waiters if not waiter.solo] for key, waiters in due.items()}
-        keys = [key for key, waiters in shared.items() if waiters]
-        found = await self.reader.identities(keys) if keys else {}
-        for key in keys:
-            for waiter in shared[key]:
-                waiter.on_identity(found.get(key))
-
-    def _concerns_all(self, error: Exception) -> bool:
-        """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-        return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")
+def _is_done(job: Job | None, job_id: UUID) -> bool:
+    if job is None:
+        raise job_not_found(job_target(job_id))
+    if (end := end_of(job)) is not None:
+        raise end
+    return job.state is JobState.DONE

@@ -12,8 +12,8 @@ from arq.worker import Retry, RetryJob
 
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.job_transaction import JobSuperseded
 from coord.jobs.model import JobState
-from coord.jobs.transaction import JobSuperseded
 from coord.observation import attempt_ended, observed_attempt, tell_unknown
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable

@@ -15,8 +15,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
 from coord.errors import LockTimeoutError
+from coord.jobs.job_transaction import CLASS, is_ours, ours
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
-from coord.jobs.transaction import CLASS, is_ours, ours
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
 from coord.session import create_db_context

@@ -95,7 +95,7 @@ class Storm:
             await stack.flush_redis()
         elif fault.kind == "Redis restarted":
             with self._without():
-                await asyncio.to_thread(stack.valkey.kill)
+                await asyncio.to_thread(stack.valkey.stop, "immediate")
                 await asyncio.sleep(fault.seconds)
                 await asyncio.to_thread(stack.valkey.start)
         else:

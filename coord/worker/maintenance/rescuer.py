@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import column, delete, func, select, table, text, tuple_, update
 from sqlalchemy.exc import DBAPIError
 
+from coord.jobs.job_transaction import CLASS
 from coord.jobs.model import JobState, cancellations, is_queued, jobs, workers
-from coord.jobs.transaction import CLASS
 from coord.observation import tell_rescued
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import undefer
+from sqlalchemy.orm.attributes import set_committed_value
 
 from coord.cancellation import interruptible, uninterrupted
+from coord.database.engine import engine_of
 from coord.database.schemas import schemas_of
-from coord.database.target import EAGER, M
+from coord.database.target import EAGER, M, column_names
 from coord.database.transaction import connection_mutex, end_transaction
 from coord.errors import RowNotFoundError
+from coord.notify.changes import warn_if_uncoordinated
+from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
-from coord.waiting.reader import READ_TIMEOUT_SECONDS
-from coord.waiting.statements import entity_with_identity, parameters_of
-from coord.waiting.stored import comparisons_of
+from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
+from coord.waiting.statements import comparisons_of, entity_of, parameters_of
+from coord.waiting.waiter import LAST_READ_SECONDS
+from coord.waiting.watcher import Watcher
 
 if TYPE_CHECKING:
-    import asyncio
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
     from uuid import UUID
 
@@ -30,11 +36,12 @@ if TYPE_CHECKING:
     from coord.database.schemas import Schemas
     from coord.database.target import Target
     from coord.jobs.model import Job
-    from coord.waiting.settings import Settings
 
 T = TypeVar("T")
 
-_SET = text("SELECT set_config(:name, :value, true)")
+ADOPTION_TIMEOUT_SECONDS = 5.0
+"""That the session may take to load what belongs to a row that ends a wait without a deadline."""
+
 _TIMEOUT = text("SELECT current_setting('statement_timeout')")
 
 
@@ -44,48 +51,43 @@ class OwnRow(NamedTuple, Generic[M]):
     row: M | None
     """Detached, with every column loaded and no relationship."""
     identity: tuple[Any, ...] | None
-    """Where PostgreSQL keeps it, if `identified`."""
+    """Which version it is, if `identified`."""
     job: Job | None
 
 
-class OwnReader(Generic[M]):
-    """Reads one row for the session that waits for it.
+class SessionReader(Generic[M]):
+    """A session and the row that it waits for: reads it, and makes it the session's own.
 
     In the transaction that the session is in, if that was left open, else in one that it begins by itself and that is
     ended afterwards: its connection is free between two reads. Of a session that is bound to one connection no read is
     ever cancelled, and its end is awaited, so that nothing runs there when the wait is over.
     """
 
-    __slots__ = ("_bound", "_own_reads", "_schemas", "_settings", "_unguarded", "session", "target")
+    __slots__ = ("_unguarded", "bound", "schemas", "session", "settings", "target", "watcher")
 
-    def __init__(
-        self,
-        session: AsyncSession,
-        target: Target[M],
-        schemas: Schemas,
-        settings: Settings | None,
-        own_reads: asyncio.Semaphore,
-    ) -> None:
+    def __init__(self, session: AsyncSession, target: Target[M], schemas: Schemas) -> None:
+        warn_if_uncoordinated()
         self.session = session
         self.target = target
-        self._schemas = schemas
-        self._settings = settings or ()
-        self._own_reads = own_reads
-        self._bound = isinstance(session.bind, AsyncConnection)
+        self.schemas = schemas
+        self.watcher = Watcher.of(engine_of(session))
+        self.bound = isinstance(session.bind, AsyncConnection)
+        self.settings = None if self.bound else self.watcher.settings_of(session)
         self._unguarded = False
         """Whether a table lock can no longer make a read on the bound connection wait."""
 
     @property
     def shares_errors(self) -> bool:
         """Whether a failed read leaves the caller's own transaction aborted."""
-        return self._unguarded if self._bound else self.session.in_transaction()
+        return self._unguarded if self.bound else self.session.in_transaction()
 
-    async def read(self, *, identified: bool, job_id: UUID | None, limit: float) -> OwnRow[M]:
-        """The job first, so that the row is as the job has left it. `TimeoutError` after `limit` seconds."""
+    async def read(self, deadline: float | None, *, identified: bool, job_id: UUID | None) -> OwnRow[M]:
+        """The job first, so that the row is as the job has left it. `TimeoutError` soon after the deadline."""
+        limit = seconds_left(deadline)
 
         async def work() -> OwnRow[M]:
-            async with self.connection() as connection:
-                if not self._bound or self._unguarded:
+            async with self._connection() as connection:
+                if not self.bound or self._unguarded:
                     return await self._read(connection, identified, job_id)
                 async with _limited(connection, min(limit, READ_TIMEOUT_SECONDS)):
                     found = await self._read(connection, identified, job_id)
@@ -94,23 +96,46 @@ class OwnReader(Generic[M]):
 
         return await self._bounded(work(), limit)
 
-    async def stores(self, seen: Mapping[str, Any], *, limit: float) -> bool:
+    async def stores(self, seen: Mapping[str, Any], deadline: float | None) -> bool:
         """Whether these values, stored in the row's columns, are what is there."""
 
         async def work() -> bool:
-            async with self.connection() as connection, connection.begin_nested():
-                for statement, parameters in comparisons_of(self.target, self._schemas, seen):
+            async with self._connection() as connection, connection.begin_nested():
+                for statement, parameters in comparisons_of(self.target, self.schemas, seen):
                     if not await connection.scalar(statement, parameters):
                         return False
             return True
 
-        return await self._bounded(work(), limit)
+        return await self._bounded(work(), seconds_left(deadline))
 
-    async def refreshed(self, own: M | None, *, limit: float) -> M:
-        """The session's own instance, as after its `refresh`, but for what has changes that are not flushed."""
+    async def adopt(self, row: M, deadline: float | None, *, alone: bool = True) -> M:
+        """The session's own instance of the detached `row`, current as after its `refresh`.
+
+        Without a query where there is nothing but columns to be loaded. `alone` is whether no other wait was handed
+        this instance, so that it may become the session's.
+        """
+        session = self.session.sync_session
+        state: InstanceState[M] = inspect(row)
+        assert state.key is not None
+        own: M | None = session.identity_map.get(state.key)
+        if _has_more_than_columns(state.mapper, own):
+            return await self._refreshed(own, deadline)
+        if own is not None or not alone:
+            for name in column_names(state.mapper):
+                state.dict[name] = own_copy(state.dict[name])
+            if own is not None and state.mapper.version_id_col is not None:
+                # merge() refuses another version as that of an outdated row.
+                version = state.mapper.get_property_by_column(state.mapper.version_id_col).key
+                set_committed_value(own, version, state.dict[version])
+            return session.merge(row, load=False)
+        session.add(row)
+        return row
+
+    async def _refreshed(self, own: M | None, deadline: float | None) -> M:
+        """As after the session's `refresh`, but for what has changes that are not flushed."""
 
         async def work() -> M:
-            async with self.connection():
+            async with self._connection():
                 with self.session.no_autoflush:
                     if own is not None:
                         await self.session.refresh(own, _unmodified(inspect(own)))
@@ -121,31 +146,29 @@ class OwnReader(Generic[M]):
             return found
 
         try:
-            return await self._bounded(work(), limit)
+            return await self._bounded(work(), seconds_left(deadline))
         except InvalidRequestError as error:
             if own is not None and "Could not refresh" in str(error):
                 raise RowNotFoundError(f"{self.target} was deleted") from error
             raise
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[AsyncConnection]:
+    async def _connection(self) -> AsyncIterator[AsyncConnection]:
         """The session's, in its transaction; where it has none, as long as this lasts."""
-        session = self.session
+        session, binding = self.session, {"mapper": self.target.mapper}
         if isinstance(session.bind, AsyncConnection):
             yield session.bind
             return
         if session.in_transaction():
-            yield await session.connection(bind_arguments={"mapper": self.target.mapper})
+            yield await session.connection(bind_arguments=binding)
             return
-        translated = self._schemas and self._schemas != schemas_of(session.sync_session)
-        options = {"schema_translate_map": dict(self._schemas)} if translated else None
-        async with self._own_reads:
+        translated = self.schemas and self.schemas != schemas_of(session.sync_session)
+        options = {"schema_translate_map": dict(self.schemas)} if translated else None
+        async with self.watcher.own_reads:
             try:
-                connection = await session.connection(
-                    bind_arguments={"mapper": self.target.mapper}, execution_options=options
-                )
-                for name, value in self._settings:
-                    await connection.execute(_SET, {"name": name, "value": value})
+                connection = await session.connection(bind_arguments=binding, execution_options=options)
+                for name, value in self.settings or ():
+                    await connection.execute(SET, {"name": name, "value": value})
                 yield connection
             finally:
                 await end_transaction(session)
@@ -162,12 +185,12 @@ class OwnReader(Generic[M]):
 
     def _found(self, session: Session, identified: bool, job_id: UUID | None) -> OwnRow[M]:
         with session:
-            job = None if job_id is None else _one(session, job_target(job_id), self._schemas, identified=False)
-            row = _one(session, self.target, self._schemas, identified=identified)
+            job = None if job_id is None else _one(session, job_target(job_id), self.schemas, identified=False)
+            row = _one(session, self.target, self.schemas, identified=identified)
             return OwnRow(row and row[1], row and tuple(row[2:]), job and job[1])
 
     async def _bounded(self, work: Coroutine[Any, Any, T], limit: float) -> T:
-        if not self._bound:
+        if not self.bound:
             return await interruptible(work, limit=limit)
 
         async def exclusively() -> T:
@@ -177,8 +200,15 @@ class OwnReader(Generic[M]):
         return await uninterrupted(exclusively())
 
 
+def seconds_left(deadline: float | None) -> float:
+    """That a read of the session's may take: no wait ends later than a second after its deadline."""
+    if deadline is None:
+        return READ_TIMEOUT_SECONDS + ADOPTION_TIMEOUT_SECONDS
+    return deadline + LAST_READ_SECONDS - asyncio.get_running_loop().time()
+
+
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
-    statement = entity_with_identity(target.mapper, schemas, identified=identified)
+    statement = entity_of(target.mapper, schemas, one=True, identified=identified)
     return session.execute(statement, parameters_of(target.mapper, [target.key], one=True)).one_or_none()
 
 
@@ -188,13 +218,24 @@ async def _limited(connection: AsyncConnection, limit: float) -> AsyncIterator[N
     begin: Callable[[], Any] = connection.begin_nested if connection.in_transaction() else connection.begin
     async with begin():
         before = await connection.scalar(_TIMEOUT)
-        await _set_timeout(connection, f"{max(1, round(limit * 1000))}ms")
+        await connection.execute(SET, {"name": "statement_timeout", "value": f"{max(1, round(limit * 1000))}ms"})
         yield
-        await _set_timeout(connection, before)
+        await connection.execute(SET, {"name": "statement_timeout", "value": before})
 
 
-async def _set_timeout(connection: AsyncConnection, value: str) -> None:
-    await connection.execute(_SET, {"name": "statement_timeout", "value": value})
+def _has_more_than_columns(mapper: Mapper[Any], own: Any) -> bool:
+    """Whether only the session itself can make its instance current: related rows, parts, changes not flushed."""
+    if _has_eager_relationships(mapper):
+        return True
+    if own is None:
+        return False
+    state = inspect(own)
+    return bool(state.modified or mapper.composites or any(each.key in state.dict for each in mapper.relationships))
+
+
+@lru_cache(maxsize=256)
+def _has_eager_relationships(mapper: Mapper[Any]) -> bool:
+    return any(each.lazy in EAGER for each in mapper.relationships)
 
 
 def _unmodified(state: InstanceState[Any]) -> list[str]:

@@ -1,0 +1,126 @@
+"""The pages as the tests read them, and the examples on them as they are run.
+
+A Python block whose first line is a comment with a file's name is that file of the page's project. The others of a page
+run in order in one namespace, where `await` is allowed. They are given the shop's `Order` and `Stock`, `session_maker`,
+`database_url`, `redis_url`, and the task `fulfil_order`, which a worker runs; and each for itself a new `session` and a
+pending order, `order_id`, that nobody has looked at.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import re
+import warnings
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pytest
+from arq.worker import create_worker
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+
+from coord import create_ledger, job_transaction, lock_tables, worker_settings
+from tests.shop import ROOT, emptied, empty_database
+from worker.models import Base, Order, OrderStatus, Stock
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FILE = re.compile(r"# (\w+\.py)\n")
+
+Namespace = dict[str, Any]
+
+
+class Block(NamedTuple):
+    text: str
+    line: int
+
+
+def blocks(page: Path, language: str) -> list[Block]:
+    text = page.read_text()
+    found = [match for match in BLOCK.finditer(text) if match[1] == language]
+    return [Block(match[2], text.count("\n", 0, match.start(2))) for match in found]
+
+
+def prose(page: Path) -> str:
+    """The text as a reader sees it: without its examples, and with its lines run together."""
+    return " ".join(BLOCK.sub("", page.read_text()).split())
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[str]:
+    async with empty_database(database_url) as url:
+        yield url
+
+
+@pytest.fixture
+async def namespace(database: str, redis_url: str) -> AsyncIterator[Namespace]:
+    engine = create_async_engine(database, pool_size=5, max_overflow=0)
+    async with engine.begin() as connection:
+        await create_ledger(connection)
+        await connection.run_sync(Base.metadata.create_all)
+    session_maker = async_sessionmaker(bind=engine, expire_on_commit=False)
+    async with session_maker() as session, session.begin():
+        session.add(Stock(sku="tea", quantity=100))
+    async with working(database, redis_url) as fulfil_order:
+        yield {
+            "__name__": "page",
+            "Order": Order,
+            "Stock": Stock,
+            "session_maker": session_maker,
+            "engine": engine,
+            "database_url": database,
+            "redis_url": redis_url,
+            "fulfil_order": fulfil_order,
+        }
+    await engine.dispose()
+
+
+@asynccontextmanager
+async def working(database: str, redis_url: str) -> AsyncIterator[Any]:
+    """A task, and a worker that runs it, in this event loop."""
+
+    async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [Order]):
+            order = await session.get_one(Order, order_id)
+            order.status = OrderStatus.FULFILLED
+
+    await emptied(redis_url)
+    engine = create_async_engine(database, pool_size=5)
+    fulfil_order.__qualname__ = "fulfil_order"
+    sessions = async_sessionmaker(engine, expire_on_commit=False)
+    settings = worker_settings([fulfil_order], session_maker=sessions, redis=redis_url, handle_signals=False)
+    worker = create_worker(settings)
+    task = asyncio.create_task(worker.async_run())
+    yield fulfil_order
+    while not task.done():  # redis-py may swallow a cancellation
+        task.cancel()
+        await asyncio.wait([task], timeout=0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # arq calls what redis-py has deprecated
+        await worker.close()
+    await engine.dispose()
+
+
+async def run(page: Path, namespace: Namespace) -> None:
+    """All of the page's examples that are no files."""
+    session_maker = namespace["session_maker"]
+    for block in blocks(page, "python"):
+        if FILE.match(block.text):
+            continue
+        async with session_maker() as session:
+            pending = Order(sku="tea", quantity=1)
+            session.add(pending)
+            await session.commit()
+        source = "\n" * block.line + block.text  # so that a traceback names the page's own line
+        code = compile(source, str(page), "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
+        async with session_maker() as session:
+            namespace |= {"session": session, "order_id": pending.id}
+            running = eval(code, namespace)
+            if inspect.iscoroutine(running):
+                async with asyncio.timeout(10):
+                    await running
