@@ -1,4 +1,4 @@
-"""Who holds which table and who waits behind whom, each with its job: as one look sees it, and in the command's words."""
+"""Who holds which table, who waits behind whom, each with its job: as one look sees it, and in the words of `coord`."""
 
 from __future__ import annotations
 
