@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
 MAX_QUERY_CHARACTERS = 200
-WEAK_MODES = {"AccessShareLock", "RowShareLock", "RowExclusiveLock"}
+WEAK_MODES = {"ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE"}
 """Those that every statement takes: they are told of only where somebody waits for them."""
 
 _BACKENDS = text(f"""
@@ -59,6 +59,11 @@ class TableLock:
     """As PostgreSQL spells it; None of what is no table's: a row of another transaction, an advisory lock."""
     mode: str
     """As PostgreSQL spells it, `SHARE ROW EXCLUSIVE`; of what is no table's, its kind."""
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether it keeps writers, or others of its own kind, away."""
+        return self.mode not in WEAK_MODES
 
     def __str__(self) -> str:
         return f"{self.table} ({self.mode})" if self.table else self.mode
@@ -132,7 +137,7 @@ def tree(backends: Sequence[Backend]) -> Iterator[tuple[int, Backend]]:
 
 
 def _is_of_note(row: Any, blockers: set[int]) -> bool:
-    strong = any(mode not in WEAK_MODES for mode in row.modes or ())
+    strong = any(_spelled(mode) not in WEAK_MODES for mode in row.modes or ())
     return strong or row.locktype is not None or row.pid in blockers
 
 

@@ -22,6 +22,8 @@ from coord.cli.doctor import findings
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.model import Worker, new_id
 from tests.ledger import a_task, committed
+from tests.matrix.environment import NotToBeRun
+from tests.matrix.servers import PgBouncer
 from tests.serving import eventually
 from tests.shop import dsn_of, empty_database
 from tests.workers import opened, working
@@ -39,7 +41,7 @@ pytestmark = pytest.mark.slow
 def servers() -> Iterator[tuple[str, str]]:
     """As an application should have them."""
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
-        postgresql = PostgreSQL(Path(directory) / "postgresql", settings={"autovacuum": "on"})
+        postgresql = PostgreSQL(Path(directory) / "postgresql")
         with postgresql, Valkey(Path(directory) / "valkey", persist=True) as valkey:
             yield postgresql.url, valkey.url
 
@@ -217,6 +219,29 @@ async def test_what_is_broken_in_a_workers_settings_is_found(
 ) -> None:
     settings(**options)
     assert await place.checks() == {check}
+
+
+class StatementPooling(PgBouncer):
+    def _command(self, port: int) -> Any:
+        program, file = super()._command(port)
+        Path(file).write_text(Path(file).read_text().replace("pool_mode = transaction", "pool_mode = statement"))
+        return [program, file]
+
+
+@pytest.mark.parametrize(("made", "expected"), [(PgBouncer, set()), (StatementPooling, {"pgbouncer"})])
+async def test_a_pooler_that_has_no_transactions_is_found(
+    made: type[PgBouncer], expected: set[str], place: Place
+) -> None:
+    port = make_url(str(place.url)).port
+    assert port is not None
+    with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
+        try:
+            pooler = made(Path(directory) / "pgbouncer", port)
+        except NotToBeRun as reason:
+            pytest.skip(str(reason))
+        with pooler:
+            place.url = make_url(str(place.url)).set(port=pooler.port).render_as_string(hide_password=False)
+            assert await place.checks() == expected
 
 
 async def test_a_clock_that_is_wrong_is_found(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

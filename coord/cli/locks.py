@@ -49,7 +49,7 @@ def line(backend: Backend) -> str:
         behind = " and ".join(str(pid) for pid in backend.blocked_by)
         said.append(f"waits {seconds} for {backend.waits_for}" + (f" behind pid {behind}" if behind else ""))
     if backend.holds:
-        held = ", ".join(map(str, backend.holds))
+        held = ", ".join(str(lock) for lock in backend.holds if lock.is_strong) or ", ".join(map(str, backend.holds))
         age = (
             "" if backend.transaction_seconds is None else f", in a transaction of {backend.transaction_seconds:.1f} s"
         )

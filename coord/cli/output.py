@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -12,6 +13,9 @@ import click
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+PIPE_CHARACTERS = 10_000
+"""In a line for another program, which folds nothing."""
 
 
 def show(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, as_json: bool, empty: str) -> None:
@@ -35,11 +39,13 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         from rich.table import Table
     except ImportError:
         raise click.ClickException("tables need rich: pip install coord[cli]; --json does without") from None
-    table = Table(*columns, box=box.SIMPLE, header_style="bold", pad_edge=False)
+    table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
-    console.print(table)
+    width = None if sys.stdout.isatty() else PIPE_CHARACTERS
+    Console(highlight=False, markup=False, emoji=False, width=width).print(table)
 
 
 def _cell(value: Any) -> str:
