@@ -38,7 +38,7 @@ from sqlalchemy import event, func, literal_column, select, tuple_
 
 from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats
-from coord.observation import Observer, observers
+from coord.observation import PUT_OFF, Observer, observers
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -109,7 +109,7 @@ class Metrics(Observer):
 
     def attempt_ended(self, task: str, outcome: str, timings: AttemptTimings) -> None:
         self._finished.labels(task, outcome).inc()
-        if outcome == "unknown":
+        if outcome == PUT_OFF:
             return
         self._queue.observe(timings.queue)
         self._run.observe(timings.lock + timings.task)

@@ -30,6 +30,9 @@ OUTCOMES = {
     JobCancelledError: "cancelled",
     RowNotFoundError: "not found",
 }
+PUT_OFF = "put off"
+"""The outcome of an attempt that cannot be made here: its task is not known, or does not take the arguments."""
+_LEVELS = {"failed": logging.ERROR, PUT_OFF: logging.DEBUG}
 MISSED_SECONDS = 0.1
 """A wait that took longer and was answered without a hint has missed it, or there was none: its writer has no bell."""
 
@@ -67,12 +70,6 @@ def tell_waiters(change: int) -> None:
 def tell_published(channels: int) -> None:
     for observer in observers:
         observer.hints("published", channels)
-
-
-def tell_unknown(task: str, timings: AttemptTimings) -> None:
-    """The job goes back: the worker does not know its task, or its task does not take the arguments."""
-    for observer in observers:
-        observer.attempt_ended(task, "unknown", timings)
 
 
 def tell_rescued(count: int) -> None:
@@ -156,7 +153,7 @@ def attempt_ended(message: Any, outcome: str, timings: AttemptTimings, reason: s
         observer.attempt_ended(message.task, outcome, timings)
     log(
         jobs,
-        logging.ERROR if outcome == "failed" else logging.INFO,
+        _LEVELS.get(outcome, logging.INFO),
         f"job {outcome}",
         job=message.id,
         task=message.task,

@@ -215,10 +215,10 @@ async def test_of_a_paused_queue_nothing_is_taken_until_it_goes_on(office: Offic
         """Nothing."""
 
     async with working(office, [task]) as worker:
-        registry = worker.worker.ctx["coord.lifecycle"].registry
+        state = worker.worker.ctx["coord.lifecycle"].state
         await eventually(lambda: _leader(office))
         await paused(office, text("now()"))
-        await until(lambda: registry.is_paused, within=2)
+        await until(lambda: state.is_paused, within=2)
         jobs = [await office.enqueue(task) for _ in range(5)]
         await office.waiting(5)
         await asyncio.sleep(1)  # in which somebody might take one

@@ -121,7 +121,7 @@ async def test_each_name_of_the_design_is_scraped_with_its_labels_and_counts_wha
     assert {name: scrape.labels(name) for name in NAMES} == NAMES
     assert scrape.value("coord_jobs_finished_total", task="rename", outcome="done") == 1
     assert scrape.value("coord_jobs_finished_total", task="fail", outcome="failed") == 1
-    assert scrape.value("coord_jobs_finished_total", task="a_task", outcome="unknown") >= 1
+    assert scrape.value("coord_jobs_finished_total", task="a_task", outcome="put off") >= 1
     assert scrape.value("coord_jobs", state="failed", task="fail", queue="default") == 1
     assert scrape.value("coord_jobs", state="queued", task="a_task") == 1
     assert scrape.value("coord_job_queue_seconds_count") == 2

@@ -24,6 +24,7 @@ from coord.jobs.model import jobs, new_id
 from coord.worker.maintenance.rows import QueuedJobs
 from tests.ledger import a_task, committed, delivered
 from tests.shop import dsn_of, empty_database
+from tests.workers import a_state
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -367,7 +368,7 @@ async def hot_statements(engine: AsyncEngine) -> dict[str, Statement]:
                 raise ZeroDivisionError
         async with session_maker() as session:
             await enqueue(session, task_options(a_task, unique_key="k"), 1)
-        queued = QueuedJobs(engine, "default")
+        queued = QueuedJobs(a_state(engine))
         await queued.ids(jobs.c.scheduled_at <= func.now() - timedelta(seconds=1))
         async with session_maker() as session:
             await list_jobs(session, state="failed", limit=1)

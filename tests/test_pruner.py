@@ -16,7 +16,7 @@ from coord.jobs.model import attempts, cancellations, jobs, keys
 from coord.worker.maintenance.pruner import Pruner, _expired
 from tests.ledger import a_task
 from tests.serving import eventually
-from tests.workers import working
+from tests.workers import a_state, working
 
 if TYPE_CHECKING:
     import pytest
@@ -45,7 +45,9 @@ async def left(engine: AsyncEngine) -> set[UUID]:
 
 
 def pruning(engine: AsyncEngine) -> Pruner:
-    return Pruner(engine.execution_options(isolation_level="AUTOCOMMIT"), keep=KEPT.total_seconds())
+    state = a_state(engine, keep=KEPT.total_seconds())
+    state.leads_until = float("inf")
+    return Pruner(state)
 
 
 async def test_only_what_ended_long_ago_goes(ledger: None, engine: AsyncEngine) -> None:

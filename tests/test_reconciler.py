@@ -15,10 +15,9 @@ from coord import task_options
 from coord.jobs.model import jobs, workers
 from coord.queue.keys import soon_member, taken_member
 from coord.queue.message import Message
-from coord.worker.freshness import RedisClock
 from coord.worker.maintenance.reconciler import Reconciler
 from tests.ledger import a_task
-from tests.workers import KEYS, fresh
+from tests.workers import KEYS, a_state, fresh
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,11 +34,10 @@ class Looks:
     def __init__(self, office: Office, engine: AsyncEngine) -> None:
         self.office = office
         self.engine = engine.execution_options(isolation_level="AUTOCOMMIT")
-        self.leads = True
         self.forgotten = 0
-        clock = RedisClock()
-        clock.set(time.time(), 0, time.monotonic())
-        self.reconciler = Reconciler(self.engine, office.redis, KEYS, clock, lambda: self.leads, self._forget)
+        self.state = a_state(engine, office.redis)
+        self.state.leads_until = float("inf")
+        self.reconciler = Reconciler(self.state, self._forget)
 
     def _forget(self) -> None:
         self.forgotten += 1
@@ -130,7 +128,7 @@ async def test_a_pop_counts_for_some_seconds_only(looks: Looks, script: Office) 
 
 async def test_who_does_not_lead_looks_at_nothing(looks: Looks, script: Office) -> None:
     await looks.aged(await script.enqueue(a_task))
-    looks.leads = False
+    looks.state.leads_until = 0.0
     await looks(3)
     assert await looks.waiting() == []
 

@@ -14,6 +14,7 @@ from coord.jobs.model import new_id, queues, workers
 from coord.worker.maintenance.registry import BLINK_SECONDS as BLINK
 from coord.worker.maintenance.registry import DEAD_SECONDS as DEAD
 from coord.worker.maintenance.registry import WorkerRegistry, named
+from tests.workers import a_state
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -30,8 +31,9 @@ class Watch:
     def __init__(self, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.engine = engine
         self.now = 1_000.0
-        self.me = new_id()
-        self.registry = WorkerRegistry(engine, "default", self.me)
+        state = a_state(engine)
+        self.me = state.id
+        self.registry = WorkerRegistry(state)
         monkeypatch.setattr(coord.worker.maintenance.registry, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     async def enrol(self, worker: UUID, **jobs: Any) -> None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import socket
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from arq.worker import func
+from sqlalchemy import select
 
 from coord import cancel_job, job_transaction, lock_tables, task_options
+from coord.jobs.model import attempts
 from coord.worker.maintenance.registry import DEAD_SECONDS
 from tests.models import User
 from tests.serving import eventually
@@ -86,7 +89,7 @@ async def held_up(observer: asyncpg.Connection, notes: Notes, jobs: dict[str, Jo
         notes.let("fail now")
 
         async def all_wait() -> bool:
-            statements = ("SELECT %coord_lock(%", "SELECT coord_jobs%", "UPDATE coord_workers%")
+            statements = ("SELECT %coord_lock(%", "SELECT coord_jobs%", "%INSERT INTO coord_workers%")
             return min([await waiting(observer, statement) for statement in statements]) == 1
 
         await eventually(all_wait)
@@ -315,3 +318,21 @@ async def test_after_flushall_everything_queued_is_back_and_nothing_runs_twice(o
         assert {row.attempt for row in [await office.row(job) for job in held]} == {1}
         ((_, score),) = await office.redis.zrange(KEYS.soon, 0, -1, withscores=True)
         assert abs(score - later.scheduled_at.timestamp() * 1000) < 100
+
+
+async def test_an_attempt_that_died_with_its_worker_leaves_a_row(office: Office, notes: Notes) -> None:
+    async def hold(ctx: dict[str, Any], name: str) -> None:
+        """Where it runs again it has nothing to wait for."""
+
+    async with process(office, notes) as victim:
+        job = await office.enqueue("hold", "never")
+        await notes.say(job, "starts")
+        (worker,) = [row.id for row in await office.workers()]
+        async with working(office, [func(hold, name="hold")]):
+            victim.signal(signal.SIGKILL)
+            assert (await office.final(job, within=2 * PROMISED)).attempt == 2
+    async with office.session_maker() as session:
+        (row,) = (await session.execute(select(attempts))).all()
+    assert (row.job_id, row.number, row.worker, row.pid) == (job.id, 1, worker, victim.pid)
+    assert (row.host, row.outcome, row.error) == (socket.gethostname(), "died", "the worker that ran it died")
+    assert job.created_at <= row.began <= row.ended

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,11 +19,8 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def running() -> Iterator[RunningJobs]:
-    with tempfile.TemporaryFile() as file:
-        file.truncate(Board.size(2))
-        board = Board(file.fileno(), 2)
-        yield RunningJobs(board, 2, {"a_task": 0})
-        board.close()
+    with contextlib.closing(Board(2)) as board:
+        yield RunningJobs(board, ["a_task"])
 
 
 @pytest.mark.parametrize(("meant", "cancelled"), [(1, False), (2, True)])

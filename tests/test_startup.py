@@ -168,6 +168,23 @@ async def test_a_worker_that_waits_for_redis_ends_when_told_to(database_url: str
     assert worker.count("Traceback") == 0
 
 
+async def test_a_worker_says_that_a_redis_answers_nothing(database_url: str, silent_port: int) -> None:
+    redis_url = f"redis://127.0.0.1:{silent_port}/0"
+    async with empty_database(database_url) as url, running(WORKER, url, redis_url) as worker:
+        await worker.says("Redis does not serve arq, .*: it has not answered for 2 s")
+        assert await worker.stop() == 0
+    assert worker.count("Traceback") == 0
+
+
+async def test_a_worker_that_waits_for_redis_says_that_postgresql_is_away_too() -> None:
+    async with running(WORKER, REFUSED_DATABASES["nobody there"], "redis://127.0.0.1:1/0") as worker:
+        await worker.says("PostgreSQL is away as well")
+        assert worker.count("Redis does not serve arq") == 1
+        assert await worker.stop() == 0
+    assert worker.count("Traceback") == 0
+    assert worker.count("PostgreSQL is away") == 1
+
+
 @pytest.mark.slow
 async def test_without_redis_the_api_takes_orders_and_says_so_once(database_url: str, redis_url: str) -> None:
     """It waits by polling, and a worker that has Redis finds the job in the ledger."""

@@ -25,6 +25,11 @@ from coord.dev.embedded import PostgreSQL
 from coord.jobs.model import jobs, workers
 from coord.queue.keys import RANK_SHIFT, QueueKeys
 from coord.queue.message import Message
+from coord.worker.address import Address
+from coord.worker.config import WorkerConfig
+from coord.worker.maintenance.beat import Board
+from coord.worker.running import RunningJobs
+from coord.worker.state import WorkerState
 from tests.models import User, table_of
 from tests.serving import eventually
 from tests.shop import ROOT, Command
@@ -34,8 +39,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from coord.worker.running import RunningJobs
     from tests.ledger import SessionMaker
 
 
@@ -169,6 +174,17 @@ async def office(ledger: None, database_url: str, redis_url: str) -> AsyncIterat
             await session.execute(text(EFFECTS))
             await session.execute(text("TRUNCATE effects"))
         yield office
+
+
+def a_state(engine: AsyncEngine, redis: Any = None, **config: Any) -> WorkerState:
+    """What one part of a worker is given that is tested alone."""
+    maker = async_sessionmaker(engine, expire_on_commit=False)
+    limits = {"max_jobs": 2, "max_attempts": 10, "job_timeout": 300.0, "idle_limit": 60.0, "grace": 1.0, "keep": 60.0}
+    rest: dict[str, Any] = {"unknown_after": None, "health_check_key": "health", "hooks": {}, "tasks": {}, "keys": KEYS}
+    told = {"session_maker": maker, "address": Address("redis://127.0.0.1:1/0"), **limits, **rest, **config}
+    board = Board(2)
+    made = WorkerConfig(**told)
+    return WorkerState(config=made, engine=engine, redis=redis, board=board, running=RunningJobs(board, made.tasks))
 
 
 @contextlib.contextmanager

@@ -217,8 +217,4 @@ async def _fingerprint(request: Request) -> str:
 
 
 def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        text = part.encode(errors="surrogateescape") if isinstance(part, str) else part
-        digest.update(len(text).to_bytes(8) + text)
-    return digest.hexdigest()
+    return hashlib.sha256(ascii(parts).encode()).hexdigest()

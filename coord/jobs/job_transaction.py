@@ -22,6 +22,7 @@ from coord.timings import ATTEMPT_TIMINGS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
+    from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
 
@@ -120,6 +121,11 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
                 raise
         else:
             return session, transaction
+
+
+def lock_of(worker: UUID) -> int:
+    """The second half of the advisory lock that a worker's job transactions share: 32 random bits of its id."""
+    return int.from_bytes(worker.bytes[-4:], signed=True)
 
 
 def _swallowed(session: AsyncSession) -> BaseException | None:

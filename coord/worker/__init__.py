@@ -3,13 +3,13 @@
 settings.py     worker_settings, what `arq module.Settings` runs
 config.py       what it was told, checked
 lifecycle.py    what is open while a worker runs, and how it stops
+state.py        what the parts share
 fetcher.py      the loop that takes jobs and starts them
 freshness.py    whether what was taken may still be begun
 executor.py     one attempt, from its start to any of its ends
 running.py      the jobs that run, and how many more may
 finalizer.py    those ends, as the ledger is told
 failure.py      what is kept of an error
-hooks.py        the application's own, around jobs
 address.py      where Redis is
 patience.py     how arq's own client outlives an absence of Redis
 stopping.py     signals

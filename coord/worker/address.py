@@ -16,20 +16,10 @@ if TYPE_CHECKING:
 
     from coord.worker.patience import Patience
 
-ANSWER_SECONDS = 2.0
+REDIS_TIMEOUT_SECONDS = 2.0
 """Until a connection, or an answer, counts as lost."""
-_OWN = (
-    "host",
-    "port",
-    "unix_socket_path",
-    "ssl",
-    "ssl_keyfile",
-    "ssl_certfile",
-    "ssl_cert_reqs",
-    "ssl_ca_certs",
-    "ssl_ca_data",
-    "ssl_check_hostname",
-)
+_PLACE = ("host", "port", "unix_socket_path")
+_TLS = ("keyfile", "certfile", "cert_reqs", "ca_certs", "ca_data", "check_hostname")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +49,13 @@ class Address:
 
     def parameters(self) -> dict[str, Any]:
         """As JSON can have them, for another process."""
-        limits: dict[str, Any] = {"socket_connect_timeout": ANSWER_SECONDS, "socket_timeout": ANSWER_SECONDS}
-        if isinstance(self.redis, str):
-            return {"url": self.redis, "limits": limits}
+        options: dict[str, Any] = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), REDIS_TIMEOUT_SECONDS)
         settings = self.redis
-        common = {"db": settings.database, "username": settings.username, "password": settings.password, **limits}
+        if isinstance(settings, str):
+            return {"url": settings, "options": options}
+        options |= {"db": settings.database, "username": settings.username, "password": settings.password}
+        options["ssl"] = settings.ssl
         if settings.sentinel:
-            place = {"sentinels": settings.host, "master": settings.sentinel_master, "ssl": settings.ssl}
-            return {**place, "common": common, "limits": limits}
-        return {"common": common, "own": {name: getattr(settings, name) for name in _OWN}}
+            return {"sentinels": settings.host, "master": settings.sentinel_master, "options": options}
+        names = [*_PLACE, *(f"ssl_{name}" for name in _TLS)]
+        return {"options": options | {name: getattr(settings, name) for name in names}}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from coord.durations import seconds
-from coord.queue.keys import QueueKeys
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -16,18 +14,10 @@ if TYPE_CHECKING:
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+    from coord.queue.keys import QueueKeys
     from coord.worker.address import Address
 
     Hook = Callable[[dict[Any, Any]], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hooks:
-    """The application's own, around each job."""
-
-    on_job_start: Hook | None = None
-    on_job_end: Hook | None = None
-    after_job_end: Hook | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +26,7 @@ class WorkerConfig:
 
     session_maker: async_sessionmaker[AsyncSession]
     address: Address
-    namespace: str
-    queue: str
+    keys: QueueKeys
     tasks: Mapping[str, Function]
     max_jobs: int
     max_attempts: int
@@ -48,11 +37,8 @@ class WorkerConfig:
     keep: float
     unknown_after: float | None
     health_check_key: str
-    hooks: Hooks = field(default_factory=Hooks)
-
-    @property
-    def keys(self) -> QueueKeys:
-        return QueueKeys(self.namespace, self.queue)
+    hooks: Mapping[str, Hook]
+    """The application's around each job; none of them fails."""
 
     @property
     def signatures(self) -> dict[str, str]:
@@ -65,9 +51,9 @@ class WorkerConfig:
         return (known and known.max_tries) or self.max_attempts
 
 
-def whole(name: str, value: object, *, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is a whole number, {least} or more, not {value!r}")
+def whole(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is a whole number, 1 or more, not {value!r}")
     return value
 
 
@@ -82,7 +68,3 @@ def positive(name: str, value: object) -> float:
     if number == 0:
         raise ValueError(f"{name} is more than 0 seconds")
     return number
-
-
-def health_check_key(keys: QueueKeys) -> str:
-    return keys.health(socket.gethostname())

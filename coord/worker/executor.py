@@ -12,20 +12,19 @@ from arq.worker import Retry, RetryJob
 
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.job_transaction import JobSuperseded
+from coord.jobs.job_transaction import JobSuperseded, lock_of
 from coord.jobs.model import JobState
-from coord.observation import attempt_ended, observed_attempt, tell_unknown
+from coord.observation import PUT_OFF, attempt_ended, observed_attempt
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
-from coord.worker.hooks import call
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Mapping
 
     from coord.queue.message import Message
-    from coord.worker.config import WorkerConfig
     from coord.worker.finalizer import Finalizer
-    from coord.worker.running import RunningJob, RunningJobs
+    from coord.worker.running import RunningJob
+    from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -33,26 +32,16 @@ logger = logging.getLogger("arq.coord")
 class Executor:
     """Runs each attempt in a task of its own, and sees to its end in the ledger."""
 
-    def __init__(
-        self,
-        config: WorkerConfig,
-        running: RunningJobs,
-        finalizer: Finalizer,
-        context: Mapping[Any, Any],
-        *,
-        worker_lock: int,
-    ) -> None:
-        self._config = config
-        self._running = running
+    def __init__(self, state: WorkerState, finalizer: Finalizer, context: Mapping[Any, Any]) -> None:
+        self._config = state.config
+        self._running = state.running
+        self._worker_lock = lock_of(state.id)
         self._finalizer = finalizer
         self._context = context
-        self._worker_lock = worker_lock
-        self._signatures = {name: inspect.signature(task.coroutine) for name, task in config.tasks.items()}
+        self._signatures = {name: inspect.signature(task.coroutine) for name, task in self._config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
-        self._refusals: set[asyncio.Task[None]] = set()
 
     def start(self, message: Message, *, queued: float = 0.0) -> None:
-        """Begin the attempt, or have the job go back if its task is not known here or refuses the arguments."""
         attempt = Attempt(
             job_id=message.id,
             task=message.task,
@@ -65,22 +54,26 @@ class Executor:
             idle_limit=self._config.idle_limit,
             queued=queued,
         )
-        refusal = self._refusal(message)
-        if refusal is not None:
-            self._spawn(self._refuse(attempt, refusal))
-            return
         running = self._running.add(message, attempt)
-        running.task = running.runner = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
+        running.task = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
         running.task.add_done_callback(lambda _task: self._running.remove(running))  # also if it never began
 
-    async def abandon(self) -> None:
-        """What is still on its way back is found by others."""
-        for task in self._refusals:
-            task.cancel()
-        if self._refusals:
-            await asyncio.wait(self._refusals)
+    async def _run(self, running: RunningJob) -> None:
+        """The whole of an attempt; whatever happens its slot is free afterwards."""
+        outcome = "lost"
+        try:
+            refusal = self._refusal(running.message)
+            outcome = await (self._attempted(running) if refusal is None else self._refused(running, refusal))
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            logger.exception("The end of job %s could not be written", running.message.id)
+        finally:
+            self._running.remove(running)
+            attempt_ended(running.message, outcome, running.attempt.timings, running.attempt.reason)
 
     def _refusal(self, message: Message) -> Exception | None:
+        """Why the attempt cannot be made here, and perhaps by another worker, or by this one after its deployment."""
         signature = self._signatures.get(message.task)
         if signature is None:
             return LookupError(f"the task {message.task} is not known here")
@@ -90,72 +83,49 @@ class Executor:
             return TypeError(f"the task {message.task} does not take these arguments here: {error}")
         return None
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work, name="coord job goes back")
-        self._refusals.add(task)
-        task.add_done_callback(self._refusals.discard)
-
-    async def _refuse(self, attempt: Attempt, error: Exception) -> None:
-        """Another worker may run it, or this one after its deployment."""
-        tell_unknown(attempt.task, attempt.timings)
-        what = (attempt.task, str(error))
+    async def _refused(self, running: RunningJob, error: Exception) -> str:
+        running.may_cancel = False
+        attempt, what = running.attempt, (running.message.task, str(error))
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s; job %s and others like it go back and stay queued", error, attempt.job_id)
-        try:
-            await self._finalizer.unknown(attempt, error, limit=self._config.unknown_after)
-        except Exception:
-            logger.exception("Job %s could not be put off", attempt.job_id)
-
-    async def _run(self, running: RunningJob) -> None:
-        """The whole of an attempt; whatever happens its slot is free afterwards."""
-        outcome = "lost"
-        ctx = self._ctx(running)
-        try:
-            outcome = await self._attempted(running, ctx)
-        except asyncio.CancelledError:
-            raise
-        except BaseException:
-            logger.exception("The end of job %s could not be written", running.message.id)
-        finally:
-            self._running.remove(running)
-            attempt = running.attempt
-            attempt_ended(running.message, outcome, attempt.timings, attempt.reason)
+        state = await self._finalizer.unknown(attempt, error, self._config.unknown_after)
+        return PUT_OFF if state is JobState.QUEUED else state or "superseded"
 
     def _ctx(self, running: RunningJob) -> dict[Any, Any]:
         """As arq gives it, and the attempt."""
         message = running.message
         created = message.id.int >> 80  # milliseconds: it is a UUID of version 7
-        own = {
+        return {
+            **self._context,
             "job_id": str(message.id),
             "job_try": message.attempt,
             "enqueue_time": datetime.fromtimestamp(min(created / 1000, 32_503_680_000), UTC),
             "score": created,
             ATTEMPT: running.attempt,
         }
-        return {**self._context, **own}
 
-    async def _attempted(self, running: RunningJob, ctx: dict[Any, Any]) -> str:
-        hooks, attempt = self._config.hooks, running.attempt
+    async def _attempted(self, running: RunningJob) -> str:
+        hooks, attempt, ctx = self._config.hooks, running.attempt, self._ctx(running)
         result: Any = None
         error: BaseException | None = None
         try:
-            await call(hooks.on_job_start, ctx)
-            with observed_attempt(self._config.queue, running.message, attempt.timings):
+            await hooks["on_job_start"](ctx)
+            with observed_attempt(self._config.keys.queue, running.message, attempt.timings):
                 result = await self._limited(running, ctx)
         except (KeyboardInterrupt, GeneratorExit):
             raise
         except BaseException as caught:  # noqa: BLE001 - it is the task's, and is recorded
             error = caught
-        running.task = None  # from here on nobody cancels it
+        running.may_cancel = False
         if running.abandoned:
             return "lost"
-        await call(hooks.on_job_end, ctx)
+        await hooks["on_job_end"](ctx)
         if error is None and attempt.entered and not attempt.applied:
             error = attempt.failure or RuntimeError("its job_transaction was not committed")
         outcome = await (self._returned(attempt, result) if error is None else self._raised(running, error))
-        await call(hooks.after_job_end, ctx)
-        return outcome
+        await hooks["after_job_end"](ctx)
+        return outcome or "superseded"
 
     async def _limited(self, running: RunningJob, ctx: dict[Any, Any]) -> Any:
         message = running.message
@@ -169,33 +139,31 @@ class Executor:
                 raise AttemptTimeoutError(f"the attempt took longer than {limit:g} s") from error
             raise
 
-    async def _returned(self, attempt: Attempt, result: Any) -> str:
+    async def _returned(self, attempt: Attempt, result: Any) -> str | None:
         kept = _as_result(attempt, result)
         if not attempt.applied:
-            return await self._finalizer.done(attempt, kept) or "superseded"
+            return await self._finalizer.done(attempt, kept)
         if kept is not None:
             await self._finalizer.keep_result(attempt, kept)
         return JobState.DONE
 
-    async def _raised(self, running: RunningJob, error: BaseException) -> str:
+    async def _raised(self, running: RunningJob, error: BaseException) -> str | None:
         attempt = running.attempt
         if attempt.applied:
             if not isinstance(error, asyncio.CancelledError):
-                logger.error(
-                    "%s has failed after its effect was applied", running.message.task, exc_info=printable(error)
-                )
+                logger.error("%s has failed after its effect was applied", attempt.task, exc_info=printable(error))
             return JobState.DONE
         if _is_superseded(error):
-            return await self._finalizer.cancelled_if_wished(attempt) or "superseded"
+            return await self._finalizer.cancelled_if_wished(attempt)
         if running.unwanted:
-            return await self._finalizer.cancelled(attempt) or "superseded"
+            return await self._finalizer.cancelled(attempt)
         if isinstance(error, asyncio.CancelledError):
             if running.stopping or _is_being_cancelled():
-                return "handed back" if await self._finalizer.handed_back(attempt) else "superseded"
+                return await self._finalizer.handed_back(attempt) and "handed back"
             error = RuntimeError("the task has cancelled itself")
-        return await self._ended_by(attempt, error) or "superseded"
+        return await self._failed(attempt, error)
 
-    async def _ended_by(self, attempt: Attempt, error: BaseException) -> str | None:
+    async def _failed(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
         if not asked and not is_retryable(error):
             attempt.reason = one_line(error)
@@ -203,19 +171,17 @@ class Executor:
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
-        state = await self._finalizer.again(attempt, error, pause=pause, counts=counts)
-        if state is JobState.QUEUED:
-            attempt.reason = one_line(error)
-            return "retried"
-        return state
+        state = await self._finalizer.again(attempt, error, pause, counts=counts)
+        if state is not JobState.QUEUED:
+            return state
+        attempt.reason = one_line(error)
+        return "retried"
 
 
 def _as_result(attempt: Attempt, result: Any) -> Any:
     """What a task returns is kept if it is JSON."""
-    if result is None:
-        return None
     try:
-        return as_it_arrives("the result", result)[1]
+        return None if result is None else as_it_arrives("the result", result)[1]
     except TypeError as error:
         logger.debug("%s: %s", attempt.task, error)
         return None

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
 from redis.exceptions import RedisError, ResponseError
@@ -14,15 +14,14 @@ from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
 from coord.queue.message import Message
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from redis.asyncio import Redis
 
     from coord.notify.outage import Outage
-    from coord.queue.keys import QueueKeys
     from coord.worker.executor import Executor
     from coord.worker.freshness import Freshness
-    from coord.worker.running import RunningJobs
+    from coord.worker.state import WorkerState
 
     Command = tuple[Any, ...]
     Popped = Sequence[tuple[bytes, float]]
@@ -41,37 +40,21 @@ LATER_MILLISECONDS = 500
 """After which a job that cannot be run here now is offered again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What has to be true for a worker to take something."""
-
-    is_paused: Callable[[], bool]
-    is_credible: Callable[[], bool]
-    """Whether others know that this worker lives: they would give away what it takes."""
-
-    def is_open(self) -> bool:
-        return self.is_credible() and not self.is_paused()
-
-
 class Fetcher:
-    """One loop, one command at a time; what it says of the last pop goes out with the next."""
+    """One loop, one command at a time; what it says of the last pop goes out with the next.
+
+    `redis` is its own: a pop blocks.
+    """
 
     def __init__(
-        self,
-        redis: Redis,
-        keys: QueueKeys,
-        running: RunningJobs,
-        executor: Executor,
-        freshness: Freshness,
-        gate: Gate,
-        outage: Outage,
+        self, state: WorkerState, redis: Redis, executor: Executor, freshness: Freshness, outage: Outage
     ) -> None:
+        self._state = state
         self._redis = redis
-        self._keys = keys
-        self._running = running
+        self._keys = state.keys
+        self._running = state.running
         self._executor = executor
         self._freshness = freshness
-        self._gate = gate
         self._outage = outage
         self._commands: list[Command] = []
         """What is to be said with the next pop."""
@@ -79,12 +62,6 @@ class Fetcher:
         self._more = True
         """Whether the feed may have more than was popped: then nothing is waited for."""
         self._task: asyncio.Task[None] | None = None
-        self.is_served = True
-        """Whether Redis did what it was asked for at last."""
-
-    def _report(self, error: BaseException | None) -> None:
-        self.is_served = error is None
-        self._outage.report(error, "fetcher")
 
     async def __aenter__(self) -> Self:
         self._task = asyncio.create_task(self._run(), name="coord fetcher")
@@ -100,6 +77,14 @@ class Fetcher:
         """Take nothing any more."""
         self._draining = True
         self._running.changed.set()
+
+    @property
+    def _may_take(self) -> bool:
+        return self._state.may_take and not self._draining
+
+    def _report(self, error: BaseException | None) -> None:
+        self._state.is_served = error is None
+        self._outage.report(error, "fetcher")
 
     async def _run(self) -> None:
         pause = BACKOFF_SECONDS[0]
@@ -119,7 +104,7 @@ class Fetcher:
 
     async def _turn(self) -> None:
         self._running.changed.clear()
-        free = 0 if self._draining or not self._gate.is_open() else self._running.free
+        free = self._running.free if self._may_take else 0
         if free <= 0 and not self._commands:
             await self._idle()
             return
@@ -127,25 +112,23 @@ class Fetcher:
         popped = await self._exchange(free)
         if free <= 0:
             return
-        waited = not self._more
-        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if waited else 0.0):
+        waited = 0.0 if self._more else BLOCK_SECONDS
+        if self._freshness.is_late(asked, waited=waited):
             if popped:
                 logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
             return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
         sound = await self._sound(popped)
-        if self._freshness.is_late(asked, waited=BLOCK_SECONDS if waited else 0.0):
+        if self._freshness.is_late(asked, waited=waited):
             return  # the ledger took too long: it is not known any more who may have them
         for message, raw, score in sound:
             self._start(message, raw, score)
 
     async def _idle(self) -> None:
         """Until something ends here, or for a while; by then there may be more."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_SECONDS):
                 await self._running.changed.wait()
-        except TimeoutError:
-            pass
         self._more = True
 
     async def _exchange(self, free: int) -> Popped:
@@ -190,7 +173,7 @@ class Fetcher:
         return [entry for entry in found if entry[0].key not in stale]
 
     def _start(self, message: Message, raw: bytes, score: float) -> None:
-        if self._draining or not self._gate.is_open():
+        if not self._may_take:
             self._commands.append(("ZADD", self._keys.feed, "NX", repr(score), raw))
             return
         there = self._running.get(message.id)
@@ -199,9 +182,9 @@ class Fetcher:
         if there is not None or (message.deaths and self._running.has_suspect) or self._running.free <= 0:
             self._commands.append(self._later(raw, score))
             return
-        self._commands.append(("ZADD", self._keys.taken, self._freshness.now(), taken_member(*message.key)))
-        self._executor.start(message, queued=(self._freshness.now() - due_of(score)) / 1000)
+        self._commands.append(("ZADD", self._keys.taken, self._state.clock.now(), taken_member(*message.key)))
+        self._executor.start(message, queued=(self._state.clock.now() - due_of(score)) / 1000)
 
     def _later(self, raw: bytes, score: float) -> Command:
-        due = self._freshness.now() + LATER_MILLISECONDS
+        due = self._state.clock.now() + LATER_MILLISECONDS
         return ("ZADD", self._keys.soon, due, soon_prefix(rank_of(score)).encode() + raw)

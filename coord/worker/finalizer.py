@@ -8,7 +8,8 @@ import os
 import socket
 import time
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from sqlalchemy import bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
@@ -24,14 +25,16 @@ from coord.timings import ATTEMPT_TIMINGS
 from coord.worker.failure import backoff, escaped, full_text, one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
-    from uuid import UUID
+    from collections.abc import Awaitable, Callable
 
-    from sqlalchemy import RowMapping
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session
+    from sqlalchemy import CursorResult, Executable, RowMapping
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.jobs.attempt import Attempt
+    from coord.worker.state import WorkerState
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 logger = logging.getLogger("arq.coord")
 
@@ -47,136 +50,145 @@ UNTRANSLATABLE = {"22021", "22P05"}
 """A character that the database's encoding does not have (appendix A of PostgreSQL's manual)."""
 
 
+class End(NamedTuple):
+    """What the end of an attempt is written with."""
+
+    session: AsyncSession
+    attempt: Attempt
+    row: RowMapping
+    """The job's, locked."""
+
+    async def execute(self, statement: Executable) -> CursorResult[Any]:
+        return await self.session.run_sync(execute, statement)
+
+
+def _persistent(
+    write: Callable[Concatenate[Finalizer, End, P], Awaitable[T]],
+) -> Callable[Concatenate[Finalizer, Attempt, P], Awaitable[T | None]]:
+    """Write it in a transaction of its own, with the job's row locked; None if the row is no longer the attempt's."""
+
+    @wraps(write)
+    async def written(self: Finalizer, attempt: Attempt, /, *args: P.args, **kwargs: P.kwargs) -> T | None:
+        async def transaction(session: AsyncSession) -> T | None:
+            bounds = {"idle": f"{attempt.idle_limit * 1000:.0f}ms", "lock": attempt.worker_lock}
+            found = await session.run_sync(execute, _lock, ours(attempt) | bounds)
+            row = found.mappings().one_or_none()
+            return None if row is None else await write(self, End(session, attempt, row), *args, **kwargs)
+
+        return await self.persist(attempt, transaction)
+
+    return written
+
+
 class Finalizer:
     """Writes how attempts end. Each method answers None if the job was no longer this attempt's to end.
 
-    Each opens a transaction of its own and commits it; while PostgreSQL is away it goes on trying.
+    `on_put_off` is told of the seconds after which a job that this worker has put off is due.
     """
 
-    def __init__(self, session_maker: async_sessionmaker[AsyncSession], worker: UUID) -> None:
-        self._context = create_db_context(session_maker)
-        self._worker = worker
+    def __init__(self, state: WorkerState, on_put_off: Callable[[float], None]) -> None:
+        self._context = create_db_context(state.config.session_maker)
+        self._worker = state.id
+        self._on_put_off = on_put_off
         self._text: Callable[[str], str] = str
-        self.on_put_off: Callable[[float], None] = _nobody
-        """Told of the seconds after which a job that this worker has put off is due."""
 
-    async def done(self, attempt: Attempt, result: Any) -> JobState | None:
+    @_persistent
+    async def done(self, end: End, result: Any) -> JobState:
         """Of a task without a `job_transaction`: it has returned."""
-        return await self._persistent(self._ended, attempt, {"state": JobState.DONE, "result": result})
+        return await self._end(end, JobState.DONE, result=result)
 
     async def keep_result(self, attempt: Attempt, result: Any) -> None:
         """Of a task whose effect was applied; its result comes in a commit of its own."""
-        job = jobs.c.id == attempt.job_id
-        await self._persistent(self._executed, attempt, update(jobs).where(job).values(result=result))
 
-    async def cancelled(self, attempt: Attempt) -> JobState | None:
-        return await self._persistent(self._ended, attempt, {"state": JobState.CANCELLED})
+        async def write(session: AsyncSession) -> None:
+            await session.run_sync(execute, update(jobs).where(jobs.c.id == attempt.job_id).values(result=result))
 
-    async def cancelled_if_wished(self, attempt: Attempt) -> JobState | None:
+        await self.persist(attempt, write)
+
+    @_persistent
+    async def cancelled(self, end: End) -> JobState:
+        return await self._end(end, JobState.CANCELLED)
+
+    @_persistent
+    async def cancelled_if_wished(self, end: End) -> JobState | None:
         """Of an attempt that was refused its effect: somebody may have cancelled the job before it began."""
-        return await self._persistent(self._wished, attempt)
+        wish = select(cancellations.c.job_id).where(cancellations.c.job_id == end.attempt.job_id)
+        return None if (await end.execute(wish)).first() is None else await self._end(end, JobState.CANCELLED)
 
-    async def failed(self, attempt: Attempt, error: BaseException) -> JobState | None:
-        return await self._persistent(self._failed, attempt, error, one_line(error))
+    @_persistent
+    async def failed(self, end: End, error: BaseException) -> JobState:
+        return await self._fail(end, error, one_line(error))
 
-    async def again(
-        self, attempt: Attempt, error: BaseException, *, pause: float | None, counts: bool
-    ) -> JobState | None:
+    @_persistent
+    async def again(self, end: End, error: BaseException, pause: float | None, *, counts: bool) -> JobState:
         """Handed over with the commit, to begin after a pause in seconds; FAILED when that was the last attempt."""
-        return await self._persistent(self._again, attempt, error, pause, counts)
-
-    async def handed_back(self, attempt: Attempt) -> JobState | None:
-        """Of a worker that stops: no attempt is used up, and another may begin at once."""
-        return await self._persistent(self._handed_back, attempt)
-
-    async def unknown(self, attempt: Attempt, error: Exception, *, limit: float | None) -> JobState | None:
-        """Of a task that cannot be run here: it goes back, and fails after `limit` seconds of that if there is one."""
-        return await self._persistent(self._unknown, attempt, error, limit)
-
-    async def _ended(self, session: AsyncSession, attempt: Attempt, values: dict[str, Any]) -> JobState | None:
-        if await _locked(session, attempt) is None:
-            return None
-        ended = {"finished_at": func.clock_timestamp(), "started_at": attempt.began}
-        await session.run_sync(_write, attempt.job_id, values | ended)
-        state: JobState = values["state"]
-        return state
-
-    async def _wished(self, session: AsyncSession, attempt: Attempt) -> JobState | None:
-        wish = select(cancellations.c.job_id).where(cancellations.c.job_id == attempt.job_id)
-        if (await session.run_sync(execute, wish)).first() is None:
-            return None
-        return await self._ended(session, attempt, {"state": JobState.CANCELLED})
-
-    async def _executed(self, session: AsyncSession, _attempt: Attempt, statement: Any) -> None:
-        await session.run_sync(execute, statement)
-
-    async def _failed(
-        self, session: AsyncSession, attempt: Attempt, error: BaseException, reason: str
-    ) -> JobState | None:
-        found = {"error": self._text(reason), "traceback": self._text(full_text(error))}
-        state = await self._ended(session, attempt, {"state": JobState.FAILED} | found)
-        if state is not None:
-            await self._record(session, attempt, JobState.FAILED, found)
-        return state
-
-    async def _again(
-        self, session: AsyncSession, attempt: Attempt, error: BaseException, pause: float | None, counts: bool
-    ) -> JobState | None:
-        row = await _locked(session, attempt)
-        if row is None:
-            return None
-        used, limit = row["attempt"] - row["uncounted"], row["max_attempts"] or attempt.max_attempts
-        if counts and used >= limit and not await _is_waited_out(session, attempt, error):
-            return await self._failed(session, attempt, error, f"{one_line(error)} (attempt {used} of {limit})")
+        row = end.row
+        used, limit = row["attempt"] - row["uncounted"], row["max_attempts"] or end.attempt.max_attempts
+        if counts and used >= limit and not await _is_waited_out(end, error):
+            return await self._fail(end, error, f"{one_line(error)} (attempt {used} of {limit})")
         uncounted = row["uncounted"] + (not counts or used >= limit)
-        found = {"error": self._text(one_line(error)), "traceback": self._text(full_text(error))}
-        await self._record(session, attempt, "retried", found)
+        found = await self._record(end, "retried", error, one_line(error))
         wait = backoff(row["attempt"]) if pause is None else pause
-        values = {"attempt": row["attempt"] + 1, "uncounted": uncounted, **found}
-        await session.run_sync(_put_off, row, wait, values)
-        self.on_put_off(wait)
+        await self._put_off(end, wait, attempt=row["attempt"] + 1, uncounted=uncounted, **found)
+        self._on_put_off(wait)
         return JobState.QUEUED
 
-    async def _handed_back(self, session: AsyncSession, attempt: Attempt) -> JobState | None:
-        row = await _locked(session, attempt)
-        if row is None:
-            return None
-        if row["hand_backs"] >= MAX_HAND_BACKS:
+    @_persistent
+    async def handed_back(self, end: End) -> JobState:
+        """Of a worker that stops: no attempt is used up, and another may begin at once."""
+        if end.row["hand_backs"] >= MAX_HAND_BACKS:
             error = RuntimeError(HANDED_BACK)
-            return await self._failed(session, attempt, error, one_line(error))
-        await session.run_sync(_put_off, row, 0.0, {"hand_backs": row["hand_backs"] + 1})
+            return await self._fail(end, error, one_line(error))
+        await self._put_off(end, 0.0, hand_backs=end.row["hand_backs"] + 1)
         return JobState.QUEUED
 
-    async def _unknown(
-        self, session: AsyncSession, attempt: Attempt, error: Exception, limit: float | None
-    ) -> JobState | None:
-        row = await _locked(session, attempt)
-        if row is None:
-            return None
-        waited = row["unknown_seconds"]
+    @_persistent
+    async def unknown(self, end: End, error: Exception, limit: float | None) -> JobState:
+        """Of a task that cannot be run here: it goes back, and fails after `limit` seconds of that if there is one."""
+        waited = end.row["unknown_seconds"]
         if limit is not None and waited >= limit:
-            return await self._failed(session, attempt, error, one_line(error))
+            return await self._fail(end, error, one_line(error))
         wait = min(max(waited / 2, UNKNOWN_PAUSE_SECONDS[0]), UNKNOWN_PAUSE_SECONDS[1])
-        values = {"unknown_seconds": waited + wait, "error": self._text(one_line(error))}
-        await session.run_sync(_put_off, row, wait, values)
+        await self._put_off(end, wait, unknown_seconds=waited + wait, error=self._text(one_line(error)))
         return JobState.QUEUED
 
-    async def _record(self, session: AsyncSession, attempt: Attempt, outcome: str, found: Mapping[str, str]) -> None:
-        """An attempt that did not succeed leaves a row."""
-        who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
-        which = {"job_id": attempt.job_id, "number": attempt.number, "began": attempt.began}
-        values = {**which, **who, **found, "outcome": outcome}
-        await session.run_sync(execute, insert(attempts).values(values).on_conflict_do_nothing())
+    async def _fail(self, end: End, error: BaseException, reason: str) -> JobState:
+        found = await self._record(end, JobState.FAILED, error, reason)
+        return await self._end(end, JobState.FAILED, **found)
 
-    async def _persistent(
-        self, write: Callable[..., Awaitable[JobState | None]], attempt: Attempt, *arguments: Any
-    ) -> JobState | None:
+    async def _end(self, end: End, state: JobState, **values: Any) -> JobState:
+        job_id = end.attempt.job_id
+        ended = {"state": state, "finished_at": func.clock_timestamp(), "started_at": end.attempt.began, **values}
+        await end.execute(update(jobs).where(jobs.c.id == job_id).values(ended))
+        await end.execute(delete(cancellations).where(cancellations.c.job_id == job_id))
+        collect(end.session.sync_session, (job_mapper, (job_id,)))
+        return state
+
+    async def _put_off(self, end: End, wait: float, **values: Any) -> None:
+        """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
+        due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
+        await end.execute(update(jobs).where(jobs.c.id == end.attempt.job_id).values(values | due))
+        job = Job(**{column.name: end.row[column.name] for column in jobs.c} | values)
+        job.due_in, job.due_said_at = wait, time.monotonic()
+        collect(end.session.sync_session, (job_mapper, (job.id,)), job)
+
+    async def _record(self, end: End, outcome: str, error: BaseException, reason: str) -> dict[str, str]:
+        """An attempt that did not succeed leaves a row; what the job's own row has of it."""
+        attempt = end.attempt
+        found = {"error": self._text(reason), "traceback": self._text(full_text(error))}
+        who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
+        which = {"job_id": attempt.job_id, "number": attempt.number, "began": attempt.began, "outcome": outcome}
+        await end.execute(insert(attempts).values({**which, **who, **found}).on_conflict_do_nothing())
+        return found
+
+    async def persist(self, attempt: Attempt, write: Callable[[AsyncSession], Awaitable[T]]) -> T:
+        """Have it written and committed, going on while PostgreSQL is away."""
         pause = LEDGER_PAUSE_SECONDS[0]
         while True:
             try:
                 async with self._context() as session:
                     session.info[ATTEMPT_TIMINGS] = attempt.timings
-                    return await write(session, attempt, *arguments)
+                    return await write(session)
             except Exception as error:  # noqa: BLE001 - see below
                 if self._text is str and isinstance(error, DBAPIError) and sqlstate_of(error) in UNTRANSLATABLE:
                     self._text = escaped
@@ -188,10 +200,7 @@ class Finalizer:
             pause = min(2 * pause, LEDGER_PAUSE_SECONDS[1])
 
 
-def _nobody(_seconds: float) -> None:
-    """Nobody waits for it."""
-
-
+# What a dead worker leaves is bounded as for its effect.
 _lock = (
     select(
         jobs,
@@ -203,33 +212,12 @@ _lock = (
 )
 
 
-async def _locked(session: AsyncSession, attempt: Attempt) -> RowMapping | None:
-    """The job's row, if it is still this attempt's to end; what a dead worker leaves is bounded as for its effect."""
-    bounds = {"idle": f"{attempt.idle_limit * 1000:.0f}ms", "lock": attempt.worker_lock}
-    return (await session.run_sync(execute, _lock, ours(attempt) | bounds)).mappings().one_or_none()
-
-
-async def _is_waited_out(session: AsyncSession, attempt: Attempt, error: BaseException) -> bool:
+async def _is_waited_out(end: End, error: BaseException) -> bool:
     """Whether it is a lock that somebody has had for long, and the job has not been at it for so long itself."""
     if not isinstance(error, LockTimeoutError):
         return False
-    first = select(func.min(attempts.c.began)).where(attempts.c.job_id == attempt.job_id)
-    began: datetime = (await session.run_sync(execute, first)).scalar() or attempt.began
+    first = select(func.min(attempts.c.began)).where(attempts.c.job_id == end.attempt.job_id)
+    began: datetime = (await end.execute(first)).scalar() or end.attempt.began
     waited = (datetime.now(UTC) - began).total_seconds()
-    logger.warning("Job %s has waited %.0f s for a lock, and goes on: %s", attempt.job_id, waited, error)
+    logger.warning("Job %s has waited %.0f s for a lock, and goes on: %s", end.attempt.job_id, waited, error)
     return waited < LOCK_PATIENCE_SECONDS
-
-
-def _write(session: Session, job_id: UUID, values: dict[str, Any]) -> None:
-    execute(session, update(jobs).where(jobs.c.id == job_id).values(values))
-    execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
-    collect(session, (job_mapper, (job_id,)))
-
-
-def _put_off(session: Session, row: RowMapping, wait: float, values: dict[str, Any]) -> None:
-    """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
-    due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
-    execute(session, update(jobs).where(jobs.c.id == row["id"]).values(values | due))
-    job = Job(**{column.name: row[column.name] for column in jobs.c} | values)
-    job.due_in, job.due_said_at = wait, time.monotonic()
-    collect(session, (job_mapper, (job.id,)), job)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sqlalchemy import select, tuple_
 
 from coord.jobs.model import is_queued, jobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Sequence
     from uuid import UUID
 
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
     from coord.queue.message import Message
+    from coord.worker.maintenance.registry import WorkerRegistry
+    from coord.worker.state import WorkerState
 
 LATE_SECONDS = 0.75
 """After which a popped job is not begun: it was on nobody's list meanwhile, and is handed over to another."""
@@ -28,34 +28,31 @@ DRIFT = 0.01
 
 
 class RedisClock:
-    """Redis' time, reckoned from its last answer by this process's monotonic clock."""
+    """Redis' time, reckoned from its last answer by this process's monotonic clock; before that the process's own."""
 
     def __init__(self) -> None:
-        self._offset: float | None = None
+        self._offset = time.time() - time.monotonic()
         self._error = self._set_at = 0.0
         """By how much it may be wrong, half the round trip, and since when."""
+        self.is_set = False
 
     def set(self, seconds: float, microseconds: float, asked: float) -> None:
         """As TIME has answered; `asked` is when it was, on the monotonic clock."""
         now = time.monotonic()
         error = (now - asked) / 2
-        if self._offset is None or error <= self._error + DRIFT * (now - self._set_at):
+        if not self.is_set or error <= self._error + DRIFT * (now - self._set_at):
             self._offset, self._error, self._set_at = seconds + microseconds / 1e6 - (asked + now) / 2, error, now
+        self.is_set = True
 
-    def now(self) -> int | None:
-        """Milliseconds since 1970; None before Redis has ever said."""
-        return None if self._offset is None else round((time.monotonic() + self._offset) * 1000)
+    def now(self) -> int:
+        """Milliseconds since 1970."""
+        return round((time.monotonic() + self._offset) * 1000)
 
 
 class Freshness:
-    """`engine` commits each statement; `held` are the jobs that other workers say they run."""
-
-    def __init__(
-        self, engine: AsyncEngine, clock: RedisClock, held: Callable[[], Collection[tuple[UUID, int]]]
-    ) -> None:
-        self._engine = engine
-        self._clock = clock
-        self._held = held
+    def __init__(self, state: WorkerState, registry: WorkerRegistry) -> None:
+        self._state = state
+        self._registry = registry
         self._ticked = self._stalled = 0.0
         """When the loop was last seen to go on, and to go on after a stall, on its clock."""
 
@@ -66,11 +63,6 @@ class Freshness:
             self._stalled = now
         self._ticked = now
 
-    def now(self) -> int:
-        """By Redis' clock, in milliseconds; before it has ever said, by this process's."""
-        found = self._clock.now()
-        return round(time.time() * 1000) if found is None else found
-
     def is_late(self, asked: float, *, waited: float) -> bool:
         """Of what was asked for then, and may have been waited for so long in Redis."""
         now = asyncio.get_running_loop().time()
@@ -79,14 +71,12 @@ class Freshness:
 
     def is_old(self, due: float) -> bool:
         """Of a message that was due then, in milliseconds by Redis' clock."""
-        now = self._clock.now()
-        return now is None or not now - due <= OLD_SECONDS * 1000  # also of what is no number
+        clock = self._state.clock
+        return not clock.is_set or not clock.now() - due <= OLD_SECONDS * 1000  # also of what is no number
 
     async def stale(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
         """Those that the ledger does not want to be run, or that another worker runs."""
         keys = [message.key for message in messages]
-        wanted = select(jobs.c.id, jobs.c.attempt).where(is_queued, tuple_(jobs.c.id, jobs.c.attempt).in_(keys))
-        async with self._engine.connect() as connection:
-            rows: Any = (await connection.execute(wanted)).all()
-        held = set(self._held())
-        return set(keys) - ({(row.id, row.attempt) for row in rows} - held)
+        key = tuple_(jobs.c.id, jobs.c.attempt)
+        rows = await self._state.read(select(jobs.c.id, jobs.c.attempt).where(is_queued, key.in_(keys)))
+        return set(keys) - ({(row.id, row.attempt) for row in rows} - self._registry.held_elsewhere)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, inspect
@@ -12,30 +12,26 @@ from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
-from coord.jobs.model import Cancellation, job_mapper, jobs, new_id
+from coord.jobs.model import Cancellation, jobs
 from coord.notify.outage import Outage
 from coord.worker.executor import Executor
-from coord.worker.fetcher import Fetcher, Gate
+from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
-from coord.worker.freshness import Freshness, RedisClock
+from coord.worker.freshness import Freshness
+from coord.worker.maintenance.beat import Board
 from coord.worker.maintenance.canceller import Canceller
 from coord.worker.maintenance.heartbeat import Heartbeat, another
 from coord.worker.maintenance.leader import Leader
 from coord.worker.maintenance.pruner import Pruner
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.registry import WorkerRegistry
-from coord.worker.maintenance.rescuer import Rescuer, lock_of
+from coord.worker.maintenance.rescuer import Rescuer
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
 from coord.worker.running import RunningJobs
+from coord.worker.state import WorkerState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from uuid import UUID
-
-    from redis.asyncio import Redis
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
     from coord.worker.config import WorkerConfig
 
 logger = logging.getLogger("arq.coord")
@@ -52,17 +48,20 @@ BURST_SECONDS = 0.2
 class Lifecycle:
     """Started and stopped once. `context` is what tasks find in their ctx."""
 
+    state: WorkerState
+    registry: WorkerRegistry
+    heartbeat: Heartbeat
+    fetcher: Fetcher
+
     def __init__(self, config: WorkerConfig, context: dict[Any, Any]) -> None:
         self._config = config
         self._context = context
         self._stack = AsyncExitStack()
         self._hurry = asyncio.Event()
-        self.running: RunningJobs | None = None
-        self.fetcher: Fetcher | None = None
-        self.heartbeat: Heartbeat | None = None
-        self._executor: Executor | None = None
-        self.registry: WorkerRegistry | None = None
-        self._queued: QueuedJobs | None = None
+
+    @property
+    def running(self) -> RunningJobs:
+        return self.state.running
 
     async def start(self) -> None:
         """Return when jobs are taken; what has been opened is closed if that fails."""
@@ -70,7 +69,7 @@ class Lifecycle:
         async with AsyncExitStack() as stack:
             await self._open(stack)
             self._stack = stack.pop_all()
-        logger.info("Takes jobs of the queue %s, %d at a time", self._config.queue, self._config.max_jobs)
+        logger.info("Takes jobs of the queue %s, %d at a time", self._config.keys.queue, self._config.max_jobs)
 
     def hurry(self) -> None:
         """Leave no more grace."""
@@ -81,72 +80,58 @@ class Lifecycle:
 
         In a burst what is due in the ledger is run first.
         """
-        if self.fetcher is not None and self.running is not None and self.heartbeat is not None:
-            if burst:
-                await self._run_what_is_due()
-            self.heartbeat.board.stopping = True
-            self.fetcher.drain()
-            logger.info("This worker stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
-            await self._ended(self._config.grace, hurry=True)
-            self.running.stop()
-            await self._ended(CANCELLED_SECONDS, hurry=False)
-            await self.running.abandon(ABANDONED_SECONDS)
+        if burst:
+            await self._run_what_is_due()
+        self.state.board.stopping = True
+        self.fetcher.drain()
+        logger.info("This worker stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
+        await self._ended(self._config.grace, hurry=True)
+        self.running.stop()
+        await self._ended(CANCELLED_SECONDS, hurry=False)
+        await self.running.abandon(ABANDONED_SECONDS)
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
-        config, worker, keys = self._config, new_id(), self._config.keys
+        """Each ends before what was opened before it."""
+        config, state = self._config, self._share(stack)
         outage = Outage(logger, away=AWAY, back=BACK)
-        maintenance, redis, feed = self._connections(stack)
-        engine = maintenance.execution_options(isolation_level="AUTOCOMMIT")
-        coordinator = Coordinator(config.session_maker, redis=redis, namespace=config.namespace)
+        coordinator = Coordinator(config.session_maker, redis=state.redis, namespace=config.keys.namespace)
         coordinator.outage = outage
         await stack.enter_async_context(coordinator)
-        clock = RedisClock()
-        registry = self.registry = WorkerRegistry(engine, config.queue, worker)
-        freshness = Freshness(engine, clock, lambda: registry.held_elsewhere)
-        heartbeat = self.heartbeat = await stack.enter_async_context(Heartbeat(config, worker, freshness.tick))
-        numbers = {name: number for number, name in enumerate(config.tasks)}
-        running = self.running = heartbeat.running = RunningJobs(heartbeat.board, config.max_jobs, numbers)
-        finalizer = Finalizer(config.session_maker, worker)
-        executor = self._executor = Executor(config, running, finalizer, self._context, worker_lock=lock_of(worker))
-        stack.push_async_callback(executor.abandon)
-        gate = Gate(is_paused=lambda: registry.is_paused, is_credible=lambda: heartbeat.is_credible)
-        fetcher = self.fetcher = Fetcher(feed, keys, running, executor, freshness, gate, outage)
-        leader = Leader(engine, redis, config.queue, worker, clock, heartbeat.board, lambda: fetcher.is_served)
-        scheduler = Scheduler(engine, redis, keys, lambda: leader.is_leader)
-        finalizer.on_put_off = scheduler.expect
-
-        def publish_end(ended: Iterable[UUID]) -> None:
-            coordinator.publish(job_mapper, ended)
-
-        loops = [
-            registry,
-            leader,
-            canceller := Canceller(engine, running),
+        self.registry = WorkerRegistry(state)
+        freshness = Freshness(state, self.registry)
+        self.heartbeat = Heartbeat(state, freshness.tick)
+        canceller, scheduler = Canceller(state), Scheduler(state)
+        maintenance = (
+            self.heartbeat,
+            Leader(state),
+            self.registry,
+            canceller,
             scheduler,
-            Reconciler(engine, redis, keys, clock, lambda: leader.is_leader, scheduler.start_over),
-            Rescuer(maintenance, redis, keys, registry, lambda: leader.is_leader, config.attempts_of, publish_end),
-            Pruner(engine, keep=config.keep, is_leader=lambda: leader.is_leader),
-        ]
-        stack.push_async_callback(_resign, leader)
-        for loop in loops:
+            Reconciler(state, scheduler.start_over),
+            Rescuer(state, self.registry, coordinator.publish),
+            Pruner(state),
+        )
+        for loop in maintenance:
             await stack.enter_async_context(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
-        self._queued = QueuedJobs(engine, config.queue)
-        await stack.enter_async_context(fetcher)
+        executor = Executor(state, Finalizer(state, scheduler.expect), self._context)
+        pops = config.address.client()
+        stack.push_async_callback(pops.aclose)
+        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, outage))
 
-    def _connections(self, stack: AsyncExitStack) -> tuple[AsyncEngine, Redis, Redis]:
-        """For maintenance in PostgreSQL, for that in Redis, and for the pops that block; closed with the stack."""
-        maintenance = another(engine_of(self._config.session_maker))
-        stack.push_async_callback(maintenance.dispose)
-        redis, feed = self._config.address.client(), self._config.address.client()
-        for client in (redis, feed):
-            stack.push_async_callback(client.aclose)
-        return maintenance, redis, feed
+    def _share(self, stack: AsyncExitStack) -> WorkerState:
+        config = self._config
+        board = stack.enter_context(closing(Board(config.max_jobs)))
+        engine, redis = another(engine_of(config.session_maker)), config.address.client()
+        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(redis.aclose)
+        running = RunningJobs(board, config.tasks)
+        self.state = WorkerState(config=config, engine=engine, redis=redis, board=board, running=running)
+        return self.state
 
     async def _ended(self, limit: float, *, hurry: bool) -> None:
         """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
-        assert self.running is not None
         deadline = asyncio.get_running_loop().time() + limit
         while len(self.running) and asyncio.get_running_loop().time() < deadline:
             if hurry and self._hurry.is_set():
@@ -155,12 +140,9 @@ class Lifecycle:
 
     async def _run_what_is_due(self) -> None:
         """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over."""
-        assert self._queued is not None
-        assert self.running is not None
-        assert self.registry is not None
         due = jobs.c.scheduled_at <= func.now(), jobs.c.task.in_([*self._config.tasks])
         while not self._hurry.is_set():
-            found = {row.id for row in await self._queued.ids(*due)}
+            found = {row.id for row in await QueuedJobs(self.state).ids(*due)}
             found -= {job_id for job_id, _ in self.registry.held_elsewhere}
             if not found and not len(self.running):
                 return
@@ -175,11 +157,3 @@ def _warn_of_small_pool(pool: Any, max_jobs: int) -> None:
             max_jobs,
             max_jobs,
         )
-
-
-async def _resign(leader: Leader) -> None:
-    try:
-        async with asyncio.timeout(CANCELLED_SECONDS):
-            await leader.resign()
-    except Exception as error:  # noqa: BLE001 - the lease ends by itself
-        logger.debug("The lease could not be given up: %s", error)

@@ -34,8 +34,10 @@ WAITED_OUT = (RedisConnectionError, RedisTimeoutError, OSError, ResponseError)
 """For redis-py, which asks about no more than the class."""
 _PASSING = (RedisConnectionError, RedisTimeoutError, OSError, OutOfMemoryError, ReadOnlyError, NoPermissionError)
 _PASSING_CODES = ("BUSY ", "CLUSTERDOWN ", "LOADING ", "MASTERDOWN ", "MISCONF ", "NOREPLICAS ", "TRYAGAIN ")
-PAUSE_SECONDS = (0.1, 2.0)
+RETRY_PAUSE_SECONDS = (0.1, 2.0)
 """Before the second attempt, and before any later one at most."""
+SILENCE_SECONDS = 2.0
+"""Without a first answer, after which that is said: arq's connections wait for one without a limit."""
 
 
 def passes(error: BaseException) -> bool:
@@ -56,7 +58,12 @@ class Patience(Retry):
         super().__init__(NoBackoff(), -1, WAITED_OUT)  # type: ignore[arg-type]
         self.closing: Callable[[], Awaitable[None]] = _nothing
         """What is still to be done if arq cannot close for want of Redis."""
+        self.meanwhile: Callable[[], Awaitable[None]] = _nothing
+        """What is to be done between two attempts before the worker has started."""
+        self.has_started = False
         self._main: asyncio.Task[Any] | None = None
+        self._silence: asyncio.TimerHandle | None = None
+        """Of the first answer that is waited for."""
         self._outage = Outage(
             logger, away="Redis does not serve arq, whose own jobs wait", back="Redis serves arq again"
         )
@@ -65,12 +72,10 @@ class Patience(Retry):
         """redis-py gives each connection a copy."""
         return self
 
-    def belongs_to(self, main: asyncio.Task[Any] | None) -> None:
-        self._main = main
-
     async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
         """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
-        pause = PAUSE_SECONDS[0]
+        pause = RETRY_PAUSE_SECONDS[0]
+        self._begin()
         while True:
             try:
                 answer = await do()
@@ -82,9 +87,14 @@ class Patience(Retry):
                 self._outage.report(error)
             else:
                 self._outage.report(None)
+                if answer is not None and self._silence is not None:  # a connection alone is no answer
+                    self._silence.cancel()
+                    self._outage.report(None, "silence")
                 return answer
+            if not self.has_started:
+                await self.meanwhile()
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, PAUSE_SECONDS[1])
+            pause = min(2 * pause, RETRY_PAUSE_SECONDS[1])
 
     async def _gave_up(self) -> None:
         """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
@@ -98,11 +108,16 @@ class Patience(Retry):
         error = self._main.exception() if ended and self._main is not None else None
         return error.code if isinstance(error, SystemExit) else 0
 
+    def _begin(self) -> None:
+        """With the first call in an event loop, which is the main task's."""
+        loop = asyncio.get_running_loop()
+        if self._main is None or self._main.get_loop() is not loop:
+            self._main, self.has_started = asyncio.current_task(), False
+            silent = TimeoutError(f"it has not answered for {SILENCE_SECONDS:g} s")
+            self._silence = loop.call_later(SILENCE_SECONDS, self._outage.report, silent, "silence")
+
     def _is_over(self) -> bool:
-        task = asyncio.current_task()
-        if self._main is None or self._main.get_loop() is not asyncio.get_running_loop():
-            self._main = task
-        return (self._main is not None and self._main.done()) or _is(task, async_check_health)
+        return (self._main is not None and self._main.done()) or _is(asyncio.current_task(), async_check_health)
 
 
 async def _nothing() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from uuid import UUID
 
     from coord.jobs.attempt import Attempt
@@ -23,9 +23,8 @@ class RunningJob:
     attempt: Attempt
     slot: int
     task: asyncio.Task[Any] | None = None
-    """What runs it, as long as it may be cancelled."""
-    runner: asyncio.Task[Any] | None = None
-    """The same, also while the end is written."""
+    may_cancel: bool = True
+    """Not any more while the end is written."""
     unwanted: bool = False
     """Whether somebody has cancelled the job."""
     stopping: bool = False
@@ -33,14 +32,17 @@ class RunningJob:
     abandoned: bool = False
     """Whether its worker has stopped without it: its end is no longer its own to write."""
 
+    def cancel(self) -> bool:
+        """Whether it still can be."""
+        return self.may_cancel and self.task is not None and self.task.cancel()
+
 
 class RunningJobs:
     """What is in here is on the heartbeat's board as well."""
 
-    def __init__(self, board: Board, slots: int, numbers: dict[str, int]) -> None:
+    def __init__(self, board: Board, tasks: Iterable[str]) -> None:
         self._board = board
-        self._slots = slots
-        self._numbers = numbers
+        self._numbers = {name: number for number, name in enumerate(tasks)}
         """The places of the tasks in the list that the heartbeat has."""
         self._by_id: dict[UUID, RunningJob] = {}
         self.changed = asyncio.Event()
@@ -55,7 +57,7 @@ class RunningJobs:
     @property
     def free(self) -> int:
         """How many more may run."""
-        return self._slots - len(self._by_id)
+        return self._board.free
 
     @property
     def has_suspect(self) -> bool:
@@ -66,7 +68,7 @@ class RunningJobs:
         return self._by_id.get(job_id)
 
     def add(self, message: Message, attempt: Attempt) -> RunningJob:
-        slot = self._board.add(message.id, message.attempt, self._numbers[message.task])
+        slot = self._board.add(message.id, message.attempt, self._numbers.get(message.task, -1))
         running = self._by_id[message.id] = RunningJob(message, attempt, slot)
         return running
 
@@ -79,29 +81,20 @@ class RunningJobs:
     def stop(self) -> None:
         """The worker has no more time for them."""
         for running in self:
-            if running.task is not None:
-                running.stopping = True
-                running.task.cancel()
+            running.stopping = running.cancel()
 
     async def abandon(self, limit: float) -> None:
         """Their ends could not be written in time; others find out."""
-        tasks = []
+        tasks = [running.task for running in self if running.task is not None]
         for running in self:
             running.abandoned = True
-            if running.runner is not None:
-                running.runner.cancel()
-                tasks.append(running.runner)
+        for task in tasks:
+            task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=limit)
 
     def cancel(self, job_id: UUID, attempt: int) -> None:
         """Somebody wants the job cancelled, or has begun another attempt."""
         running = self._by_id.get(job_id)
-        if (
-            running is not None
-            and running.message.attempt == attempt
-            and running.task is not None
-            and not running.unwanted
-        ):
-            running.unwanted = True
-            running.task.cancel()
+        if running is not None and running.message.attempt == attempt and not running.unwanted:
+            running.unwanted = running.cancel()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import socket
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
@@ -12,22 +14,24 @@ from arq.worker import Worker, func
 from coord.database.engine import engine_of
 from coord.durations import seconds
 from coord.jobs.options import DEFAULT_QUEUE
+from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
-from coord.worker.config import Hooks, WorkerConfig, health_check_key, positive, text, whole
-from coord.worker.hooks import guarded
+from coord.worker.config import WorkerConfig, positive, text, whole
 from coord.worker.lifecycle import Lifecycle
+from coord.worker.maintenance.heartbeat import another
 from coord.worker.patience import Patience
 from coord.worker.stopping import also_on_signal, guard_forks
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from arq.connections import RedisSettings
     from arq.worker import Function
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
     from coord.durations import Seconds
+    from coord.worker.config import Hook
 
 logger = logging.getLogger("arq.coord")
 
@@ -41,6 +45,8 @@ REFUSED = {
     "health_check_interval": "the heartbeat writes the key, every two seconds",
     "max_burst_jobs": "a burst runs whatever is due in the ledger",
 }
+POSTGRESQL_SECONDS = 2.0
+"""For PostgreSQL to accept a connection."""
 DEFAULTS = {"max_jobs": 10, "job_timeout": 300, "max_tries": 10}
 """For jobs of the ledger; arq's own have arq's."""
 HOOKS = ("on_job_start", "on_job_end", "after_job_end")
@@ -80,53 +86,63 @@ def worker_settings(
     keys = QueueKeys(text("namespace", namespace), text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
     address, patience = Address(redis), Patience()
-    own: dict[str, Any] = {
-        "session_maker": session_maker,
-        "address": address,
-        "namespace": namespace,
-        "queue": queue,
-        "tasks": tasks,
-        "grace": seconds("grace", grace),
-        "idle_limit": positive("idle_limit", idle_limit),
-        "keep": seconds("keep", keep),
-        "unknown_after": None if unknown_after is None else seconds("unknown_after", unknown_after),
-    }
+    hooks = {name: _guarded(arq_settings.get(name)) for name in HOOKS}
+    configure = partial(
+        WorkerConfig,
+        session_maker=session_maker,
+        address=address,
+        keys=keys,
+        tasks=tasks,
+        grace=seconds("grace", grace),
+        idle_limit=positive("idle_limit", idle_limit),
+        keep=seconds("keep", keep),
+        unknown_after=None if unknown_after is None else seconds("unknown_after", unknown_after),
+        hooks=hooks,
+    )
     settings: dict[str, Any] = {
         "__doc__": "Made by coord's worker_settings.",
         "queue_name": f"arq:queue:{namespace}:{queue}",
-        "health_check_key": health_check_key(keys),
+        "health_check_key": keys.health(socket.gethostname()),
         **arq_settings,
+        **hooks,
         "functions": [*tasks.values()],
         "redis_settings": address.settings(patience),
         "health_check_interval": NEVER_SECONDS,
-        **{name: guarded(arq_settings.get(name)) for name in HOOKS},
     }
     made = type("Settings", (), settings)
-    host = _Host(made, own, arq_settings, patience)
+    host = _Host(lambda: _config(made, configure), arq_settings, patience)
     made.on_startup, made.on_shutdown = host.on_startup, host.on_shutdown  # type: ignore[attr-defined]
-    made.worker_config = host.worker_config  # type: ignore[attr-defined]
-    _config(made, own, arq_settings)
+    made.worker_config = host.config  # type: ignore[attr-defined]
+    host.config()
     return made
 
 
 class _Host:
     """What arq calls of a settings class, which any number of workers may share, one after another or at once."""
 
-    def __init__(self, made: type, own: dict[str, Any], given: Mapping[str, Any], patience: Patience) -> None:
-        self._made = made
-        self._own = own
+    def __init__(self, config: Callable[[], WorkerConfig], given: Mapping[str, Any], patience: Patience) -> None:
+        self.config = config
         self._given = given
         self._patience = patience
+        patience.meanwhile = self.report_postgresql
+        self._outage = Outage(logger, away="PostgreSQL is away as well", back="PostgreSQL answers")
 
-    def worker_config(self) -> WorkerConfig:
-        """For `coord doctor`."""
-        return _config(self._made, self._own, self._given)
+    async def report_postgresql(self) -> None:
+        """While Redis is waited for: the application's `on_startup`, which will want PostgreSQL, is not called yet."""
+        engine = another(engine_of(self.config().session_maker))
+        try:
+            async with asyncio.timeout(POSTGRESQL_SECONDS), engine.connect():
+                self._outage.report(None)
+        except Exception as error:  # noqa: BLE001 - it is only reported
+            self._outage.report(error)
+        finally:
+            await engine.dispose()
 
     async def on_startup(self, ctx: dict[Any, Any]) -> None:
         """First the application's own, which may make the tables."""
         main = asyncio.current_task()
         assert main is not None
-        self._patience.belongs_to(main)
+        self._patience.has_started = True
         self._patience.closing = lambda: self.on_shutdown(ctx)
         guard_forks()
         if "coord.stopping" in ctx:  # of a worker that ran before, and was not closed
@@ -134,7 +150,7 @@ class _Host:
         if (hook := self._given.get("on_startup")) is not None:
             await hook(ctx)
         await _refuse_cluster(ctx["redis"])
-        lifecycle = Lifecycle(_config(self._made, self._own, self._given), ctx)
+        lifecycle = Lifecycle(self.config(), ctx)
         await lifecycle.start()
         ctx["coord.lifecycle"] = lifecycle
         main.add_done_callback(lambda ended: _begin_stopping(ctx, lifecycle, ended))
@@ -147,7 +163,7 @@ class _Host:
         finally:
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await engine_of(self._own["session_maker"]).dispose()
+            await engine_of(self.config().session_maker).dispose()
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
@@ -167,17 +183,28 @@ async def _refuse_cluster(redis: Any) -> None:
         raise SystemExit(1)
 
 
-def _config(made: Any, own: Mapping[str, Any], given: Mapping[str, Any]) -> WorkerConfig:
+def _config(made: Any, configure: Callable[..., WorkerConfig]) -> WorkerConfig:
     """As the class says now: its attributes may have been set since it was made."""
     options = {name: getattr(made, name, default) for name, default in DEFAULTS.items()}
-    return WorkerConfig(
-        **own,
+    return configure(
         max_jobs=whole("max_jobs", options["max_jobs"]),
         max_attempts=whole("max_tries", options["max_tries"]),
         job_timeout=positive("job_timeout", options["job_timeout"]),
         health_check_key=made.health_check_key,
-        hooks=Hooks(**{name: given.get(name) for name in HOOKS}),
     )
+
+
+def _guarded(hook: Hook | None) -> Hook:
+    """A hook of the application's around jobs, arq's own included: one that fails must not end the worker."""
+
+    async def run(ctx: dict[Any, Any]) -> None:
+        try:
+            if hook is not None:
+                await hook(ctx)
+        except Exception:
+            logger.exception("%s has failed", getattr(hook, "__qualname__", hook))
+
+    return run
 
 
 def _by_name(tasks: Sequence[Function]) -> dict[str, Function]:

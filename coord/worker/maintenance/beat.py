@@ -15,6 +15,7 @@ import os
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -37,9 +38,10 @@ REDIS_SECONDS = 5.0
 """Since Redis last answered the parent, after which it is not healthy."""
 BLOCKED_SECONDS = 2.0
 """Since the loop's last tick, after which a task is taken to block it."""
-ANSWER_SECONDS = 3.0
+BEAT_TIMEOUT_SECONDS = 3.0
+"""For both servers' answers to one look."""
 
-_HEADER = struct.Struct("<dddd?")
+_HEADER = struct.Struct("<5d")
 _SLOT = struct.Struct("<16siid")
 _FREE = bytes(16)
 
@@ -61,14 +63,16 @@ class Board:
     lock afterwards: a job is on the board before its first step.
     """
 
-    def __init__(self, file: int, slots: int) -> None:
-        self._memory = mmap.mmap(file, self.size(slots))
-        self._slots = slots
+    def __init__(self, slots: int, file: int | None = None) -> None:
+        """With no file that another has opened, of a new one."""
+        size = _HEADER.size + slots * _SLOT.size
+        if file is None:
+            with tempfile.TemporaryFile() as made:
+                made.truncate(size)
+                file = os.dup(made.fileno())
+        self.file = file
+        self._memory = mmap.mmap(file, size)
         self._free = list(range(slots))
-
-    @staticmethod
-    def size(slots: int) -> int:
-        return _HEADER.size + slots * _SLOT.size
 
     def _get(self, place: int) -> Any:
         return _HEADER.unpack_from(self._memory)[place]
@@ -81,13 +85,12 @@ class Board:
     beaten = property(lambda self: self._get(2), lambda self, value: self._set(2, value))
     redis_answered = property(lambda self: self._get(3), lambda self, value: self._set(3, value))
 
-    @property
-    def stopping(self) -> bool:
-        return bool(self._get(4))
+    stopping = property(lambda self: bool(self._get(4)), lambda self, value: self._set(4, value))
 
-    @stopping.setter
-    def stopping(self, value: bool) -> None:
-        struct.pack_into("<?", self._memory, 32, value)
+    @property
+    def free(self) -> int:
+        """How many slots are."""
+        return len(self._free)
 
     def add(self, job: UUID, attempt: int, task: int) -> int:
         """The slot that it takes, to be given to `remove`."""
@@ -108,7 +111,8 @@ class Board:
                 yield Named(UUID(bytes=id_), attempt, task, started)
 
     def close(self) -> None:
-        self._memory.close()
+        """The memory goes with its last user: a thread may be about to write to it."""
+        os.close(self.file)
 
 
 class Beats:
@@ -122,14 +126,14 @@ class Beats:
         self._say = say
         self._processor, self._sign = -1, 0.0
         self._named: set[UUID] = set()
-        self._update, self._insert = statements(told)
+        self._statement = _statement(told["table"])
         self._healthy_at = 0.0
 
     async def run(self, stopped: Callable[[], bool]) -> None:
         """Beat until told otherwise."""
         while not stopped():
             try:
-                async with asyncio.timeout(ANSWER_SECONDS):
+                async with asyncio.timeout(BEAT_TIMEOUT_SECONDS):
                     await self._look()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next beat is tried
                 self._say(f"debug heartbeat: {type(error).__name__}: {error}")
@@ -137,9 +141,8 @@ class Beats:
 
     async def last(self) -> None:
         """The parent has died: say so, and what it ran."""
-        async with asyncio.timeout(ANSWER_SECONDS), self._engine.connect() as connection:
-            named = {"named": self._as_json([*self._board.jobs()]), "stops": self._board.stopping}
-            await connection.execute(self._update, {"worker": self._told["worker"], "died": True, **named})
+        async with asyncio.timeout(BEAT_TIMEOUT_SECONDS):
+            await self._write([*self._board.jobs()], dead=True)
 
     async def _look(self) -> None:
         now = time.monotonic()
@@ -149,7 +152,7 @@ class Beats:
         early = any(job.id not in self._named and now - job.started > UNNAMED_SECONDS for job in jobs)
         if early or now - self._board.beaten >= BEAT_SECONDS - LOOK_SECONDS:
             await self._beat(now, jobs)
-        if self._redis is not None and now - self._healthy_at >= BEAT_SECONDS - LOOK_SECONDS:
+        if now - self._healthy_at >= BEAT_SECONDS - LOOK_SECONDS:
             await self._say_healthy(now, jobs)
 
     def _is_alive(self, now: float) -> bool:
@@ -162,17 +165,22 @@ class Beats:
         return now - self._sign <= ALIVE_SECONDS
 
     async def _beat(self, now: float, jobs: list[Named]) -> None:
-        values = {"worker": self._told["worker"], "named": self._as_json(jobs), "stops": self._board.stopping}
-        values["died"] = False
-        async with self._engine.connect() as connection:
-            if not (await connection.execute(self._update, values)).rowcount:
-                self._say("warning This worker was taken for dead and its jobs were given to others; it takes new ones")
-                await connection.execute(self._insert, values | self._told["row"])
+        if await self._write(jobs, dead=False) == 1:
+            self._say("warning This worker was taken for dead and its jobs were given to others; it takes new ones")
         self._board.beaten = now
         self._named = {job.id for job in jobs}
 
+    async def _write(self, jobs: list[Named], *, dead: bool) -> int:
+        """How often the row on the list has been written; 1 of one that was not there."""
+        now = {"jobs": self._as_json(jobs), "stopping": self._board.stopping, "dead": dead}
+        async with self._engine.connect() as connection:
+            return int((await connection.execute(self._statement, self._told["row"] | now)).scalar_one())
+
     def _as_json(self, jobs: list[Named]) -> str:
-        named: dict[str, dict[str, Any]] = {str(job.id): {"attempt": job.attempt} for job in jobs}
+        past = time.time() - time.monotonic()
+        named: dict[str, dict[str, Any]] = {
+            str(job.id): {"attempt": job.attempt, "began": round(past + job.started, 3)} for job in jobs
+        }
         for id_, progress in self._told.get("progress", {}).items():
             if id_ in named:
                 named[id_]["progress"] = progress
@@ -189,27 +197,6 @@ class Beats:
             text += f" blocked={blocked:.0f}s by one of: {', '.join(running)}"
         await self._redis.set(self._told["health_key"], text, px=HEALTH_SECONDS * 1000)
         self._healthy_at = now
-
-
-def statements(told: dict[str, Any]) -> tuple[Any, Any]:
-    """The heartbeat, and the row of a worker that is not on the list any more."""
-    import sqlalchemy as sa
-
-    names = ("id", "queue", "host", "pid", "jobs", "tasks", "beats", "beat_at", "stopping", "dead")
-    table = sa.table("coord_workers", *map(sa.column, names), schema=told["schema"])
-    worker = sa.cast(sa.bindparam("worker"), sa.Uuid)
-    own = {
-        "jobs": sa.cast(sa.bindparam("named", type_=sa.Text), sa.JSON),
-        "stopping": sa.bindparam("stops", type_=sa.Boolean),
-        "dead": sa.bindparam("died", type_=sa.Boolean),
-    }
-    beat = {"beats": table.c.beats + 1, "beat_at": sa.func.clock_timestamp(), **own}
-    row: dict[str, Any] = {name: sa.bindparam(f"own_{name}", type_=sa.Text) for name in ("queue", "host")}
-    row |= {"pid": sa.bindparam("own_pid", type_=sa.Integer)}
-    row |= {"tasks": sa.cast(sa.bindparam("own_tasks", type_=sa.Text), sa.JSON)}
-    return sa.update(table).where(table.c.id == worker).values(beat), sa.insert(table).values(
-        {"id": worker, **row, **own}
-    )
 
 
 def processor_time(pid: int) -> int:
@@ -230,7 +217,7 @@ def main(file: int) -> None:
         told = json.loads(first)
         threading.Thread(target=_listen, args=(told,), daemon=True).start()
         sys.path[:] = told["path"]
-        asyncio.run(_beat(told, Board(file, told["slots"])))
+        asyncio.run(_beat(told, Board(told["slots"], file)))
 
 
 async def _beat(told: dict[str, Any], board: Board) -> None:
@@ -263,19 +250,30 @@ def _engine(told: dict[str, Any]) -> Any:
     return engine
 
 
-def redis_of(parameters: dict[str, Any] | None) -> Any:
+def _statement(table: str) -> Any:
+    from sqlalchemy import text
+
+    return text(f"""
+        INSERT INTO {table} AS own (id, queue, host, pid, tasks, jobs, stopping, dead)
+        VALUES (CAST(:id AS uuid), :queue, :host, :pid, CAST(:tasks AS json), CAST(:jobs AS json), :stopping, :dead)
+        ON CONFLICT (id) DO UPDATE SET beats = own.beats + 1, beat_at = clock_timestamp(),
+            jobs = excluded.jobs, stopping = excluded.stopping, dead = excluded.dead
+        RETURNING beats
+    """)
+
+
+def redis_of(parameters: dict[str, Any]) -> Any:
     """A client, which connects to nothing yet."""
     from redis.asyncio import Redis
     from redis.asyncio.sentinel import Sentinel
 
-    if parameters is None:
-        return None
+    options = parameters["options"]
     if "url" in parameters:
-        return Redis.from_url(parameters["url"], **parameters["limits"])
+        return Redis.from_url(parameters["url"], **options)
     if "sentinels" in parameters:
-        sentinel: Any = Sentinel(map(tuple, parameters["sentinels"]), ssl=parameters["ssl"], **parameters["limits"])  # type: ignore[no-untyped-call]
-        return sentinel.master_for(parameters["master"], **parameters["common"])
-    return Redis(**parameters["common"], **parameters["own"])
+        sentinel: Any = Sentinel(map(tuple, parameters["sentinels"]), **options)  # type: ignore[no-untyped-call]
+        return sentinel.master_for(parameters["master"])
+    return Redis(**options)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from datetime import timedelta
@@ -14,14 +15,7 @@ from coord.jobs.model import queues
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from uuid import UUID
-
-    from redis.asyncio import Redis
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from coord.worker.freshness import RedisClock
-    from coord.worker.maintenance.beat import Board
+    from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -33,60 +27,41 @@ MARGIN_SECONDS = 0.5
 class Leader(Loop):
     """Asks for the lease once a second, right after Redis has answered: who is cut off from either loses it.
 
-    Redis' answer is its time, and goes on the heartbeat's board if `is_served` says that Redis does what is asked.
+    Redis' answer is its time, and goes on the heartbeat's board if Redis does what the fetcher asks for. Another may
+    take over as soon as the block has ended.
     """
 
     limit = LEASE_SECONDS
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        redis: Redis,
-        queue: str,
-        own: UUID,
-        clock: RedisClock,
-        board: Board,
-        is_served: Callable[[], bool],
-    ) -> None:
-        super().__init__()
-        self._engine = engine
-        self._redis = redis
-        self._queue = queue
-        self._own = own
-        self._clock = clock
-        self._board = board
-        self._is_served = is_served
-        self._until = 0.0
-        """Of the lease, on the monotonic clock."""
-
-    @property
-    def is_leader(self) -> bool:
-        return time.monotonic() < self._until
+    async def __aexit__(self, *_: object) -> None:
+        await super().__aexit__()
+        state = self._state
+        state.leads_until = 0.0
+        mine = update(queues).where(queues.c.name == state.keys.queue, queues.c.leader == state.id)
+        try:
+            async with asyncio.timeout(self.limit):
+                await state.execute(mine.values(leader=null(), leader_until=null()))
+        except Exception as error:  # noqa: BLE001 - the lease ends by itself
+            logger.debug("The lease could not be given up: %s", error)
 
     async def round(self) -> None:
+        state = self._state
         asked = time.monotonic()
-        seconds, microseconds = await self._redis.time()
-        self._clock.set(seconds, microseconds, asked)
-        if self._is_served():
-            self._board.redis_answered = time.monotonic()
+        seconds, microseconds = await state.redis.time()
+        state.clock.set(seconds, microseconds, asked)
         began = time.monotonic()
-        async with self._engine.connect() as connection:
-            leads = (await connection.execute(_lease(self._queue, self._own))).one_or_none() is not None
-        if leads and not self._until:
-            logger.info("This worker looks after the queue %s now", self._queue)
-        self._until = began + LEASE_SECONDS - MARGIN_SECONDS if leads else 0.0
-
-    async def resign(self) -> None:
-        """Let another take over at once."""
-        self._until = 0.0
-        mine = update(queues).where(queues.c.name == self._queue, queues.c.leader == self._own)
-        async with self._engine.connect() as connection:
-            await connection.execute(mine.values(leader=null(), leader_until=null()))
+        if state.is_served:
+            state.board.redis_answered = began
+        leads = bool(await state.read(_lease(state)))
+        if leads and not state.leads_until:
+            logger.info("This worker looks after the queue %s now", state.keys.queue)
+        state.leads_until = began + LEASE_SECONDS - MARGIN_SECONDS if leads else 0.0
 
 
-def _lease(queue: str, own: UUID) -> Any:
+def _lease(state: WorkerState) -> Any:
+    own = state.id
     until = func.clock_timestamp() + literal(timedelta(seconds=LEASE_SECONDS))
-    statement = insert(queues).values(name=queue, leader=own, leader_until=until)
+    statement = insert(queues).values(name=state.keys.queue, leader=own, leader_until=until)
     free = or_(queues.c.leader.is_(None), queues.c.leader == own, queues.c.leader_until < func.clock_timestamp())
     taken = {"leader": statement.excluded.leader, "leader_until": statement.excluded.leader_until}
     return statement.on_conflict_do_update(index_elements=[queues.c.name], set_=taken, where=free).returning(

@@ -12,13 +12,13 @@ from redis.exceptions import RedisError
 from coord.retryable import is_retryable
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
 ROUND_SECONDS = 10.0
 """After which a round is given up: a server may be gone without a word."""
-END_SECONDS = 3.0
+LAST_ROUND_SECONDS = 3.0
 """For the last round to end by itself: to cancel a statement may cost a connection."""
 
 
@@ -28,7 +28,8 @@ class Loop(ABC):
     interval = 1.0
     limit = ROUND_SECONDS
 
-    def __init__(self) -> None:
+    def __init__(self, state: WorkerState) -> None:
+        self._state = state
         self._task: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
         self._ending = False
@@ -37,16 +38,14 @@ class Loop(ABC):
         self._task = asyncio.create_task(self._run(), name=f"coord {type(self).__name__}")
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
         self._ending = True
         self.wake()
-        await asyncio.wait([self._task], timeout=END_SECONDS)
+        await asyncio.wait([self._task], timeout=LAST_ROUND_SECONDS)
         while not self._task.done():
             self._task.cancel()
-            await asyncio.wait([self._task], timeout=END_SECONDS)
+            await asyncio.wait([self._task], timeout=LAST_ROUND_SECONDS)
 
     def wake(self) -> None:
         """Begin the next round now."""

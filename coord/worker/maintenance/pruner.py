@@ -12,10 +12,7 @@ from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys
 from coord.worker.maintenance.loops import Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy import Delete, Select
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
 SOON_SECONDS = 5.0
 """Until the next pruning, when there was more than one may delete."""
@@ -27,35 +24,28 @@ BATCHES = 20
 
 
 class Pruner(Loop):
-    """Deletes jobs that ended `keep` seconds ago, keys that have expired, and wishes to cancel what has ended.
+    """Deletes jobs that have ended long ago, keys that have expired, and wishes to cancel what has ended.
 
-    Only while this worker leads. `engine` commits each statement.
+    Only while this worker leads.
     """
 
     interval = 60.0
     limit = 60.0
 
-    def __init__(self, engine: AsyncEngine, *, keep: float, is_leader: Callable[[], bool] = lambda: True) -> None:
-        super().__init__()
-        self._engine = engine
-        self._keep = timedelta(seconds=keep)
-        self._is_leader = is_leader
-
     async def round(self) -> float | None:
-        if not self._is_leader():
+        if not self._state.is_leader:
             return FOLLOWER_SECONDS
         return SOON_SECONDS if await self.prune() >= BATCHES * BATCH else None
 
     async def prune(self) -> int:
         """How many rows it has deleted."""
-        ended = _ended(datetime.now(UTC) - self._keep)
+        ended = _ended(datetime.now(UTC) - timedelta(seconds=self._state.config.keep))
         return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled())])
 
     async def _delete(self, batch: Delete) -> int:
         deleted = 0
         for _ in range(BATCHES):
-            async with self._engine.connect() as connection:
-                gone = (await connection.execute(batch)).rowcount
+            gone = (await self._state.execute(batch)).rowcount
             deleted += gone
             if gone < BATCH:
                 break

@@ -28,12 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
     from uuid import UUID
 
-    from redis.asyncio import Redis
     from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from coord.queue.keys import QueueKeys
-    from coord.worker.freshness import RedisClock
+    from coord.worker.state import WorkerState
 
     Key = tuple[UUID, int]
 
@@ -60,31 +57,17 @@ class Head(NamedTuple):
 
 
 class Reconciler(Loop):
-    """Works only while this worker leads. `engine` commits each statement.
-
-    `forgotten` is called when Redis does not remember what it was told.
-    """
+    """Works only while this worker leads. `forgotten` is called when Redis does not remember what it was told."""
 
     interval = 0.5
     limit = 60.0
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        redis: Redis,
-        keys: QueueKeys,
-        clock: RedisClock,
-        is_leader: Callable[[], bool],
-        forgotten: Callable[[], None],
-    ) -> None:
-        super().__init__()
-        self._engine = engine
-        self._redis: Any = redis
-        self._keys = keys
-        self._clock = clock
-        self._is_leader = is_leader
+    def __init__(self, state: WorkerState, forgotten: Callable[[], None]) -> None:
+        super().__init__(state)
+        self._redis: Any = state.redis
+        self._keys = state.keys
         self._forgotten = forgotten
-        self._queued = QueuedJobs(engine, keys.queue)
+        self._queued = QueuedJobs(state)
         self._epoch: int | None = None
         self._missing: dict[Key, float] = {}
         """Since when, on the monotonic clock."""
@@ -95,8 +78,8 @@ class Reconciler(Loop):
         self._counted_at = self._full_at = float("-inf")
 
     async def round(self) -> None:
-        now = self._clock.now()
-        if not self._is_leader() or now is None:
+        now = self._state.clock.now()
+        if not self._state.is_leader:
             self._epoch = None
             self._missing.clear()
             return
@@ -212,9 +195,8 @@ class Reconciler(Loop):
 
     async def _held(self) -> set[Key]:
         """What any worker says it runs: of a dead one, too, as long as nobody has rescued it."""
-        async with self._engine.connect() as connection:
-            statement = select(workers.c.jobs).where(workers.c.queue == self._keys.queue)
-            return {key for told in await connection.scalars(statement) for key in named(told)}
+        statement = select(workers.c.jobs).where(workers.c.queue == self._keys.queue)
+        return {key for (told,) in await self._state.read(statement) for key in named(told)}
 
 
 def _ago(seconds: float) -> Any:

@@ -21,7 +21,7 @@ from coord.worker.maintenance.loops import Loop
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -45,37 +45,32 @@ class Seen:
 
 
 class WorkerRegistry(Loop):
-    """The workers of one queue, and whether the queue is paused. `engine` commits each statement."""
+    """The workers of one queue, and whether the queue is paused."""
 
     interval = 0.5
 
-    def __init__(self, engine: AsyncEngine, queue: str, own: UUID) -> None:
-        super().__init__()
-        self._engine = engine
-        self._queue = queue
-        self._own = own
+    def __init__(self, state: WorkerState) -> None:
+        super().__init__(state)
         self._looked = LONG_AGO
         self._outage = Outage(
             logger, away="PostgreSQL is away, jobs cannot be looked after", back="PostgreSQL answers again"
         )
         self.seen: dict[UUID, Seen] = {}
         self.dead: dict[UUID, Seen] = {}
-        self.is_paused = False
 
     @property
     def held_elsewhere(self) -> set[tuple[UUID, int]]:
         """The jobs, and their attempts, that other workers taken for living say they run."""
-        others = (seen for id_, seen in self.seen.items() if id_ != self._own and id_ not in self.dead)
+        others = (seen for id_, seen in self.seen.items() if id_ != self._state.id and id_ not in self.dead)
         return {key for seen in others for key in named(seen.jobs)}
 
     async def round(self) -> None:
         now = time.monotonic()
         statement = select(queues.c.paused_at, workers.c.id, workers.c.beats, workers.c.jobs, workers.c.dead)
         both = queues.outerjoin(workers, workers.c.queue == queues.c.name)
-        async with self._engine.connect() as connection:
-            rows = (await connection.execute(statement.select_from(both).where(queues.c.name == self._queue))).all()
+        rows = await self._state.read(statement.select_from(both).where(queues.c.name == self._state.keys.queue))
         self._outage.report(None)
-        self.is_paused = any(row.paused_at is not None for row in rows)
+        self._state.is_paused = any(row.paused_at is not None for row in rows)
         self._note(now, [row for row in rows if row.id is not None])
 
     def failed(self, error: Exception) -> None:
@@ -90,7 +85,7 @@ class WorkerRegistry(Loop):
             seen[row.id] = Seen(row.beats, last.since if still and last is not None else now, row.jobs, row.dead)
         self._looked, self.seen = now, seen
         dead = {id_: worker for id_, worker in seen.items() if worker.died or now - worker.since > DEAD_SECONDS}
-        self.dead = {id_: worker for id_, worker in dead.items() if id_ != self._own}
+        self.dead = {id_: worker for id_, worker in dead.items() if id_ != self._state.id}
 
 
 def named(jobs: Mapping[str, Any]) -> set[tuple[UUID, int]]:

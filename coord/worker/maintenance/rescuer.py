@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import random
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import column, delete, func, select, table, text, tuple_, update
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
-from coord.jobs.job_transaction import CLASS
-from coord.jobs.model import JobState, cancellations, is_queued, jobs, workers
+from coord.jobs.job_transaction import CLASS, lock_of
+from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
@@ -24,17 +25,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from uuid import UUID
 
-    from redis.asyncio import Redis
     from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.orm import Mapper
 
-    from coord.queue.keys import QueueKeys
+    from coord.jobs.model import Job
     from coord.worker.maintenance.registry import WorkerRegistry
+    from coord.worker.state import WorkerState
+
+    Publish = Callable[[Mapper[Job], Iterable[UUID]], None]
 
 logger = logging.getLogger("arq.coord")
 
 DIED = "the worker that ran it died"
-PAUSE_SECONDS = (1.0, 60.0)
+DEATH_PAUSE_SECONDS = (1.0, 60.0)
 """Before the attempt after a second death, and before any later one at most; after the first there is none."""
 TERMINATE_MILLISECONDS = 2_000
 """For a backend to end."""
@@ -48,92 +52,75 @@ _databases = table("pg_database", column("oid"), column("datname"), schema="pg_c
 
 
 class Rescuer(Loop):
-    """Works only while this worker leads. `ended` is told of jobs that have come to their end by it."""
+    """Works only while this worker leads. `publish` notifies of jobs that have come to their end by it."""
 
     interval = 0.5
     limit = 30.0
 
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        redis: Redis,
-        keys: QueueKeys,
-        registry: WorkerRegistry,
-        is_leader: Callable[[], bool],
-        attempts_of: Callable[[str], int],
-        ended: Callable[[Iterable[UUID]], None],
-    ) -> None:
-        super().__init__()
-        self._engine = engine
-        self._redis: Any = redis
-        self._keys = keys
+    def __init__(self, state: WorkerState, registry: WorkerRegistry, publish: Publish) -> None:
+        super().__init__(state)
+        self._redis: Any = state.redis
         self._registry = registry
-        self._is_leader = is_leader
-        self._attempts_of = attempts_of
-        self._ended = ended
+        self._publish = publish
 
     async def round(self) -> None:
         for worker, seen in dict(self._registry.dead).items():
-            if self._is_leader():
+            if self._state.is_leader:
                 await self._rescue(worker, seen.beats)
 
     async def _rescue(self, worker: UUID, beats: int) -> None:
         """Take a dead worker off the list, unless its heart has beaten after all, and give its jobs to others."""
-        gone = delete(workers).where(workers.c.id == worker, workers.c.beats == beats)
-        async with self._engine.connect() as connection, connection.begin():
+        gone = delete(workers).where(workers.c.id == worker, workers.c.beats == beats).returning(workers)
+        async with self._state.engine.begin() as connection:
             # A leader that is stopped in the middle must not keep the rows.
             await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
-            dead = (await connection.execute(gone.returning(workers.c.jobs, workers.c.stopping))).one_or_none()
+            dead = (await connection.execute(gone)).one_or_none()
             if dead is None:
                 return
             await _end_transactions(connection, worker)
-            rows = await _aboard(connection, dead.jobs)
-            changes = self._judged(rows, stopping=dead.stopping)
-            for row in rows:
-                await connection.execute(update(jobs).where(jobs.c.id == row.id).values(changes[row.id]))
-            again = [job_id for job_id, change in changes.items() if change["state"] is JobState.QUEUED]
-            waiting = (await connection.execute(_following.where(jobs.c.id.in_(again)))).all() if again else []
-        states = Counter(str(change["state"]) for change in changes.values())
-        logger.warning("Worker %s is dead; its jobs: %s", worker, dict(states) or "none")
-        tell_rescued(len(rows))
-        command = push(self._keys, [(row, float(row.remaining)) for row in waiting])
+            aboard = await _aboard(connection, dead.jobs)
+            after = await self._judge(connection, aboard, stopping=dead.stopping)
+            if after:
+                await connection.execute(_record(dead, aboard, after))
+        logger.warning(
+            "Worker %s is dead; its jobs: %s", worker, dict(Counter(str(row.state) for row in after)) or "none"
+        )
+        tell_rescued(len(after))
+        again = [(row, float(row.remaining)) for row in after if row.state is JobState.QUEUED]
+        command = push(self._state.keys, again)
         if command is not None:
             await self._redis.execute_command(*command)
-        self._ended(job_id for job_id, change in changes.items() if change["state"] is not JobState.QUEUED)
+        self._publish(job_mapper, [row.id for row in after if row.state is not JobState.QUEUED])
 
-    def _judged(self, rows: Sequence[Row[Any]], *, stopping: bool) -> dict[UUID, dict[str, Any]]:
-        """What becomes of each. A suspect aboard is to blame alone, otherwise all are; of a stop nobody is."""
-        suspects = {row.id for row in rows if row.deaths}
-        changes = {}
-        for row in rows:
+    async def _judge(
+        self, connection: AsyncConnection, aboard: Sequence[Row[Any]], *, stopping: bool
+    ) -> Sequence[Row[Any]]:
+        """The rows afterwards. A suspect aboard is to blame alone, otherwise all are; of a stop nobody is."""
+        suspects = {row.id for row in aboard if row.deaths}
+        after = []
+        for row in aboard:
             to_blame = not stopping and (row.id in suspects or not suspects)
             if row.is_unwanted:
-                changes[row.id] = _end(JobState.CANCELLED, DIED)
+                change = _end(JobState.CANCELLED, DIED)
             elif to_blame:
-                changes[row.id] = self._counted(row)
+                change = self._counted(row)
             elif stopping and row.hand_backs >= MAX_HAND_BACKS:
-                changes[row.id] = _end(JobState.FAILED, HANDED_BACK)
+                change = _end(JobState.FAILED, HANDED_BACK)
             else:
                 uncounted = {"uncounted": row.uncounted + 1, "hand_backs": row.hand_backs + stopping}
-                changes[row.id] = _next(row, 0.0) | uncounted
-        return changes
+                change = _next(row, 0.0) | uncounted
+            changed = update(jobs).where(jobs.c.id == row.id).values(change).returning(jobs, remaining)
+            after.append((await connection.execute(changed)).one())
+        return after
 
     def _counted(self, row: Row[Any]) -> dict[str, Any]:
         """A job that kills its workers must come to an end, and leave the others room until then."""
         deaths = row.deaths + 1
-        used, limit = row.attempt - row.uncounted, row.max_attempts or self._attempts_of(row.task)
+        used, limit = row.attempt - row.uncounted, row.max_attempts or self._state.config.attempts_of(row.task)
         if used >= limit:
             return _end(JobState.FAILED, f"{DIED} (attempt {used} of {limit})") | {"deaths": deaths}
-        pause = min(PAUSE_SECONDS[0] * 2 ** min(deaths - 2, 30), PAUSE_SECONDS[1]) if deaths > 1 else 0.0
+        pause = min(DEATH_PAUSE_SECONDS[0] * 2 ** min(deaths - 2, 30), DEATH_PAUSE_SECONDS[1]) if deaths > 1 else 0.0
         return _next(row, pause * random.uniform(0.5, 1.0)) | {"deaths": deaths}
-
-
-_following = select(jobs, remaining)
-
-
-def lock_of(worker: UUID) -> int:
-    """The second half of the advisory lock that a worker's job transactions share: 32 random bits of its id."""
-    return int.from_bytes(worker.bytes[-4:], signed=True)
 
 
 async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
@@ -151,6 +138,17 @@ def _next(row: Row[Any], pause: float) -> dict[str, Any]:
 
 def _end(state: JobState, error: str) -> dict[str, Any]:
     return {"state": state, "finished_at": func.clock_timestamp(), "error": error, "traceback": None}
+
+
+def _record(dead: Row[Any], aboard: Sequence[Row[Any]], after: Sequence[Row[Any]]) -> Any:
+    """The attempts that have died with their worker."""
+    who = {"worker": dead.id, "host": dead.host, "pid": dead.pid, "outcome": "died"}
+    rows = []
+    for row, changed in zip(aboard, after, strict=True):
+        began = dead.jobs[str(row.id)].get("began")
+        at = None if began is None else datetime.fromtimestamp(began, UTC)
+        rows.append({**who, "job_id": row.id, "number": row.attempt, "began": at, "error": changed.error})
+    return insert(attempts).values(rows).on_conflict_do_nothing()
 
 
 async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
 
     from sqlalchemy import ColumnElement, Row
-    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord.worker.state import WorkerState
 
 PAGE = 1_000
 """Jobs whose ids are read at once."""
@@ -27,11 +28,11 @@ _order = (jobs.c.scheduled_at, jobs.c.id)
 
 
 class QueuedJobs:
-    """Of one queue. `engine` commits each statement."""
+    """Of the worker's queue."""
 
-    def __init__(self, engine: AsyncEngine, queue: str) -> None:
-        self._engine = engine
-        self._in_queue = is_queued & (jobs.c.queue == queue)
+    def __init__(self, state: WorkerState) -> None:
+        self._read = state.read
+        self._in_queue = is_queued & (jobs.c.queue == state.keys.queue)
 
     async def ids(
         self, *conditions: ColumnElement[bool], limit: int = PAGE, after: Row[Any] | None = None
@@ -40,7 +41,7 @@ class QueuedJobs:
         statement = select(jobs.c.id, jobs.c.scheduled_at, _size).where(self._in_queue, *conditions)
         if after is not None:
             statement = statement.where(tuple_(*_order) > (after.scheduled_at, after.id))
-        return await self._all(statement.order_by(*_order).limit(limit))
+        return await self._read(statement.order_by(*_order).limit(limit))
 
     async def pages(self, *conditions: ColumnElement[bool]) -> AsyncIterator[Sequence[Row[Any]]]:
         """All of them, a page at a time."""
@@ -53,15 +54,11 @@ class QueuedJobs:
         """What makes messages of them, and the seconds that remain."""
         for batch in _batches(found):
             statement = select(*_columns, remaining).where(self._in_queue, jobs.c.id.in_([row.id for row in batch]))
-            yield await self._all(statement.order_by(*_order))
+            yield await self._read(statement.order_by(*_order))
 
     async def count(self, *conditions: ColumnElement[bool]) -> int:
-        rows = await self._all(select(func.count()).select_from(jobs).where(self._in_queue, *conditions))
+        rows = await self._read(select(func.count()).select_from(jobs).where(self._in_queue, *conditions))
         return int(rows[0][0])
-
-    async def _all(self, statement: Any) -> Sequence[Row[Any]]:
-        async with self._engine.connect() as connection:
-            return (await connection.execute(statement)).all()
 
 
 def _batches(found: Sequence[Row[Any]]) -> Iterator[list[Row[Any]]]:

@@ -16,14 +16,11 @@ from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.rows import QueuedJobs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from datetime import datetime
 
-    from redis.asyncio import Redis
     from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from coord.queue.keys import QueueKeys
+    from coord.worker.state import WorkerState
 
 POLL_SECONDS = 0.25
 """Between two looks whether something has come due; less if it is known to come before."""
@@ -37,15 +34,13 @@ MOVED = 500
 
 
 class Scheduler(Loop):
-    """Every worker moves what is due; the leader reads the ledger. `engine` commits each statement."""
+    """Every worker moves what is due; the leader reads the ledger."""
 
-    def __init__(self, engine: AsyncEngine, redis: Redis, keys: QueueKeys, is_leader: Callable[[], bool]) -> None:
-        super().__init__()
-        self._engine = engine
-        self._queued = QueuedJobs(engine, keys.queue)
-        self._redis = redis
-        self._keys = keys
-        self._is_leader = is_leader
+    def __init__(self, state: WorkerState) -> None:
+        super().__init__(state)
+        self._queued = QueuedJobs(state)
+        self._keys = state.keys
+        self._redis: Any = state.redis
         self._read_at = 0.0
         self._after: Row[Any] | None = None
         """How far the look that is under way has come."""
@@ -66,8 +61,8 @@ class Scheduler(Loop):
             asyncio.get_running_loop().call_later(seconds + EXPECTED_SECONDS, self.wake)
 
     async def round(self) -> float:
-        wait = await self._redis.execute_command("EVAL", MOVE, 2, self._keys.feed, self._keys.soon, MOVED)  # type: ignore[no-untyped-call]
-        if not self._is_leader():
+        wait = await self._redis.execute_command("EVAL", MOVE, 2, self._keys.feed, self._keys.soon, MOVED)
+        if not self._state.is_leader:
             self._until = self._after = None
         elif time.monotonic() >= self._read_at:
             await self._read()
@@ -81,14 +76,13 @@ class Scheduler(Loop):
         near = func.now() + literal(timedelta(seconds=NEAR_SECONDS))
         since: Any = func.now() if self._until is None else self._until - timedelta(seconds=OVERLAP_SECONDS)
         if self._after is None:
-            async with self._engine.connect() as connection:
-                self._reads_until = (await connection.execute(select(near))).scalar_one()
+            ((self._reads_until,),) = await self._state.read(select(near))
         in_time = jobs.c.scheduled_at > since, jobs.c.scheduled_at <= self._reads_until
         page = await self._queued.ids(*in_time, after=self._after)
         async for rows in self._queued.rows(page):
             command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
             if command is not None:
-                await self._redis.execute_command(*command)  # type: ignore[no-untyped-call]
+                await self._redis.execute_command(*command)
         self._after = page[-1] if page else None
         if self._after is None:
             self._until, self._read_at = self._reads_until, time.monotonic() + READ_SECONDS

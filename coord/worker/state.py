@@ -1,0 +1,72 @@
+"""What the parts of one worker share: its connections, what runs, and what each has found out for the others."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from coord.jobs.model import new_id
+from coord.worker.freshness import RedisClock
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from redis.asyncio import Redis
+    from sqlalchemy import CursorResult, Executable, Row
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord.queue.keys import QueueKeys
+    from coord.worker.config import WorkerConfig
+    from coord.worker.maintenance.beat import Board
+    from coord.worker.running import RunningJobs
+
+CREDIBLE_SECONDS = 5.0
+"""Since the last heartbeat, after which others may soon take this worker for dead."""
+
+
+@dataclass(slots=True, kw_only=True)
+class WorkerState:
+    """Of one worker, from its start to its end."""
+
+    config: WorkerConfig
+    engine: AsyncEngine
+    """Of maintenance: jobs have the application's pool for themselves."""
+    redis: Redis
+    """Of maintenance: the fetcher's pops block."""
+    board: Board
+    running: RunningJobs
+    id: UUID = field(default_factory=new_id)
+    clock: RedisClock = field(default_factory=RedisClock)
+    is_paused: bool = False
+    """Whether the queue is, as the registry has read."""
+    is_served: bool = True
+    """Whether Redis did what the fetcher asked for at last."""
+    leads_until: float = 0.0
+    """When the leader's lease ends, on the monotonic clock."""
+
+    @property
+    def keys(self) -> QueueKeys:
+        return self.config.keys
+
+    @property
+    def is_leader(self) -> bool:
+        return time.monotonic() < self.leads_until
+
+    @property
+    def may_take(self) -> bool:
+        """Others must know that this worker lives, or they would give away what it takes."""
+        return not self.is_paused and time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
+
+    async def execute(self, statement: Executable) -> CursorResult[Any]:
+        """Committed; its rows are gone with its connection."""
+        async with self.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            return await connection.execute(statement)
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        """Its rows, and committed if it has written."""
+        async with self.engine.connect() as connection:
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            return (await connection.execute(statement)).all()
