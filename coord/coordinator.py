@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +15,7 @@ from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
-from coord.observation import tell_published
+from coord.observation import tell_committed, tell_published
 from coord.queue.handover import hand_over
 from coord.timings import committed
 from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
@@ -143,9 +142,7 @@ class Coordinator:
             await self._watcher.drain()
 
     def _publish_changes(self, session: Session, changes: Changed) -> None:
-        for job in changes.values():
-            if job is not None:
-                job.committed_at = time.monotonic()
+        tell_committed(changes.values())
         if self._bell is None or self._loop is None:
             return
         try:

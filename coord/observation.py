@@ -17,7 +17,7 @@ from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError, Wa
 from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, answered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from coord.timings import AttemptTimings, WaitTimings
 
@@ -72,9 +72,24 @@ def tell_published(channels: int) -> None:
         observer.hints("published", channels)
 
 
-def tell_rescued(count: int) -> None:
+def tell_rescued(rows: Sequence[Any]) -> None:
+    """A dead worker's jobs, as they are now."""
     for observer in observers:
-        observer.rescued(count)
+        observer.rescued(len(rows))
+    for row in rows:
+        fields = {"job": row.id, "task": row.task, "attempt": row.attempt, "state": row.state, "deaths": row.deaths}
+        log(jobs, logging.WARNING, "job rescued", **fields, **telemetry.ids_of(row.trace))
+
+
+def tell_committed(made: Iterable[Any]) -> None:
+    """Jobs whose enqueue, retry or end is committed."""
+    now = monotonic()
+    for job in made:
+        if job is not None:
+            job.committed_at = now
+            if jobs.isEnabledFor(logging.DEBUG):
+                fields = {"job": job.id, "task": job.task, "queue": job.queue, "attempt": job.attempt}
+                log(jobs, logging.DEBUG, f"job {job.state}", **fields, **telemetry.ids_of(job.trace))
 
 
 class Awaited(Protocol):

@@ -44,11 +44,16 @@ def sending(task: str, queue: str, job_id: object) -> Iterator[dict[str, str] | 
     if api is None:
         yield carrier or None
         return
-    attributes = {**_messaging(queue, job_id), "messaging.operation.name": "send", "messaging.operation.type": "send"}
-    with _tracer(api).start_as_current_span(
-        f"send {task}", kind=api.trace.SpanKind.PRODUCER, attributes=attributes
-    ) as span:
-        if span.get_span_context().is_valid or api.context.get_current():
+    tracer, span = _tracer(api), nullcontext()
+    if tracer is not None:
+        attributes = {
+            **_messaging(queue, job_id),
+            "messaging.operation.name": "send",
+            "messaging.operation.type": "send",
+        }
+        span = tracer.start_as_current_span(f"send {task}", kind=api.trace.SpanKind.PRODUCER, attributes=attributes)
+    with span:
+        if api.context.get_current():  # an empty one has nothing to take
             api.propagate.inject(carrier)
         yield carrier or None
 
@@ -71,17 +76,22 @@ def processing(
 def _processing(
     api: Any, task: str, queue: str, job_id: object, attempt: int, trace: Mapping[str, str]
 ) -> Iterator[Any]:
-    parent = api.propagate.extract(trace, context=api.context.Context())
+    parent, tracer = api.propagate.extract(trace, context=api.context.Context()), _tracer(api)
+    if tracer is None:
+        token = api.context.attach(parent)
+        try:
+            yield None
+        finally:
+            api.context.detach(token)
+        return
     sent = api.trace.get_current_span(parent).get_span_context()
     later = attempt > 1 and sent.is_valid
     attributes = {
-        **_messaging(queue, job_id),
-        "messaging.operation.name": "process",
-        "messaging.operation.type": "process",
+        **_messaging("process", queue, job_id),
         "coord.job.attempt": attempt,
     }
     with (
-        _tracer(api).start_as_current_span(
+        tracer.start_as_current_span(
             f"process {task}",
             context=api.context.Context() if later else parent,
             kind=api.trace.SpanKind.CONSUMER,
@@ -98,13 +108,14 @@ def _processing(
 def internal(name: str) -> AbstractContextManager[Any]:
     """A span of coord's own between the two, or None."""
     api = _api()
-    return nullcontext() if api is None else _internal(api, name)
+    tracer = None if api is None else _tracer(api)
+    return nullcontext() if tracer is None else _internal(api, tracer, name)
 
 
 @contextmanager
-def _internal(api: Any, name: str) -> Iterator[Any]:
+def _internal(api: Any, tracer: Any, name: str) -> Iterator[Any]:
     with (
-        _tracer(api).start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span,
+        tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span,
         _failing(api, span),
     ):
         yield span
@@ -143,13 +154,17 @@ def _failing(api: Any, span: Any) -> Iterator[None]:
         raise
 
 
-def _messaging(queue: str, job_id: object) -> dict[str, str]:
+def _messaging(operation: str, queue: str, job_id: object) -> dict[str, str]:
     return {
         "messaging.system": "coord",
+        "messaging.operation.name": operation,
+        "messaging.operation.type": operation,
         "messaging.destination.name": queue,
         "messaging.message.id": str(job_id),
     }
 
 
 def _tracer(api: Any) -> Any:
-    return api.trace.get_tracer("coord")
+    """None where the application has set no provider: spans that nobody collects are not made."""
+    provider = api.trace.get_tracer_provider()
+    return None if isinstance(provider, api.trace.ProxyTracerProvider) else provider.get_tracer("coord")

@@ -32,5 +32,5 @@ class Spans:
 def spans(monkeypatch: pytest.MonkeyPatch) -> Spans:
     """Not by a provider for the process, which could not be taken back: the other tests are without one."""
     found = Spans()
-    monkeypatch.setattr(trace, "get_tracer", found.provider.get_tracer)
+    monkeypatch.setattr(trace, "get_tracer_provider", lambda: found.provider)
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -235,6 +236,7 @@ async def test_a_pooler_that_has_no_transactions_is_found(
     port = make_url(str(place.url)).port
     assert port is not None
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
+        os.chmod(directory, 0o755)  # noqa: PTH101 - in an async function; it runs as another user
         try:
             pooler = made(Path(directory) / "pgbouncer", port)
         except NotToBeRun as reason:

@@ -80,7 +80,9 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
         config = None if worker is None else _settings(worker)
         if config is not None:
             stack.push_async_callback(engine_of(config.session_maker).dispose)
-        setup = Setup(engine=engine, redis=client, worker=config, namespace=config.keys.namespace if config else namespace)
+        setup = Setup(
+            engine=engine, redis=client, worker=config, namespace=config.keys.namespace if config else namespace
+        )
         broken = False
         for check in (*CHECKS, *WITH_LEDGER):
             if broken and check in WITH_LEDGER:

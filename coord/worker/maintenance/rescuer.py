@@ -85,7 +85,7 @@ class Rescuer(Loop):
         logger.warning(
             "Worker %s is dead; its jobs: %s", worker, dict(Counter(str(row.state) for row in after)) or "none"
         )
-        tell_rescued(len(after))
+        tell_rescued(after)
         again = [(row, float(row.remaining)) for row in after if row.state is JobState.QUEUED]
         command = push(self._state.keys, again)
         if command is not None:
