@@ -44,13 +44,10 @@ def sending(task: str, queue: str, job_id: object) -> Iterator[dict[str, str] | 
     if api is None:
         yield carrier or None
         return
-    tracer, span = _tracer(api), nullcontext()
+    tracer = _tracer(api)
+    span: AbstractContextManager[Any] = nullcontext()
     if tracer is not None:
-        attributes = {
-            **_messaging(queue, job_id),
-            "messaging.operation.name": "send",
-            "messaging.operation.type": "send",
-        }
+        attributes = _messaging("send", queue, job_id)
         span = tracer.start_as_current_span(f"send {task}", kind=api.trace.SpanKind.PRODUCER, attributes=attributes)
     with span:
         if api.context.get_current():  # an empty one has nothing to take
@@ -86,10 +83,7 @@ def _processing(
         return
     sent = api.trace.get_current_span(parent).get_span_context()
     later = attempt > 1 and sent.is_valid
-    attributes = {
-        **_messaging("process", queue, job_id),
-        "coord.job.attempt": attempt,
-    }
+    attributes = {**_messaging("process", queue, job_id), "coord.job.attempt": attempt}
     with (
         tracer.start_as_current_span(
             f"process {task}",

@@ -189,7 +189,7 @@ async def test_another_namespace_or_database_wakes_nobody(
         session_maker() as session,
         AsyncSession(other) as writer,
     ):
-        task = waiting(session, User, 1, interval=NEVER, timeout=0.5)
+        task = waiting(session, User, 1, interval=NEVER, timeout=2.0)
         await registered()
         await writer.execute(update(User).values(name="after"))
         await writer.commit()

@@ -213,7 +213,7 @@ async def test_a_backend_terminated_in_the_middle_of_a_statement_is(
     "setting", ["idle_in_transaction_session_timeout", "transaction_timeout", "idle_session_timeout"]
 )
 async def test_a_session_that_was_ended_for_idling_is(database_url: str, observer: Connection, setting: str) -> None:
-    connect_args = {"server_settings": {setting: "50ms"}}
+    connect_args = {"server_settings": {setting: "500ms"}}  # SQLAlchemy's first statements are one transaction
     async with engine_of(database_url, connect_args=connect_args) as engine, async_sessionmaker(engine)() as session:
         pid = await session.scalar(text("SELECT pg_backend_pid()"))
         if setting == "idle_session_timeout":

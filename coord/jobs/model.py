@@ -120,7 +120,7 @@ class Job(Ledger):
     """-100 to 100; of the jobs that are due, those of a higher one are taken first."""
     one_at_a_time: Mapped[str | None] = mapped_column(Text)
     """A key of which one job is to run at a time; kept for that, and not acted on yet."""
-    timeout: Mapped[float | None]
+    timeout: Mapped[float | None] = mapped_column(Double)
     """Seconds an attempt may take; None leaves it to the worker."""
     unique_key: Mapped[str | None] = mapped_column(Text)
     scheduled_at: Mapped[datetime] = mapped_column(_Time, server_default=func.now())
