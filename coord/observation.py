@@ -137,7 +137,8 @@ def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
             if told is not None and job is None and told[1] < began:
                 told = None  # about a change before this wait
             timings = session.info[WAIT_TIMINGS] = answered(job, told, began=began)
-            telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
+            if span is not None:
+                telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
             _wait_ended(outcome, monotonic() - began, timings, heard=told is not None)
 
 
@@ -166,9 +167,12 @@ def attempt_ended(message: Any, outcome: str, timings: AttemptTimings, reason: s
     """The one line that an attempt has."""
     for observer in observers:
         observer.attempt_ended(message.task, outcome, timings)
+    level = _LEVELS.get(outcome, logging.INFO)
+    if not jobs.isEnabledFor(level):
+        return
     log(
         jobs,
-        _LEVELS.get(outcome, logging.INFO),
+        level,
         f"job {outcome}",
         job=message.id,
         task=message.task,
