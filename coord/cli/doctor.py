@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 CHECKS: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (
     postgresql.server,
-    postgresql.pooler,
     ledger.tables,
     redis.server,
     redis.rights,
@@ -72,7 +71,11 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
         engine = create_async_engine(address, pool_size=2, connect_args={"timeout": CONNECT_SECONDS, **_UNCACHED})
         stack.push_async_callback(engine.dispose)
         if (away := await _away(engine)) is not None:
-            yield Finding("postgresql", f"{masked(address)} cannot be used: {away}", "start it, or mend the URL")
+            what = f"{masked(address)} cannot be used: {away}"
+            if "pooling mode" in away:  # PgBouncer's words
+                yield Finding("pgbouncer", what, "pool_mode = transaction, or session")
+            else:
+                yield Finding("postgresql", what, "start it, or mend the URL")
             return
         client, finding = await _redis(redis, stack)
         if finding is not None:

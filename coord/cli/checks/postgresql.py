@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from asyncpg import PostgresError
 from sqlalchemy import text
 from sqlalchemy.pool import QueuePool
 
@@ -78,20 +77,3 @@ async def _pool(worker: WorkerConfig, room: int) -> AsyncIterator[Finding]:
     if pool.size() + OWN_CONNECTIONS > room:
         what = f"one worker may open {pool.size() + OWN_CONNECTIONS} connections, and PostgreSQL has room for {room}"
         yield Finding("connections", what, "raise max_connections, or make the pool smaller")
-
-
-async def pooler(setup: Setup) -> AsyncIterator[Finding]:
-    """PgBouncer gives its clients other process numbers than their backends have."""
-    async with setup.engine.connect() as connection:
-        driver: Any = (await connection.get_raw_connection()).driver_connection
-        told = driver.get_server_pid()
-        there = await connection.scalar(text("SELECT pg_backend_pid()"))
-        if told == there:
-            return
-        try:
-            await driver.fetchval("SELECT 1")  # outside a transaction, as waits read
-            async with driver.transaction():
-                await driver.fetchval("SELECT 1")
-        except PostgresError as error:
-            what = f"PgBouncer refuses what sessions need: {error}"
-            yield Finding("pgbouncer", what, 'pool_mode = "transaction"; docs/operation.md, PgBouncer')
