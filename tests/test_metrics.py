@@ -9,6 +9,7 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import yaml
 from fastapi import FastAPI
@@ -17,13 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import insert, text
 
 from coord import WaitTimeoutError, enqueue, job_transaction, lock_tables, wait_for_row_change
+from coord.dev.server import free_port
 from coord.jobs.model import Job, Worker, new_id
 from coord.metrics import Metrics
 from coord.observation import tell_rescued
 from tests.ledger import a_task, ledger  # noqa: F401 - fixture
 from tests.models import User
 from tests.serving import eventually, served
-from tests.shop import ROOT
+from tests.shop import API, ROOT, SERVING, WORKER, WORKING, empty_database, running
 from tests.workers import Office, office, working  # noqa: F401 - fixtures
 
 if TYPE_CHECKING:
@@ -281,3 +283,22 @@ async def test_the_dashboard_and_the_rules_ask_for_what_a_scrape_has(
             assert {*values.split("|")} - {"retried", "missed"} <= seen, title
         asked |= {name for name in NAMES if name in query}
     assert asked == NAMES.keys()
+
+
+async def test_the_shop_answers_prometheus_in_its_api_and_on_its_workers_port(
+    database_url: str, redis_url: str
+) -> None:
+    port = free_port()
+    async with empty_database(database_url) as database, running(API, database, redis_url) as api:
+        url = (await api.says(SERVING, within=60))[1]
+        work = running(WORKER, database, redis_url, COORD_METRICS_PORT=str(port))
+        async with work as worker, httpx.AsyncClient() as client:
+            await worker.says(WORKING, within=60)
+            placed = (await client.post(f"{url}/orders", json={"sku": "tea", "quantity": 1})).json()
+            answer = await client.post(f"{url}/orders/{placed['id']}/fulfil", timeout=30)
+            assert answer.json()["status"] == "rejected"
+            assert "total;dur=" in answer.headers["server-timing"]
+            of_api = Scrape((await client.get(f"{url}/metrics")).text)
+            of_worker = Scrape((await client.get(f"http://127.0.0.1:{port}/metrics")).text)
+    assert of_api.value("coord_wait_seconds_count", outcome="changed") == 1
+    assert of_worker.value("coord_jobs_finished_total", task="fulfil_order", outcome="done") == 1
