@@ -7,7 +7,7 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast test-matrix coverage chaos bench-waiting bench-roundtrip bench-scaling check format pin clean
+.PHONY: help venv demo serve test test-fast test-matrix coverage chaos bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -44,11 +44,14 @@ chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up t
 bench-waiting: $(BENCH) ## measure how waits scale, in five minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
-bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in twenty minutes, and write docs/roundtrip.md
+bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in 25 minutes, and write docs/roundtrip.md
 	@$(BIN)/python -m benchmarks.roundtrip
 
 bench-scaling: $(BENCH) ## measure more processes, in six minutes, and write docs/scaling.md
 	@$(BIN)/python -m benchmarks.scaling
+
+bench-backlog: $(BENCH) ## measure a million jobs for later and 100,000 due at once, in ten minutes, and write docs/backlog.md
+	@$(BIN)/python -m benchmarks.backlog
 
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .

@@ -9,12 +9,13 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from arq import cron
 from arq.jobs import JobStatus
-from arq.worker import Retry, async_check_health, create_worker, func, get_kwargs
+from arq.worker import Retry, Worker, async_check_health, create_worker, func, get_kwargs
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import worker_settings
@@ -171,12 +172,18 @@ class Project:
     def __init__(self, redis_url: str) -> None:
         self.redis = client(redis_url)
         self.ran: list[Any] = []
+        self.hooks: Counter[str] = Counter()
         self.cron = asyncio.Event()
+        self.held = asyncio.Event()
+        self.go = asyncio.Event()
 
     async def greet(self, ctx: dict[str, Any], name: Any) -> Any:
         self.ran.append((ctx["job_try"], name, ctx["from startup"], ctx["from hook"]))
         if name == "again" and ctx["job_try"] == 1:
             raise Retry(defer=0.01)
+        if name == "held":
+            self.held.set()
+            await self.go.wait()
         return {name}
 
     def settings(self) -> dict[str, Any]:
@@ -192,12 +199,31 @@ class Project:
         async def on_job_start(ctx: dict[str, Any]) -> None:
             ctx["from hook"] = "seen"
 
+        def counted(name: str) -> Any:
+            async def hook(ctx: dict[str, Any]) -> None:
+                self.hooks[name] += 1
+
+            return hook
+
         return {
             "functions": [func(greet, name="greet", keep_result=60)],
             "cron_jobs": [cron(tick, run_at_startup=True)],
             "on_startup": on_startup,
             "on_job_start": on_job_start,
+            **{name: counted(name) for name in ("on_job_end", "after_job_end", "on_shutdown")},
+            "queue_name": "arq:queue",
+            "poll_delay": 0.05,
         }
+
+    async def run_by_arq_until_held(self, redis_url: str) -> None:
+        """By arq's own worker, which is then stopped as a deployment stops it."""
+        worker = Worker(redis_pool=client(redis_url), handle_signals=False, **self.settings())
+        task = asyncio.create_task(worker.async_run())
+        await self.held.wait()
+        await until(lambda: sum(not job.done() for job in worker.tasks.values()) == 1)
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
+            await worker.close()
+        await asyncio.wait([task])
 
 
 async def test_an_arq_project_that_moves_loses_nothing(office: Office) -> None:
@@ -207,7 +233,7 @@ async def test_an_arq_project_that_moves_loses_nothing(office: Office) -> None:
     before = [await project.redis.enqueue_job("greet", name) for name in names]
     deferred = await project.redis.enqueue_job("greet", "deferred", _defer_by=0.5)
     settings = project.settings()
-    async with working(office, settings.pop("functions"), queue_name="arq:queue", poll_delay=0.05, **settings):
+    async with working(office, settings.pop("functions"), **settings):
         after = await project.redis.enqueue_job("greet", "after")
         ours = await office.enqueue("greet", "ours")
         for job, name in zip([*before, deferred, after], [*names, "deferred", "after"], strict=True):
@@ -221,6 +247,31 @@ async def test_an_arq_project_that_moves_loses_nothing(office: Office) -> None:
         map(str, [*names, "again", "deferred", "after", "ours"])
     )
     assert {(seen, hook) for *_, seen, hook in project.ran} == {("seen", "seen")}
+    ended = len(project.ran) + 1  # with the cron job
+    assert project.hooks == {"on_job_end": ended, "after_job_end": ended, "on_shutdown": 1}
+    await project.redis.aclose()
+
+
+async def test_what_arqs_own_worker_leaves_is_run_by_the_one_that_takes_its_place(office: Office) -> None:
+    """What it had begun, what waits behind that, what has a name of its own, and the results that it has kept."""
+    project = Project(office.redis_url)
+    done = await project.redis.enqueue_job("greet", "before")
+    held = await project.redis.enqueue_job("greet", "held")
+    assert done is not None
+    assert held is not None
+    await project.run_by_arq_until_held(office.redis_url)
+    named = await project.redis.enqueue_job("greet", "named", _job_id="mine")
+    assert named is not None
+    assert await project.redis.enqueue_job("greet", "named", _job_id="mine") is None
+    project.go.set()
+    settings = project.settings()
+    async with working(office, settings.pop("functions"), **settings):
+        ours = await office.enqueue("greet", "ours")
+        for job, name in ((done, "before"), (held, "held"), (named, "named")):
+            assert await job.result(timeout=20, poll_delay=0.02) == {name}
+        assert (await office.final(ours)).state == "done"
+    ran = Counter((tries, name) for tries, name, *_ in project.ran)
+    assert ran == Counter([(1, "before"), (1, "held"), (2, "held"), (1, "named"), (1, "ours")])
     await project.redis.aclose()
 
 

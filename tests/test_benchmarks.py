@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.backlog import stage as backlog
+from benchmarks.backlog.report import GROWTH_MIB
 from benchmarks.figures import Estimate
 from benchmarks.roundtrip import catalogue as roundtrip
 from benchmarks.roundtrip.contender import PATIENCE
@@ -66,6 +68,15 @@ def test_the_benchmark_of_scaling_says_where_its_costs_lead() -> None:
     assert "scaling.md is not rewritten" in text
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_the_backlog_judges_every_promise() -> None:
+    text = output("backlog")
+    assert titles(text) == ["A long backlog", "Targets"]
+    assert len(re.findall(r" (yes|\*\*no\*\*)$", text, re.MULTILINE)) == 4
+    assert re.search(r"^of the highest priority, while they drain +[1-9]", text, re.MULTILINE)
+    assert "backlog.md is not rewritten" in text
+
+
 def test_each_contender_has_its_pins() -> None:
     for entry in roundtrip.ALL:
         assert (PINS / f"{entry.environment}.txt").exists()
@@ -99,6 +110,12 @@ def test_a_target_holds_if_it_is_nearly_met_and_the_interval_reaches_it() -> Non
         ("roundtrip", f"They run {FULL.warm_seconds:g} s before answers count, and for {FULL.crowd_seconds:g} s"),
         ("roundtrip", f"without an answer within {PATIENCE:g} s"),
         ("roundtrip", f"misses it by no more than {TOLERANCE * 100:g} %"),
+        ("backlog", f"{backlog.FULL.later:,} jobs that are scheduled for later"),
+        ("backlog", f"while {backlog.FULL.due:,} others that were all due at once drain"),
+        ("backlog", f"at the same moment, {backlog.FULL.ahead:g} s after they were written"),
+        ("backlog", f"over {backlog.FULL.idle_seconds:g} s, first with an empty"),
+        ("backlog", f"after the first {backlog.FULL.warm:,} jobs"),
+        ("backlog", f"never grows by more than {GROWTH_MIB} MiB"),
         ("scaling", f"a server of {limits.CORES} cores"),
         ("scaling", f"writes {limits.DISK_BYTES / 1e6:g} MB and flushes {limits.DISK_FLUSHES:,} times a second"),
         ("scaling", f"a network of {limits.NETWORK_BYTES * 8 / 1e9:g} Gbit/s, and that {limits.SHARE} of anything"),

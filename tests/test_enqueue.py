@@ -126,6 +126,43 @@ async def test_enqueue_joins_the_block_it_is_in(session_maker: SessionMaker, obs
     assert await count(observer) == 2
 
 
+async def test_many_enqueues_leave_others_their_turns(session_maker: SessionMaker) -> None:
+    """Each is a statement that is awaited: the event loop goes on between them."""
+    turns = 0
+
+    async def turn() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(turn())
+    async with session_maker() as session:
+        await enqueue(session, a_task)
+        before = turns
+        for number in range(300):
+            await enqueue(session, a_task, number)
+        assert turns - before >= 300
+        await session.rollback()
+    other.cancel()
+
+
+async def test_a_task_may_call_its_parameters_anything(session_maker: SessionMaker, observer: Connection) -> None:
+    """Also what `enqueue` and `task_options` call their own."""
+    names = ["session", "task", "args", "kwargs", "unique_key", "delay", "queue", "priority", "self", "job", "options"]
+    made = await committed_with(session_maker, {name: number for number, name in enumerate(names)})
+    (stored,) = await observer.fetch("SELECT arguments FROM coord_jobs")
+    assert json.loads(stored["arguments"])[1] == made.arguments[1] == {n: i for i, n in enumerate(names)}
+
+
+async def committed_with(session_maker: SessionMaker, kwargs: dict[str, Any]) -> Job:
+    options: Any = task_options(a_task, unique_key="k")
+    async with session_maker() as session:
+        job: Job = await enqueue(session, options, **kwargs)
+        await session.commit()
+    return job
+
+
 @pytest.mark.parametrize("unique_key", [None, "k"])
 async def test_enqueue_flushes_nothing_and_so_locks_nothing_else(
     session_maker: SessionMaker, observer: Connection, unique_key: str | None
@@ -274,6 +311,22 @@ async def test_an_unfinished_job_of_the_same_key_is_joined(session_maker: Sessio
     assert joined.joined
     assert (joined.id, joined.max_attempts, joined.timeout) == (made.id, 3, 5.0)
     assert await count(observer) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"a": 1, "b": 2}, {"b": 2, "a": 1}),
+        ({"a": {"x": 1, "y": {"z": 2, "é": 3}}}, {"a": {"y": {"é": 3, "z": 2}, "x": 1}}),
+        ({"a": [{"x": 1, "y": 2}], "b": None}, {"b": None, "a": [{"y": 2, "x": 1}]}),
+    ],
+)
+async def test_the_order_of_keyword_arguments_makes_no_other_job(
+    session_maker: SessionMaker, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    made = await committed(session_maker, task_options(a_task, unique_key="k"), **first)
+    joined = await committed(session_maker, task_options(a_task, unique_key="k"), **second)
+    assert (joined.joined, joined.id) == (True, made.id)
 
 
 async def test_a_key_belongs_to_its_task(session_maker: SessionMaker) -> None:

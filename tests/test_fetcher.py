@@ -17,15 +17,19 @@ import pytest
 from arq.worker import Retry
 from sqlalchemy import text, update
 
+import coord.worker.fetcher
 from coord import cancel_job, job_transaction, task_options
 from coord.dev.embedded import Valkey
 from coord.jobs.model import queues
 from coord.queue.message import Message
 from tests.serving import eventually
+from tests.shop import waiting_for_locks
 from tests.workers import KEYS, Notes, Office, fresh, opened, process, until, working
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
+
+    import asyncpg
 
     from coord import Job
 
@@ -338,6 +342,32 @@ async def test_what_redis_has_lost_or_was_told_wrongly_is_handed_over_again_with
     assert sum("were not to be found in Redis" in record.getMessage() for record in caplog.records) >= 1
 
 
+async def test_a_job_whose_check_took_too_long_is_not_begun_but_handed_over_again(
+    office: Office, observer: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has known meanwhile that it was taken: another worker may run it by now."""
+    monkeypatch.setattr(coord.worker.fetcher, "CHECK_SECONDS", 10.0)
+    began: list[float] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        began.append(time.monotonic())
+
+    async with working(office, [task]):
+        await office.final(await office.enqueue(task))
+        job = await office.enqueue(task_options(task, delay=3600))
+        async with observer.transaction():
+            await observer.execute("UPDATE coord_jobs SET scheduled_at = now() WHERE id = $1", job.id)
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE coord_jobs IN ACCESS EXCLUSIVE MODE")
+            await office.put(Message.of(job).text())
+            await eventually(lambda: waiting_for_locks(observer, "SELECT coord_jobs.id, coord_jobs.attempt"))
+            await asyncio.sleep(1.5)  # in which it gets too late
+        released = time.monotonic()
+        assert (await office.final(job, within=20)).attempt == 1
+    assert len(began) == 2
+    assert began[1] - released > 0.5, "it was begun from what was popped before"
+
+
 @pytest.mark.parametrize("ending", ["cancelled", "delayed"])
 async def test_a_job_that_is_cancelled_before_it_begins_leaves_redis(office: Office, ending: str) -> None:
     ran: list[str] = []
@@ -371,7 +401,7 @@ async def test_an_unknown_task_goes_back_until_a_worker_knows_it(
     async with working(office, [old]) as worker:
         job = await office.enqueue(new)
         await until(unknown)
-        assert not len(worker.running)
+            await until(lambda: not len(worker.running))
         async with working(office, [new]):
             row = await office.final(job, within=20)
         assert (row.state, row.attempt) == ("done", 1)

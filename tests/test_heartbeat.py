@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -118,6 +119,25 @@ async def test_a_heartbeat_that_was_killed_is_started_again(office: Office, capl
 
         await eventually(beats, within=10)
     assert "is started again" in caplog.text
+
+
+async def test_a_heartbeat_that_cannot_be_started_is_tried_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The failure is logged, and the worker goes on."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "/nonexistent/python")
+        async with working(office, [a_task]) as worker:
+            await until(lambda: "heartbeat's process has failed, and is started again" in caplog.text)
+            patched.undo()
+
+            async def beats() -> bool:
+                (row,) = await office.workers()
+                return bool(row.beats >= 2)
+
+            await eventually(beats, within=15)
+            assert (await office.final(await office.enqueue(a_task))).state is JobState.DONE
+            assert worker.lives
 
 
 async def test_who_was_taken_for_dead_and_lives_is_on_the_list_again(

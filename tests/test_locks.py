@@ -221,6 +221,27 @@ async def test_the_schema_translate_map_is_honoured(engine: AsyncEngine) -> None
     assert await locked_in(async_sessionmaker(translated), engine, [order]) == ['"Other Shop"."order"']
 
 
+@pytest.mark.parametrize("name", ["100%", "50%(of) %s", "%%", "a%d:b", 'per"cent%(fullname)s'])
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ"])
+async def test_a_table_may_have_any_name(engine: AsyncEngine, observer: Connection, name: str, level: str) -> None:
+    """It is locked, named in the error, and usable as before."""
+    table = Table(name, MetaData(), Column("id", Integer, primary_key=True))
+    async with engine.begin() as connection:
+        await connection.run_sync(table.create)
+    try:
+        levelled = engine.execution_options(isolation_level=level)
+        async with AsyncSession(levelled) as holder, lock_tables(holder, [table]):
+            assert [row["mode"] for row in await observer.fetch(HELD, name)] == ["ShareRowExclusiveLock"]
+            async with AsyncSession(levelled) as session:
+                with pytest.raises(LockTimeoutError) as caught:
+                    async with lock_tables(session, [table, User], timeout=0.05):
+                        pass
+        assert name in caught.value.tables
+    finally:
+        async with engine.begin() as connection:
+            await connection.run_sync(table.drop)
+
+
 async def locked_in(session_maker: SessionMaker, engine: AsyncEngine, tables: list[Any]) -> list[str]:
     """The tables in the order in which they are locked, as an engine's listeners see it."""
     seen: list[str] = []

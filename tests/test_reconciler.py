@@ -16,7 +16,8 @@ from coord.jobs.model import jobs, workers
 from coord.queue.keys import soon_member, taken_member
 from coord.queue.message import Message
 from coord.worker.maintenance.reconciler import Reconciler
-from tests.ledger import a_task
+from coord.worker.maintenance.rows import MAX_ROWS, PAGE, QueuedJobs
+from tests.ledger import a_task, executed
 from tests.workers import KEYS, a_state, fresh
 
 if TYPE_CHECKING:
@@ -182,6 +183,58 @@ async def test_what_would_be_first_in_the_feed_is_found_at_once(looks: Looks, sc
     assert found[:2] == [str(urgent.id), str(eldest.id)]
     assert str(recent.id) in found
     assert len(found) == 303
+
+
+async def test_what_would_be_first_is_found_behind_a_wave_that_became_due_just_now(
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of which is in Redis, and eldest first more than is read of what is recent."""
+    monkeypatch.setattr(QueuedJobs.ids, "__kwdefaults__", {"limit": 5, "after": None})
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "REST", 1)
+    for _ in range(10):
+        job = await looks.aged(await script.enqueue(a_task), 6)
+        due = (await script.row(job)).scheduled_at.timestamp()
+        await looks.office.put(Message.of(job).text(), fresh() - round((time.time() - due) * 1000))
+    urgent = await looks.aged(await script.enqueue(task_options(a_task, priority=1)), 3)
+    looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    looks.reconciler._counted_at = time.monotonic()
+    await looks(2)
+    assert (await looks.waiting())[0] == str(urgent.id)
+
+
+FILL = text("""
+    INSERT INTO coord_jobs (id, task, queue, arguments)
+    SELECT gen_random_uuid(), 'a_task', 'default', '[[],{}]' FROM generate_series(1, :jobs) AS n
+""")
+
+
+async def test_a_look_at_everything_ends_while_more_becomes_due(looks: Looks) -> None:
+    """However fast that is: what comes meanwhile is left to the next look."""
+
+    async def fill() -> None:
+        async with looks.engine.connect() as connection:
+            while True:
+                await connection.execute(FILL, {"jobs": 1})
+
+    filling = [asyncio.create_task(fill()) for _ in range(2)]
+    try:
+        async with asyncio.timeout(20):
+            await looks(2)
+    finally:
+        for task in filling:
+            task.cancel()
+        await asyncio.wait(filling)
+    assert await looks.waiting()
+
+
+async def test_thousands_are_back_after_two_looks_and_are_read_in_batches(looks: Looks) -> None:
+    async with looks.engine.connect() as connection:
+        await connection.execute(FILL, {"jobs": 3_000})
+    await looks()
+    with executed(looks.state.engine) as statements:
+        await looks()
+    assert len(await looks.waiting()) == 3_000
+    assert 3_000 / MAX_ROWS < len(statements) <= 3_000 / PAGE + 2 * 3_000 / MAX_ROWS + 10, len(statements)
 
 
 @pytest.mark.slow

@@ -153,6 +153,27 @@ async def cancelled(office: Office, job: Job) -> str:
     return str(state)
 
 
+async def test_a_worker_whose_pool_has_one_connection_rescues_too(office: Office, notes: Notes) -> None:
+    """And runs what it has rescued: maintenance has connections of its own, one at a time."""
+
+    async def hold_lock(ctx: dict[str, Any], name: str) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=0):
+            """The dead one's lock is free."""
+
+    small = {"pool_size": 1, "max_overflow": 0}
+    async with process(office, notes) as worker:
+        jobs = [await office.enqueue("hold_lock", "never")]
+        await notes.say(jobs[0], "locked")
+        jobs += [await office.enqueue("hold_transaction", "never") for _ in range(3)]
+        for job in jobs[1:]:
+            await notes.say(job, "entered")
+        functions = [func(hold_lock, name="hold_lock"), func(hold_lock, name="hold_transaction")]
+        async with working(office, functions, engine=small, max_jobs=1):
+            struck = Fault(worker, signal.SIGKILL)
+            await struck.over(office, *jobs)
+            assert {(await office.row(job)).attempt for job in jobs} == {2}
+
+
 async def test_a_job_that_kills_every_worker_fails(office: Office, notes: Notes) -> None:
     """Each was the only one, and held a lock."""
     locking = await office.enqueue("hold_lock", "go")

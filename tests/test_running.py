@@ -14,7 +14,7 @@ from arq.worker import Retry, RetryJob, func
 from sqlalchemy import text
 
 import coord.worker.failure
-from coord import LockTimeoutError, cancel_job, job_transaction, lock_tables, task_options
+from coord import LockTimeoutError, cancel_job, enqueue, job_transaction, lock_tables, task_options
 from coord.queue.keys import RANK_SHIFT
 from coord.queue.message import Message
 from coord.worker.failure import backoff
@@ -322,6 +322,42 @@ async def test_arqs_retry_comes_to_an_end_too(office: Office) -> None:
         row = await office.final(await office.enqueue(task_options("task", max_attempts=2)))
         await office.nothing_left_in_redis()
     assert (row.state, turns.tries) == ("failed", [1, 2])
+
+
+async def test_a_wait_for_a_connection_uses_up_no_attempt(
+    office: Office, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A pool of two, and ten jobs at a time that each hold one for longer than it waits; said at start."""
+    monkeypatch.setattr(coord.worker.failure, "PAUSE_SECONDS", (0.05, 0.2))
+    small = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 0.1}
+
+    async def task(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session:
+            await apply(session, ctx)
+            await asyncio.sleep(0.2)
+
+    async with working(office, [task], engine=small, max_jobs=10, max_tries=1):
+        jobs = [await office.enqueue(task) for _ in range(10)]
+        rows = [await office.final(job, within=60) for job in jobs]
+    assert [(row.state, row.attempt - row.uncounted) for row in rows] == [("done", 1)] * 10
+    assert max(row.attempt for row in rows) > 1, "nobody had to wait for a connection"
+    assert "keeps 2 connections for 10 jobs at a time" in caplog.text
+
+
+async def test_a_task_that_enqueues_its_own_key_makes_the_next_job(office: Office) -> None:
+    """A chain: the one that runs is as good as done when it enqueues with its effect."""
+    ran: list[int] = []
+
+    async def task(ctx: dict[str, Any], number: int) -> None:
+        ran.append(number)
+        async with job_transaction(ctx) as session:
+            if number < 3:
+                following = await enqueue(session, task_options("task", unique_key="chain"), number + 1)
+                assert not following.joined
+
+    async with working(office, [func(task, name="task")]):
+        await office.enqueue(task_options("task", unique_key="chain"), 1)
+        await until(lambda: ran == [1, 2, 3])
 
 
 @pytest.mark.parametrize("error", [ValueError("late"), Retry(), RetryJob(), ConnectionResetError("late"), SystemExit()])

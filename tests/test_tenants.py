@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from coord import Coordinator, RowNotFoundError, WaitTimeoutError, wait_for_row_change
+from coord import Coordinator, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
 from coord.waiting import woken
 from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
@@ -151,6 +151,35 @@ async def test_the_map_of_the_callers_own_transaction_counts(
         await change(observer, "bolt", "done", secured=False)
         assert await task is own
         assert (own.owner, own.status) == ("bolt", "done")
+
+
+@pytest.mark.usefixtures("orders", "ledger")
+@pytest.mark.parametrize("outcome", ["done", "failed"])
+@pytest.mark.parametrize("declared", [True, False])
+async def test_the_map_of_the_callers_transaction_is_the_orders_and_not_the_jobs(
+    database_url: str, observer: Connection, declared: bool, outcome: str
+) -> None:
+    """The wait for a job ends with it, and reads the tenant's row: the ledger has one place."""
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        maker = async_sessionmaker(engine, expire_on_commit=False)
+        await stack.enter_async_context(Coordinator(maker, read_settings={} if declared else None))
+        session = await stack.enter_async_context(maker())
+        await session.connection(execution_options={"schema_translate_map": {None: "bolt"}})
+        own = await session.get_one(Order, 1)
+        job = await enqueue(session, "fulfil", 1)
+        await session.commit()
+        task = waiting(session, Order, 1, job=job)
+        await registered()
+        await change(observer, "acme", "acme's own", secured=False)
+        if outcome == "done":
+            await change(observer, "bolt", outcome, secured=False)
+        await observer.execute("UPDATE coord_jobs SET state = $1, error = 'no stock' WHERE id = $2", outcome, job.id)
+        if outcome == "failed":
+            with pytest.raises(JobFailedError, match="no stock"):
+                await task
+        else:
+            assert await task is own
+            assert (own.owner, own.status) == ("bolt", "done")
 
 
 def set_path(connection: Any, path: str) -> None:

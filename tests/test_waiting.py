@@ -324,6 +324,34 @@ async def test_a_table_in_another_schema_and_a_translated_one(
             assert (await task).status.endswith("!")
 
 
+class Percent(Reserved.__base__):  # type: ignore[misc,name-defined]
+    """Names that a driver of another kind would take for parameters."""
+
+    __table__ = Table(
+        "50%(of) %s",
+        MetaData(),
+        Column("100%", Integer, primary_key=True, key="id"),
+        Column("a%d:b", Reserved.status.type, key="status"),
+    )
+
+
+async def test_names_may_have_percent_signs(engine: AsyncEngine, session_maker: SessionMaker) -> None:
+    async with engine.begin() as connection:
+        await connection.run_sync(Percent.__table__.create)
+    try:
+        async with session_maker() as session, session_maker() as other:
+            other.add(changed := Percent(id=1, status="pending"))
+            await other.commit()
+            task = waiting(session, Percent, 1, columns=["status"])
+            await registered()
+            changed.status = "done"
+            await other.commit()
+            assert (await task).status == "done"
+    finally:
+        async with engine.begin() as connection:
+            await connection.run_sync(Percent.__table__.drop)
+
+
 class Plain(Reserved.__base__):  # type: ignore[misc,name-defined]
     """`Reserved` as a tenant's schema would have it."""
 

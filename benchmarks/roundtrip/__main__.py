@@ -106,7 +106,7 @@ def _chosen(options: argparse.Namespace) -> tuple[Entry, ...]:
 
 
 def _python(entry: Entry, quick: bool) -> Path:
-    return Path(sys.executable) if quick and not entry.is_peer else python_of(entry.environment)
+    return Path(sys.executable) if quick and not entry.is_peer else python_of(entry.environment, entry.python)
 
 
 def _played(

@@ -39,6 +39,8 @@ class Entry:
     guarantees: Guarantees
     root: Path = ROOT
     """The checkout whose code plays."""
+    python: str | None = None
+    """The minor version that its packages need, unless any will do."""
 
     @property
     def environment(self) -> str:
@@ -54,6 +56,10 @@ LOST_WITH_ITS_WORKER = "no: a job that was taken is lost with its worker"
 REDIS_ONLY = "no"
 AFTER_THE_COMMIT = "no: enqueued after the commit"
 ONE_SUBSCRIBER = "yes: one subscriber for all"
+POLLED = "the job's state every 10 ms, since it has no wait; then reads the row"
+POSTGRESQL = Guarantees(
+    "yes", "yes: it needs none", "no: a crashed attempt may be applied twice", "yes, between its polls"
+)
 
 FLOOR = Entry(
     "floor",
@@ -168,6 +174,11 @@ OTHERS = (
             "no: a crashed attempt stays as it is until it is retried, and then may be applied twice",
             "yes, between its polls",
         ),
+    ),
+    Entry("awa", "Awa, default", "awa:Default", ("awa-pg",), f"{POLLED}; its worker polls every 200 ms", POSTGRESQL),
+    Entry("awa-tuned", "Awa, tuned", "awa:Tuned", ("awa-pg",), f"{POLLED}; its worker polls every 10 ms", POSTGRESQL),
+    Entry(
+        "oban", "Oban", "oban:Oban", ("oban", "psycopg"), f"{POLLED}; sessions on psycopg", POSTGRESQL, python="3.12"
     ),
 )
 ALL = (FLOOR, COORD, *OTHERS)

@@ -38,6 +38,6 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: Any, kwargs: A
     pipe.send(run(function(*args, **kwargs)))
 
 
-def resident_bytes() -> int:
-    """Of this process; Linux only."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident_bytes(pid: int | str = "self") -> int:
+    """Of this process, or another; Linux only."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -13,7 +13,6 @@ from sqlalchemy.pool import QueuePool
 from coord.coordinator import Coordinator
 from coord.database.engine import engine_of
 from coord.jobs.model import Cancellation, jobs
-from coord.notify.outage import Outage
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("arq.coord")
 
-AWAY, BACK = "Redis does not serve this worker, jobs wait", "Redis serves this worker again"
 CANCELLED_SECONDS = 5.0
 """For cancelled tasks to roll back, and for their jobs to be handed back."""
 ABANDONED_SECONDS = 1.0
@@ -94,9 +92,8 @@ class Lifecycle:
     async def _open(self, stack: AsyncExitStack) -> None:
         """Each ends before what was opened before it."""
         config, state = self._config, self._share(stack)
-        outage = Outage(logger, away=AWAY, back=BACK)
         coordinator = Coordinator(config.session_maker, redis=state.redis, namespace=config.keys.namespace)
-        coordinator.outage = outage
+        coordinator.outage = state.outage
         await stack.enter_async_context(coordinator)
         self.registry = WorkerRegistry(state)
         freshness = Freshness(state, self.registry)
@@ -118,7 +115,7 @@ class Lifecycle:
         executor = Executor(state, Finalizer(state, scheduler.expect), self._context)
         pops = config.address.client()
         stack.push_async_callback(pops.aclose)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, outage))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, state.outage))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config

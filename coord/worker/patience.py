@@ -72,6 +72,33 @@ class Patience(Retry):
         """redis-py gives each connection a copy."""
         return self
 
+    async def takes_over(self, redis: Any) -> None:
+        """Have the client make its connections anew, and `greet` on each."""
+        pool = redis.connection_pool
+        pool.connection_kwargs["redis_connect_func"] = self.greet
+        await pool.disconnect()
+        pool.reset()
+
+    async def greet(self, connection: Any) -> None:
+        """What redis-py says on a new connection, and does not try again: a proxy accepts one before it finds that the
+        server is away, and closes it.
+        """
+
+        async def attempt() -> None:
+            if not connection.is_connected:
+                connection.redis_connect_func = _only_connected
+                try:
+                    await connection.connect()
+                finally:
+                    connection.redis_connect_func = self.greet
+            try:
+                await connection.on_connect()
+            except BaseException:
+                await connection.disconnect()
+                raise
+
+        await self.call_with_retry(attempt, lambda _error: connection.disconnect())
+
     async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
         """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
         pause = RETRY_PAUSE_SECONDS[0]
@@ -86,10 +113,11 @@ class Patience(Retry):
                     raise
                 self._outage.report(error)
             else:
-                self._outage.report(None)
-                if answer is not None and self._silence is not None:  # a connection alone is no answer
-                    self._silence.cancel()
-                    self._outage.report(None, "silence")
+                if answer is not None:  # a connection alone is no answer
+                    self._outage.report(None)
+                    if self._silence is not None:
+                        self._silence.cancel()
+                        self._outage.report(None, "silence")
                 return answer
             if not self.has_started:
                 await self.meanwhile()
@@ -118,6 +146,10 @@ class Patience(Retry):
 
     def _is_over(self) -> bool:
         return (self._main is not None and self._main.done()) or _is(asyncio.current_task(), async_check_health)
+
+
+async def _only_connected(_connection: Any) -> None:
+    """Said later."""
 
 
 async def _nothing() -> None:

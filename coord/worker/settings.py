@@ -149,6 +149,7 @@ class _Host:
             await ctx.pop("coord.stopping")
         if (hook := self._given.get("on_startup")) is not None:
             await hook(ctx)
+        await self._patience.takes_over(ctx["redis"])
         await _refuse_cluster(ctx["redis"])
         lifecycle = Lifecycle(self.config(), ctx)
         await lifecycle.start()

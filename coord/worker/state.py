@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from coord.jobs.model import new_id
+from coord.notify.outage import Outage
 from coord.worker.freshness import RedisClock
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from coord.worker.maintenance.beat import Board
     from coord.worker.running import RunningJobs
 
+logger = logging.getLogger("arq.coord")
+
+AWAY, BACK = "Redis does not serve this worker, jobs wait", "Redis serves this worker again"
 CREDIBLE_SECONDS = 5.0
 """Since the last heartbeat, after which others may soon take this worker for dead."""
 
@@ -39,6 +44,8 @@ class WorkerState:
     running: RunningJobs
     id: UUID = field(default_factory=new_id)
     clock: RedisClock = field(default_factory=RedisClock)
+    outage: Outage = field(default_factory=lambda: Outage(logger, away=AWAY, back=BACK))
+    """Of Redis, as this worker finds it."""
     is_paused: bool = False
     """Whether the queue is, as the registry has read."""
     is_served: bool = True

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.chaos.customers import customers, serve, stock_for
+from tests.chaos.customers import customers, put, serve, stock_for
 from tests.chaos.faults import Storm
 from tests.chaos.stack import Stack
 from tests.chaos.verdict import answered_in_the_calm, broken, found_in, settled
@@ -37,7 +37,8 @@ async def run(directory: Path, seconds: float, seed: int, pace: float = PACE) ->
     stack = Stack(directory)
     async with stack.running():
         storm = Storm(stack, seconds, seed)
-        serving = asyncio.create_task(serve(crowd, stock, stack.url, seconds, lambda: storm.is_calm))
+        await put(stock, stack.url)
+        serving = asyncio.create_task(serve(crowd, stack.url, seconds, lambda: storm.is_calm))
         await storm.rage()
         final = await settled(stack.postgresql.url, serving)
         await serving

@@ -48,6 +48,8 @@ class Customer:
     sku: str
     quantity: int
     order_id: int | None = None
+    refused: list[str] = field(default_factory=list)
+    """What came of placing it until that was answered well: a status or an error, and after how many seconds."""
     asked: list[Asked] = field(default_factory=list)
     """How often the order was asked for; the last time is the one that was answered well, if any was."""
 
@@ -66,14 +68,16 @@ def stock_for(crowd: list[Customer]) -> dict[str, int]:
     return {sku: total // 3 if sku == SCARCE else total for sku, total in demand.items()}
 
 
-async def serve(
-    crowd: list[Customer], stock: dict[str, int], url: str, seconds: float, calm: Callable[[], bool]
-) -> None:
+async def put(stock: dict[str, int], url: str) -> None:
+    async with httpx.AsyncClient(base_url=url, timeout=PATIENCE * 2, trust_env=False) as shop:
+        for sku, quantity in stock.items():
+            (await shop.put(f"/stock/{sku}", json={"quantity": quantity})).raise_for_status()
+
+
+async def serve(crowd: list[Customer], url: str, seconds: float, calm: Callable[[], bool]) -> None:
     """Let them in evenly over so many seconds; returns when the last has been served or has given up."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
     async with httpx.AsyncClient(base_url=url, timeout=PATIENCE * 2, limits=limits, trust_env=False) as shop:
-        for sku, quantity in stock.items():
-            (await shop.put(f"/stock/{sku}", json={"quantity": quantity})).raise_for_status()
         began = time.monotonic()
         visits = []
         for customer in crowd:
@@ -86,14 +90,18 @@ async def _visit(customer: Customer, shop: httpx.AsyncClient, calm: Callable[[],
     """Nothing is placed twice that matters: an order that nobody asks to be fulfilled takes nothing."""
     give_up = time.monotonic() + GIVE_UP
     while customer.order_id is None and time.monotonic() < give_up:
+        began = time.monotonic()
         try:
             placed = await shop.post("/orders", json={"sku": customer.sku, "quantity": customer.quantity})
-        except httpx.HTTPError:
-            placed = None
-        if placed is not None and placed.status_code == 201:
-            customer.order_id = placed.json()["id"]
+        except httpx.HTTPError as error:
+            answer = type(error).__name__
         else:
-            await asyncio.sleep(PAUSE)
+            answer = str(placed.status_code)
+            if placed.status_code == 201:
+                customer.order_id = placed.json()["id"]
+                break
+        customer.refused.append(f"{answer} after {time.monotonic() - began:.1f} s")
+        await asyncio.sleep(PAUSE)
     while customer.order_id is not None and not customer.served and time.monotonic() < give_up:
         customer.asked.append(await _ask(customer, shop, calm))
         if not customer.served:

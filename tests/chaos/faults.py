@@ -7,19 +7,23 @@ import random
 import time
 from collections import Counter
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
 
     from tests.chaos.stack import Stack
+    from tests.shop import Network
 
 TO_WORKERS = ("worker killed", "worker frozen")
 TO_SERVERS = ("Redis flushed", "Redis restarted", "PostgreSQL restarted")
-BETWEEN_WORKERS = 1.0  # seconds, on average
+TO_NETWORKS = {"a worker cut off from Redis": "Redis", "a worker cut off from PostgreSQL": "PostgreSQL"}
+BETWEEN_WORKERS = 3.0  # seconds, on average
 BETWEEN_SERVERS = 6.0
+BETWEEN_CUTS = 9.0
 FROZEN = (0.5, 12.0)
 AWAY = (0.2, 3.0)
+CUT_OFF = (1.0, 15.0)
 
 
 class Fault(NamedTuple):
@@ -27,22 +31,34 @@ class Fault(NamedTuple):
     """Seconds after the storm has begun."""
     kind: str
     seconds: float
-    """How long a frozen worker stands still, or Redis is away."""
+    """How long a frozen worker stands still, Redis is away, or a worker is cut off."""
 
 
 def forecast(seconds: float, seed: int) -> list[Fault]:
-    """A worker is killed or frozen every second; Redis and PostgreSQL take turns, in random order."""
+    """A worker is killed or frozen every three seconds; the others take turns, in random order."""
     chance = random.Random(seed)
     faults, at = [], 1.0
     while at < seconds:
         faults.append(Fault(at, chance.choice(TO_WORKERS), chance.uniform(*FROZEN)))
         at += chance.uniform(0.5, 1.5) * BETWEEN_WORKERS
-    at, turns = 3.0, list[str]()
-    while at < seconds:
-        turns = turns or chance.sample(TO_SERVERS, len(TO_SERVERS))
-        faults.append(Fault(at, turns.pop(), chance.uniform(*AWAY)))
-        at += chance.uniform(0.5, 1.5) * BETWEEN_SERVERS
+    for kinds, first, pause, lasting in (
+        (TO_SERVERS, 3.0, BETWEEN_SERVERS, AWAY),
+        (tuple(TO_NETWORKS), 5.0, BETWEEN_CUTS, CUT_OFF),
+    ):
+        at, turns = first, list[str]()
+        while at < seconds:
+            turns = turns or chance.sample(kinds, len(kinds))
+            faults.append(Fault(at, turns.pop(), chance.uniform(*lasting)))
+            at += chance.uniform(0.5, 1.5) * pause
     return sorted(faults)
+
+
+async def _cut(network: Network, seconds: float) -> None:
+    network.cut()
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        network.up = True
 
 
 class Storm:
@@ -68,6 +84,8 @@ class Storm:
             await asyncio.sleep(began + fault.at - time.monotonic())
             if fault.kind in TO_WORKERS:
                 self._strike(fault)
+            elif fault.kind in TO_NETWORKS:
+                self._cut_off(fault)
             else:
                 await self._shake(fault)
         if self._thaws:
@@ -84,9 +102,22 @@ class Storm:
         if fault.kind == "worker killed":
             worker.kill()
         else:
-            thaw = asyncio.create_task(worker.freeze(fault.seconds))
-            self._thaws.add(thaw)
-            thaw.add_done_callback(self._thaws.discard)
+            self._begin(worker.freeze(fault.seconds))
+        self.done[fault.kind] += 1
+
+    def _begin(self, lasting: Coroutine[Any, Any, None]) -> None:
+        """What is over before the storm is."""
+        thaw = asyncio.create_task(lasting)
+        self._thaws.add(thaw)
+        thaw.add_done_callback(self._thaws.discard)
+
+    def _cut_off(self, fault: Fault) -> None:
+        network = self._stack.networks[TO_NETWORKS[fault.kind]]
+        others = [worker for worker in self._stack.workers if worker.is_working and worker.network is not network]
+        if not network.up or not others:
+            self.done["worker spared"] += 1
+            return
+        self._begin(_cut(network, fault.seconds))
         self.done[fault.kind] += 1
 
     async def _shake(self, fault: Fault) -> None:

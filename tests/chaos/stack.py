@@ -14,13 +14,16 @@ import redis.asyncio
 
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.dev.process import end, spawn
-from tests.shop import API, ROOT, SERVING, WORKER, WORKING
+from tests.shop import API, ROOT, SERVING, WORKER, WORKING, Network
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-WORKERS = 6
+CLOCK = "tests.chaos.clock"
+CLOCKS = (-600.0, 600.0, 0.0)
+"""Seconds by which each worker's clock is off; there are as many workers."""
+API_CLOCK = 600.0
 START_SECONDS = 60.0
 GRACE_SECONDS = 15.0
 
@@ -58,8 +61,11 @@ class Program:
 class Worker:
     """A place for a worker, never empty for long."""
 
-    def __init__(self, log: Path, variables: dict[str, str]) -> None:
+    def __init__(self, log: Path, variables: dict[str, str], clock: float, network: Network | None) -> None:
         self._log, self._variables = log, variables
+        self._command = (CLOCK, str(clock), *WORKER)
+        self.network = network
+        """By which it reaches one of the servers; None if it reaches both without."""
         self.program = self._start()
         self._frozen = False
         self._keeping = asyncio.create_task(self._keep())
@@ -70,7 +76,8 @@ class Worker:
 
     @property
     def is_working(self) -> bool:
-        return self.is_alive and self.program.says(WORKING) is not None
+        is_cut_off = self.network is not None and not self.network.up
+        return self.is_alive and not is_cut_off and self.program.says(WORKING) is not None
 
     def kill(self) -> None:
         self.program.process.kill()
@@ -91,7 +98,7 @@ class Worker:
         await self.program.stop()
 
     def _start(self) -> Program:
-        return Program(WORKER, self._log, self._variables)
+        return Program(self._command, self._log, self._variables)
 
     async def _keep(self) -> None:
         while True:
@@ -108,6 +115,8 @@ class Stack:
         self.postgresql = PostgreSQL(directory / "postgresql", settings={"fsync": "off"})  # the machine never fails
         self.valkey = Valkey(directory / "valkey")
         self.workers: list[Worker] = []
+        self.networks: dict[str, Network] = {}
+        """Each leads one worker to one server: by the server's name."""
         self.url = ""
 
     @contextlib.asynccontextmanager
@@ -117,16 +126,24 @@ class Stack:
                 await asyncio.to_thread(server.start)
                 exits.push_async_callback(asyncio.to_thread, server.stop)
             variables = {"COORD_DATABASE_URL": self.postgresql.url, "COORD_REDIS_URL": self.valkey.url}
-            api = Program(API, self.directory / "api.log", variables)
+            command = (CLOCK, str(API_CLOCK), *API)
+            api = Program(command, self.directory / "api.log", variables)
             exits.push_async_callback(api.stop)
             self.url = (await api.has_said(SERVING))[1]
-            for number in range(1, WORKERS + 1):
-                worker = Worker(self.directory / f"worker-{number}.log", variables)
-                exits.push_async_callback(worker.stop)
-                self.workers.append(worker)
+            for name, variable in (("Redis", "COORD_REDIS_URL"), ("PostgreSQL", "COORD_DATABASE_URL")):
+                network = self.networks[name] = await exits.enter_async_context(Network(variables[variable]).opened())
+                network.up = True
+                self._add(exits, variables | {variable: network.url}, network)
+            self._add(exits, variables, None)
             for worker in self.workers:
                 await worker.program.has_said(WORKING)
             yield self
+
+    def _add(self, exits: contextlib.AsyncExitStack, variables: dict[str, str], network: Network | None) -> None:
+        number = len(self.workers)
+        worker = Worker(self.directory / f"worker-{number + 1}.log", variables, CLOCKS[number], network)
+        exits.push_async_callback(worker.stop)
+        self.workers.append(worker)
 
     async def flush_redis(self) -> None:
         async with redis.asyncio.Redis.from_url(self.valkey.url) as client:

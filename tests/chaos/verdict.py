@@ -81,9 +81,9 @@ def answered_in_the_calm(crowd: list[Customer]) -> tuple[int, int]:
 
 
 def _answers(crowd: list[Customer], found: Found) -> Iterator[str]:
-    lost = [customer.number for customer in crowd if not customer.served]
+    lost = [customer for customer in crowd if not customer.served]
     if lost:
-        yield f"customers {lost[:5]} and so on, {len(lost)} in all, were never served"
+        yield f"{len(lost)} customers were never served, such as {lost[:3]}"
     late = [asked.seconds for customer in crowd for asked in customer.asked if asked.seconds > PATIENCE + LATE]
     if late:
         yield f"{len(late)} waits ended up to {max(late) - PATIENCE:.1f} s after their deadline"

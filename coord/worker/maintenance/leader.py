@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("arq.coord")
 
+NOW = "return redis.call('TIME')"
+"""A script, since who may run none can look after nothing."""
 LEASE_SECONDS = 3.0
 MARGIN_SECONDS = 0.5
 """Before its end by which the leader takes its lease for over."""
@@ -47,7 +49,8 @@ class Leader(Loop):
     async def round(self) -> None:
         state = self._state
         asked = time.monotonic()
-        seconds, microseconds = await state.redis.time()
+        redis: Any = state.redis
+        seconds, microseconds = map(int, await redis.eval(NOW, 0))
         state.clock.set(seconds, microseconds, asked)
         began = time.monotonic()
         if state.is_served:

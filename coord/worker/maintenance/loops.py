@@ -7,12 +7,13 @@ import logging
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from coord.retryable import is_retryable
 
 if TYPE_CHECKING:
     from coord.worker.state import WorkerState
+
 
 logger = logging.getLogger("arq.coord")
 
@@ -57,7 +58,9 @@ class Loop(ABC):
 
     def failed(self, error: Exception) -> None:
         """Told of a round that has failed; the next one is tried in any case."""
-        if isinstance(error, RedisError) or is_retryable(error):
+        if isinstance(error, ResponseError):
+            self._state.outage.report(error, type(self).__name__)
+        elif isinstance(error, RedisError) or is_retryable(error):
             logger.debug("%s goes on after: %s", type(self).__name__, error)
         else:
             logger.error("%s has failed, and goes on", type(self).__name__, exc_info=error)
@@ -69,6 +72,7 @@ class Loop(ABC):
             try:
                 async with asyncio.timeout(self.limit):
                     pause = await self.round()
+                self._state.outage.report(None, type(self).__name__)
             except Exception as error:  # noqa: BLE001 - whatever it is, the loop goes on
                 self.failed(error)
             timer = asyncio.get_running_loop().call_later(self.interval if pause is None else pause, self.wake)

@@ -135,7 +135,7 @@ class Reconciler(Loop):
         """What to look at: all that is due, or what is likely to be missing and a part of the rest."""
         due = jobs.c.scheduled_at <= _ago(0.0)
         if full:
-            async for page in self._queued.pages(due):
+            async for page in self._queued.pages():
                 yield page
             return
         last, first = RECENT_SECONDS

@@ -44,9 +44,10 @@ class QueuedJobs:
         return await self._read(statement.order_by(*_order).limit(limit))
 
     async def pages(self, *conditions: ColumnElement[bool]) -> AsyncIterator[Sequence[Row[Any]]]:
-        """All of them, a page at a time."""
+        """Those that are due now, a page at a time. What becomes due meanwhile is left: it might have no end."""
+        now = (await self._read(select(func.now().label("now"))))[0].now
         after: Row[Any] | None = None
-        while page := await self.ids(*conditions, after=after):
+        while page := await self.ids(jobs.c.scheduled_at <= now, *conditions, after=after):
             yield page
             after = page[-1]
 

@@ -1,0 +1,1 @@
+"""`python -m benchmarks.backlog`: a worker that has a million jobs for later, and a hundred thousand at once."""

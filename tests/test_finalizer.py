@@ -1,0 +1,141 @@
+"""The ends that a worker writes: in any encoding, after a lock that somebody has had for long, and of a task that
+somebody else has cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from typing import TYPE_CHECKING, Any
+
+import asyncpg
+import pytest
+from sqlalchemy import make_url, select, text
+
+import coord.worker.failure
+import coord.worker.finalizer
+from coord import create_ledger, job_transaction, lock_tables
+from coord.jobs.model import attempts
+from tests.models import User
+from tests.serving import eventually
+from tests.shop import dsn_of
+from tests.workers import Office, opened, until, working
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+ARROW = "→ \N{GRINNING FACE}"
+
+
+@pytest.fixture
+async def latin1(database_url: str, redis_url: str) -> AsyncIterator[Office]:
+    """A database that has no arrows, with its ledger."""
+    name = f"coord_latin1_{uuid.uuid4().hex[:12]}"
+    server = await asyncpg.connect(dsn_of(database_url))
+    await server.execute(f"""CREATE DATABASE "{name}" ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0""")
+    url = make_url(database_url).set(database=name).render_as_string(hide_password=False)
+    try:
+        async with opened(url, redis_url) as office:
+            await office.redis.flushdb()
+            async with office.session_maker.begin() as session:
+                await create_ledger(await session.connection())
+            yield office
+    finally:
+        await server.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
+        await server.close()
+
+
+@pytest.mark.parametrize("end", ["fails", "is tried again", "returns", "returns after its effect", "is not known"])
+async def test_an_end_that_the_databases_encoding_lacks_is_stored_escaped(latin1: Office, end: str) -> None:
+    """Once, and the job comes to it."""
+
+    async def task(ctx: dict[str, Any]) -> str:
+        if end == "fails":
+            raise ValueError(ARROW)
+        if end == "is tried again" and ctx["job_try"] == 1:
+            raise ConnectionResetError(ARROW)
+        if end == "returns after its effect":
+            async with job_transaction(ctx):
+                """Nothing."""
+        return ARROW
+
+    async with working(latin1, [task], unknown_after=0):
+        if end == "is not known":
+            row = await latin1.final(await latin1.enqueue("unknown", reason=ARROW), within=20)
+            assert row.state == "failed"
+            return
+        row = await latin1.final(job := await latin1.enqueue(task))
+        if end.startswith("returns"):
+            found = await eventually(lambda: result_of(latin1, job))
+            assert (row.state, row.attempt, found) == ("done", 1, ARROW)
+            return
+    assert (row.state, row.attempt) == (("failed", 1) if end == "fails" else ("done", 2))
+    assert "\\u2192 \\U0001f600" in row.error
+    assert "\\u2192" in row.traceback
+    async with latin1.session_maker() as session:
+        recorded = [*await session.scalars(select(attempts.c.error).where(attempts.c.job_id == job.id))]
+    assert recorded == [row.error]
+
+
+async def result_of(office: Office, job: Any) -> Any:
+    return (await office.row(job)).result
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize("patience", [0.0, 900.0])
+async def test_a_lock_is_waited_for_by_time_and_not_by_attempts_alone(
+    office: Office, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, patience: float
+) -> None:
+    """Maintenance has a table for minutes: a job that has used its attempts up by then goes on, and says so."""
+    monkeypatch.setattr(coord.worker.failure, "PAUSE_SECONDS", (0.02, 0.05))
+    monkeypatch.setattr(coord.worker.finalizer, "LOCK_PATIENCE_SECONDS", patience)
+
+    async def task(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=0.02):
+            """Nothing."""
+
+    async with working(office, [task], max_tries=2):
+        async with office.session_maker.begin() as vacuum:
+            await vacuum.execute(text("LOCK TABLE users IN SHARE UPDATE EXCLUSIVE MODE"))
+            job = await office.enqueue(task)
+
+            async def has_gone_on() -> bool:
+                row = await office.row(job)
+                return bool(row.state.is_final or row.attempt > 4)
+
+            await eventually(has_gone_on, within=20)
+        row = await office.final(job)
+    if patience:
+        assert row.state == "done"
+        assert row.attempt > 4
+        assert "s for a lock, and goes on" in caplog.text
+    else:
+        assert (row.state, row.attempt) == ("failed", 2)
+        assert "(attempt 2 of 2)" in row.error
+
+
+@pytest.mark.parametrize("place", ["outside", "in its transaction"])
+async def test_a_task_that_somebody_else_has_cancelled_is_handed_back(office: Office, place: str) -> None:
+    """No attempt is used up, and nothing of it stays; its second run is the same attempt."""
+    begun: list[int] = []
+    go = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            if place == "in its transaction":
+                await stack.enter_async_context(job_transaction(ctx))
+            begun.append(ctx["job_try"])
+            await go.wait()
+
+    async with working(office, [task]) as worker:
+        job = await office.enqueue(task)
+        await until(lambda: begun)
+        (attempt,) = [running for running in asyncio.all_tasks() if running.get_name() == f"coord job {job.id}"]
+        attempt.cancel()
+        await until(lambda: len(begun) == 2)
+        go.set()
+        row = await office.final(job)
+        assert worker.lives
+    assert (row.state, row.attempt, row.hand_backs, row.error) == ("done", 1, 1, None)
+    assert begun == [1, 1]

@@ -1,0 +1,63 @@
+"""Jobs that come near: a wave that is due in the same second, of which one look at the ledger reads a part."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from arq.worker import func
+from sqlalchemy import text
+
+from coord.worker.maintenance import scheduler as scheduling
+from coord.worker.maintenance.rows import QueuedJobs
+from tests.serving import eventually
+from tests.workers import KEYS, Office, until, working
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+WAVE = """
+    INSERT INTO coord_jobs (id, task, queue, arguments, scheduled_at, priority)
+    SELECT gen_random_uuid(), 'task', 'default', '[[],{}]', now() + interval '12 s', n % 3
+    FROM generate_series(1, :jobs) AS n
+"""
+JOBS = 100
+
+
+class FewAtOnce(QueuedJobs):
+    async def ids(self, *conditions: Any, limit: int = 16, after: Any = None) -> Sequence[Any]:
+        return await super().ids(*conditions, limit=limit, after=after)
+
+
+@pytest.mark.slow
+async def test_a_wave_is_taken_up_over_many_looks_and_each_job_runs_once(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of the same microsecond, so that only their ids tell where a look has ended."""
+    monkeypatch.setattr(scheduling, "QueuedJobs", FewAtOnce)
+    monkeypatch.setattr(scheduling, "MOVED", 16)
+    ran: list[str] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+
+    async with working(office, [func(task, name="task")]):
+        await eventually(lambda: count(office, "SELECT count(*) FROM coord_queues WHERE leader IS NOT NULL"))
+        async with office.session_maker.begin() as session:
+            await session.execute(text(WAVE), {"jobs": JOBS})
+        await eventually(lambda: is_full(office), within=11)
+        assert ran == []
+        await until(lambda: len(ran) >= JOBS, within=30)
+        await office.waiting(0)
+        assert await count(office, "SELECT count(*) FROM coord_jobs WHERE state = 'done'") == JOBS
+        assert await count(office, "SELECT count(*) FROM coord_jobs WHERE started_at < scheduled_at") == 0
+    assert len(ran) == len(set(ran)) == JOBS
+
+
+async def is_full(office: Office) -> bool:
+    return int(await office.redis.zcard(KEYS.soon)) == JOBS
+
+
+async def count(office: Office, statement: str) -> int:
+    async with office.session_maker() as session:
+        return int(await session.scalar(text(statement)) or 0)
