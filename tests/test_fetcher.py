@@ -401,7 +401,7 @@ async def test_an_unknown_task_goes_back_until_a_worker_knows_it(
     async with working(office, [old]) as worker:
         job = await office.enqueue(new)
         await until(unknown)
-            await until(lambda: not len(worker.running))
+        await until(lambda: not len(worker.running))
         async with working(office, [new]):
             row = await office.final(job, within=20)
         assert (row.state, row.attempt) == ("done", 1)
