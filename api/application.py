@@ -8,7 +8,9 @@ from api import events, health, orders, stock
 from api.sessions import get_db
 from api.startup import lifespan
 from coord.http import HeadRequests, RequestLimits, job_routes, job_status_routes, problem_handlers, problems
+from worker.database import session_maker
 from worker.environment import admin_token, is_development
+from worker.metrics import metrics
 
 app = FastAPI(
     title="coord's shop",
@@ -18,8 +20,9 @@ app = FastAPI(
     generate_unique_id_function=lambda route: route.name,
 )
 app.add_middleware(HeadRequests)
-app.add_middleware(RequestLimits)
+app.add_middleware(RequestLimits, server_timing=True)
 app.include_router(job_status_routes(get_db))
+app.include_router(metrics.routes(session_maker))
 for module in (orders, events, stock, health):
     app.include_router(module.router)
 if (token := admin_token()) is not None or is_development():

@@ -60,6 +60,7 @@ from coord.jobs.periodic import Periodic, periodic
 from coord.jobs.queries import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.session import create_db_context, create_db_dependency, get_transaction
+from coord.timings import WaitTimings, wait_timings
 from coord.waiting.wait import wait_for_row_change, watch_row
 from coord.worker.settings import worker_settings
 
@@ -85,6 +86,7 @@ __all__ = [
     "UncommittedChangesError",
     "UniqueKeyConflictError",
     "WaitTimeoutError",
+    "WaitTimings",
     "advisory_lock",
     "call",
     "cancel_job",
@@ -109,6 +111,7 @@ __all__ = [
     "set_result",
     "task_options",
     "wait_for_row_change",
+    "wait_timings",
     "watch_row",
     "worker_settings",
 ]

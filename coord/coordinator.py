@@ -17,7 +17,9 @@ from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
+from coord.observation import tell_committed, tell_published
 from coord.queue.handover import hand_over
+from coord.timings import committed
 from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
 
 if TYPE_CHECKING:
@@ -159,6 +161,7 @@ class Coordinator:
         stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
 
     def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
+        tell_committed(changes.values())
         loop = self._loop
         if self._bell is None or loop is None or loop.is_closed():
             return False
@@ -168,13 +171,15 @@ class Coordinator:
             channels = to.of_changes(session, known)
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
+            payload = committed(session)
+            tell_published(len(channels))
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
             return True
         if _running_loop() is loop:
-            self._bell.publish(channels, batch)
+            self._bell.publish(channels, batch, payload)
         else:
-            loop.call_soon_threadsafe(self._bell.publish, channels, batch)
+            loop.call_soon_threadsafe(self._bell.publish, channels, batch, payload)
         return True
 
 

@@ -19,6 +19,7 @@ from coord.database.engine import ANYWHERE, engine_of, session_of, written
 from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
+from coord.observation import lock_wait
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -161,7 +162,9 @@ async def _held(
 
 def _acquire(session: Session, binding: Mapping[str, Any], plan: Plan, limit: float | None) -> None:
     connection = session.connection(bind_arguments=dict(binding))
-    acquire(connection, plan(connection), limit)
+    acquisition = plan(connection)
+    with lock_wait(session, acquisition):
+        acquire(connection, acquisition, limit)
 
 
 async def _connected(session: AsyncSession, binding: Mapping[str, Any], limit: float | None) -> float | None:

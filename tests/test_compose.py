@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import inspect
 import re
@@ -16,7 +15,8 @@ import pytest
 import yaml
 from sqlalchemy import URL, make_url
 
-import coord.dev.command
+from coord.cli.dev import command
+from coord.dev.command import WORKER_GRACE
 from coord.http.limits import MAX_WAIT_SECONDS
 from coord.worker.lifecycle import CANCELLED_SECONDS as LAST
 from coord.worker.maintenance.beat import HEALTH_SECONDS as HEALTHY
@@ -66,9 +66,8 @@ def test_a_servers_port_is_published_where_the_application_looks_for_it(service:
 
 
 def test_the_apis_port_is_the_one_of_coord_dev() -> None:
-    parser = argparse.ArgumentParser()
-    coord.dev.command.configure(parser)
-    assert SERVICES["api"]["ports"] == [f"127.0.0.1:{parser.get_default('port')}:8000"]
+    (port,) = (option.default for option in command.params if option.name == "port")
+    assert SERVICES["api"]["ports"] == [f"127.0.0.1:{port}:8000"]
 
 
 @pytest.mark.parametrize("service", PROGRAMS)
@@ -118,7 +117,7 @@ def test_a_stop_leaves_requests_and_jobs_the_time_they_may_take() -> None:
     assert MAX_WAIT_SECONDS < uvicorns < seconds(SERVICES["api"]["stop_grace_period"])
     grace = inspect.signature(worker_settings).parameters["grace"].default
     assert grace + LAST < seconds(SERVICES["worker"]["stop_grace_period"])
-    assert grace + LAST < coord.dev.command.WORKER_GRACE
+    assert grace + LAST < WORKER_GRACE
 
 
 def test_the_programs_are_the_ones_that_are_documented() -> None:

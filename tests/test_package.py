@@ -160,8 +160,9 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
 
 
 PARTS = [
-    *("errors", "durations", "retryable", "cancellation", "database", "session", "locks", "notify", "jobs", "queue"),
-    *("waiting", "coordinator", "worker", "http", "dev", "cli"),
+    *("errors", "durations", "retryable", "cancellation", "timings", "telemetry", "observation", "database", "session"),
+    *("locks", "notify", "jobs", "blocking", "queue"),
+    *("waiting", "coordinator", "worker", "http", "metrics", "dev", "cli"),
 ]
 """Of coord, bottom first: each imports only what comes before it, for type checking too."""
 

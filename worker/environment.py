@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DATABASE = "COORD_DATABASE_URL"
 REDIS = "COORD_REDIS_URL"
+METRICS_PORT = "COORD_METRICS_PORT"
 ADMIN_TOKEN = "COORD_ADMIN_TOKEN"
 SHORTEST_TOKEN = 16
 # The ports that docker-compose.yml publishes.
@@ -46,6 +47,16 @@ def admin_token() -> str | None:
     if token is not None and len(token) < SHORTEST_TOKEN:
         refuse(ADMIN_TOKEN, f"needs at least {SHORTEST_TOKEN} characters")
     return token
+
+
+def metrics_port() -> int | None:
+    """Where a worker answers Prometheus; without one it does not."""
+    text = os.environ.get(METRICS_PORT)
+    if not text:
+        return None
+    if not text.isdecimal() or not 0 < int(text) < 65_536:
+        refuse(METRICS_PORT, "is the number of a port")
+    return int(text)
 
 
 def is_development() -> bool:

@@ -12,6 +12,7 @@ from coord import worker_settings
 from worker.database import MAX_JOBS, close_database, open_database, session_maker
 from worker.environment import redis_url
 from worker.fulfilment import fulfil_order
+from worker.metrics import serve_metrics
 from worker.startup import held_log
 
 # Where arq runs this, and nobody else's loop is concerned; it takes its own from the policy.
@@ -23,6 +24,7 @@ log = held_log("arq.worker", "arq.connections")
 
 async def on_startup(ctx: dict[str, Any]) -> None:
     await open_database()
+    serve_metrics()
     log.release()
 
 

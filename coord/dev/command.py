@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -26,7 +27,6 @@ from coord.dev.process import end, spawn
 from coord.dev.server import free_port
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Iterator, Sequence
 
     from coord.dev.server import Server
@@ -42,22 +42,27 @@ class DevError(Exception):
     """Ends `coord dev` with status 1 and this line."""
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--app", required=True, metavar="module:name", help="the ASGI application, as for uvicorn")
-    parser.add_argument("--worker", required=True, metavar="module.Class", help="the worker settings, as for arq")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="worker processes, 1 unless given")
-    parser.add_argument("--host", default="127.0.0.1", help="where the API listens, 127.0.0.1 unless given")
-    parser.add_argument("--port", type=int, default=8000, help="8000 unless given; 0 picks a free one")
-    parser.add_argument("--data", type=Path, default=Path(".coord"), help="the servers' directory, .coord unless given")
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Without `app` and `worker` the servers alone are started."""
+
+    app: str | None
+    worker: str | None
+    workers: int
+    host: str
+    port: int
+    data: Path
+    reload: bool
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: Options) -> int:
     """Return when everything has stopped: 0 if that was asked for."""
     try:
-        if importlib.util.find_spec("uvicorn") is None:
-            raise DevError("uvicorn is missing: pip install uvicorn")
-        options.port = options.port or free_port()
-        _refuse_taken_port(options.host, options.port)
+        if options.app is not None:
+            if importlib.util.find_spec("uvicorn") is None:
+                raise DevError("uvicorn is missing: pip install uvicorn")
+            options.port = options.port or free_port()
+            _refuse_taken_port(options.host, options.port)
         Development(options).run()
     except (DevError, ServerError, ImportError, OSError) as error:
         print(f"coord dev: {error}", file=sys.stderr)
@@ -68,9 +73,10 @@ def run(options: argparse.Namespace) -> int:
 class Development:
     """Everything that `coord dev` runs. Nothing of it is left when `run` returns or raises."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: Options) -> None:
         self.address: tuple[str, int] = (options.host, options.port)
         self.data: Path = options.data
+        self.reload = options.reload
         self.commands = _commands(options)
         self.terminal = Terminal(["coord", *self.commands])
         self.servers: dict[str, Server] = {}
@@ -115,10 +121,14 @@ class Development:
                 process.kill()
 
     def _start(self) -> None:
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1"}
         for variable, server in self.servers.items():
-            environment[variable] = server.start().url
+            server.start()
             self.terminal.line("coord", f"{variable}={server.url}")
+        self._start_programs()
+
+    def _start_programs(self) -> None:
+        own = {variable: server.url for variable, server in self.servers.items()}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1", **own}
         for name, command in self.commands.items():
             process = self.processes[name] = spawn(command, stdout=subprocess.PIPE, env=environment)
             reader = threading.Thread(target=self.terminal.follow, args=(name, process.stdout), daemon=True)
@@ -127,8 +137,16 @@ class Development:
 
     def _watch(self) -> None:
         """Return only by raising: none of them is meant to end before it is told to."""
-        ready = False
+        ready, sources = False, _sources() if self.reload else {}
+        if not self.commands:
+            ready = True
+            self.terminal.line("coord", "the servers are up, Ctrl-C stops")
         while True:
+            if self.reload and sources != (sources := _sources()):
+                self.terminal.line("coord", "a file has changed, the programs start again")
+                self._end_programs()
+                self._start_programs()
+                ready = False
             if death := self._first_death():
                 raise DevError(death)
             if not ready:
@@ -150,18 +168,21 @@ class Development:
 
     def _stop(self) -> None:
         self.stop_began = self.stop_began or time.monotonic()
-        workers = [process for name, process in self.processes.items() if name != API]
-        if api := self.processes.get(API):
-            end(api, signal.SIGTERM, grace=API_GRACE)
-        if workers:
-            with ThreadPoolExecutor(len(workers)) as pool:
-                list(pool.map(lambda worker: end(worker, signal.SIGTERM, grace=WORKER_GRACE), workers))
+        self._end_programs()
         for server in reversed(self.servers.values()):
             server.stop()
         for reader in self.readers:
             reader.join(1.0)
         if self.servers:
             self.terminal.line("coord", f"stopped; the data is kept in {self.data}")
+
+    def _end_programs(self) -> None:
+        workers = [process for name, process in self.processes.items() if name != API]
+        if api := self.processes.get(API):
+            end(api, signal.SIGTERM, grace=API_GRACE)
+        if workers:
+            with ThreadPoolExecutor(len(workers)) as pool:
+                list(pool.map(lambda worker: end(worker, signal.SIGTERM, grace=WORKER_GRACE), workers))
 
 
 class Terminal(logging.Handler):
@@ -186,12 +207,25 @@ class Terminal(logging.Handler):
                 self.line(name, line.decode(errors="replace").rstrip("\r\n"))
 
 
-def _commands(options: argparse.Namespace) -> dict[str, list[str]]:
+def _commands(options: Options) -> dict[str, list[str]]:
+    if options.app is None or options.worker is None:
+        return {}
     module = [sys.executable, "-m"]
     workers = {f"worker-{number + 1}": [*module, "arq", options.worker] for number in range(options.workers)}
     address = ["--host", options.host, "--port", str(options.port)]
     # Streams never end by themselves: without a limit, the first open one would keep uvicorn until it is killed.
     return {**workers, API: [*module, "uvicorn", options.app, *address, "--timeout-graceful-shutdown", "5"]}
+
+
+def _sources() -> dict[Path, float]:
+    """When each Python file beneath this directory was last changed; not those in hidden directories."""
+    found = {}
+    for directory, names, files in os.walk("."):
+        names[:] = [name for name in names if not name.startswith(".") and name != "__pycache__"]
+        for path in (Path(directory, file) for file in files if file.endswith(".py")):
+            with contextlib.suppress(OSError):  # it may be gone again
+                found[path] = path.stat().st_mtime
+    return found
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from inspect import isawaitable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from coord.http.interruption import stop_observed
 from coord.http.prefer import Preference
 from coord.http.problem import OUT_OF_TIME, problem, problem_of
+from coord.telemetry import request_id
 
 if TYPE_CHECKING:
     from starlette.responses import Response
@@ -27,6 +29,7 @@ ANSWER_MARGIN_SECONDS = 2.0
 CLEANUP_SECONDS = 0.5
 """For a cancelled handler to end; then the answer is given without it: a thread, or a server, does not stop."""
 MAX_BODY_BYTES, MAX_HEAD_BYTES = 1_000_000, 16_384
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _TOO_LARGE = "the body is larger than {} bytes"
 _CLOSE = {"Connection": "close"}  # the rest of the body is not worth reading
 
@@ -36,6 +39,8 @@ class Arrival(NamedTuple):
 
     time: float
     cap: float
+    server_timing: bool = False
+    """Whether its answer says where the time of its wait went."""
 
 
 class RequestLimits:
@@ -46,6 +51,9 @@ class RequestLimits:
     has passed and no response has begun, the handler is cancelled, its transaction rolled back, and the response is
     503, or 408 if it is the client's body that is missing. A response that has begun, a stream, takes as long as it
     takes. What the application's handler for `Exception` makes of an error is sent from here as well.
+
+    With `server_timing` the answers of `Reply` and `Poll` have a `Server-Timing` header, which names the tables that
+    were waited for. A request's `X-Request-ID` is kept with the jobs that it enqueues, for their lines in the log.
 
         app.add_middleware(RequestLimits)
         app.add_middleware(CORSMiddleware, allow_origins=[...])  # last, which is outermost: errors have its headers
@@ -59,18 +67,21 @@ class RequestLimits:
         margin: float = ANSWER_MARGIN_SECONDS,
         body: int = MAX_BODY_BYTES,
         head: int = MAX_HEAD_BYTES,
+        server_timing: bool = False,
     ) -> None:
         self._app = app
         self._wait = wait
         self._margin = margin
         self._body = body
         self._head = head
+        self._server_timing = server_timing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[ARRIVAL] = arrival = Arrival(asyncio.get_running_loop().time(), self._wait)
+        scope[ARRIVAL] = arrival = Arrival(asyncio.get_running_loop().time(), self._wait, self._server_timing)
+        request_id.set(_request_id(scope))
         exchange = _Exchange(scope, receive, send, self._body)
         headers = Headers(scope=scope)
         announced = headers.get("content-length", "")
@@ -163,6 +174,11 @@ class _Exchange:
             if not self._deadline.expired():
                 self._deadline.reschedule(None)
         await self._send(message)
+
+
+def _request_id(scope: Scope) -> str | None:
+    value = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+    return value if _REQUEST_ID.fullmatch(value) else None
 
 
 def _size_of_head(scope: Scope) -> int:

@@ -19,6 +19,7 @@ from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER_SECONDS
 from coord.jobs.queries import get_job
 from coord.retryable import is_retryable
+from coord.timings import wait_timings
 from coord.waiting.job_wait import job_id_of
 from coord.waiting.wait import wait_for_row_change
 
@@ -48,6 +49,7 @@ class Reply:
         self._response = response
         arrival = request.scope.get(ARRIVAL) or Arrival(asyncio.get_running_loop().time(), MAX_WAIT_SECONDS)
         self._cap = arrival.cap
+        self._server_timing = arrival.server_timing
         self._waited = False
         self.preference = Preference.of(request.headers.getlist("prefer"))
         """The preferences that the client has sent."""
@@ -88,6 +90,9 @@ class Reply:
             return await while_connected(self._request, wait)
         except WaitTimeoutError:
             return None
+        finally:
+            if self._server_timing and (timings := wait_timings(session)) is not None:
+                self._response.headers["Server-Timing"] = timings.server_timing()
 
     async def accepted(self, session: AnySession, job: Job | UUID, *, location: str, **members: Any) -> Response:
         """202: the job, where to look at it and when, and `members` beside it in the body; reads the ledger.

@@ -8,5 +8,4 @@ enqueue.py      enqueue: a row in the caller's transaction
 attempt.py      one attempt, as a task's ctx carries it
 transaction.py  job_transaction: claim, fence, effect and completion in one commit
 queries.py      looking at jobs, cancelling and retrying them
-tracing.py      the trace a job belongs to
 """

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from coord.jobs.options import MAX_SPAN_SECONDS
+from coord.timings import AttemptTimings
+
 if TYPE_CHECKING:
     from uuid import UUID
 
@@ -40,7 +43,16 @@ class Attempt:
     """What has rolled it back, whether or not the task lets it through."""
     applied: bool = False
     """Whether its transaction has committed."""
+    reason: str | None = None
+    """Why it is tried again, in one line."""
     progress: Any = None
+    queued: float = 0.0
+    """Seconds from when it was due until it began; Redis may say anything."""
+    timings: AttemptTimings = field(init=False)
+
+    def __post_init__(self) -> None:
+        queued = self.queued if 0 <= self.queued < MAX_SPAN_SECONDS else 0.0
+        self.timings = AttemptTimings(str(self.job_id), self.number, queued)
 
     def enter(self) -> None:
         if self.entered:

@@ -33,6 +33,7 @@ from coord.jobs.enqueue import due_of, is_unfinished, job_of, joined, stored_col
 from coord.jobs.model import Job, execute, job_mapper, jobs, ledger_engine
 from coord.jobs.options import TaskOptions
 from coord.notify.changes import collect, warn_if_uncoordinated
+from coord.telemetry import sending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -142,6 +143,8 @@ def row_of(call: Call) -> dict[str, Any]:
     due = due_of(call.options)
     moment = due["moment"] and due["moment"].isoformat()
     values = values_of(call.options)
+    with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
+        pass  # its span is of no length
     return values | {"arguments": call.text, "moment": moment, "delay": due["delay"].total_seconds()}
 
 

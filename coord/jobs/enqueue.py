@@ -18,8 +18,8 @@ from coord.jobs.arguments import as_it_arrives, is_same
 from coord.jobs.ids import new_id
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
-from coord.jobs.tracing import current_trace
 from coord.notify.changes import collect, warn_if_uncoordinated
+from coord.telemetry import sending
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,15 +90,17 @@ async def enqueue(session: AnySession, task: Any, /, *args: Any, **kwargs: Any) 
     ledger_engine(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
-    given = values_of(options) | due_of(options) | {"text": text}
-    async with connection_mutex(session):
-        if options.unique_key is None:
-            stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
-        else:
-            found = await interruptible(session.run_sync(_join, given, text))
-            if isinstance(found, Job):
-                return found
-            stored = found
+    values = values_of(options)
+    with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
+        given = values | due_of(options) | {"text": text}
+        async with connection_mutex(session):
+            if options.unique_key is None:
+                stored: Row[Any] = (await interruptible(session.run_sync(execute, _insert_stored, given))).one()
+            else:
+                found = await interruptible(session.run_sync(_join, given, text))
+                if isinstance(found, Job):
+                    return found
+                stored = found
     job = job_of(given, arguments, stored)
     warn_if_uncoordinated()
     collect(session.sync_session, (job_mapper, (job.id,)), job)
@@ -116,7 +118,6 @@ def values_of(options: TaskOptions[Any]) -> dict[str, Any]:
         "unique_key": options.unique_key,
         "priority": options.priority,
         "one_at_a_time": options.one_at_a_time,
-        "trace": current_trace(),
     }
 
 

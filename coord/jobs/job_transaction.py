@@ -19,6 +19,7 @@ from coord.jobs.model import JobState, cancellations, execute, is_queued, job_ma
 from coord.notify.changes import collect
 from coord.retryable import sqlstate_of
 from coord.session import closed
+from coord.timings import ATTEMPT_TIMINGS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -112,7 +113,7 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
         # Used after the block, a closed session would begin another transaction.
         options = {"close_resets_only": False} if isinstance(attempt.session_maker, async_sessionmaker) else {}
         session: AsyncSession = attempt.session_maker(**options)
-        session.info[ATTEMPT] = attempt
+        session.info[ATTEMPT], session.info[ATTEMPT_TIMINGS] = attempt, attempt.timings
         transaction = session.begin()
         try:
             await transaction.__aenter__()

@@ -1,10 +1,7 @@
-"""The ledger's tables: printed, applied, and brought up to date, by `coord schema` or by an application's start."""
+"""The ledger's tables: printed, made, and brought up to date, by `coord schema` or by an application's start."""
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import (
@@ -16,14 +13,11 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
-    make_url,
     select,
     text,
     update,
 )
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncConnection, create_async_engine
 from sqlalchemy.schema import CreateSchema
 
 from coord.database.lock_function import create_lock_function
@@ -31,10 +25,10 @@ from coord.database.place import ledger_schema, place_ledger
 from coord.jobs.model import Ledger
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Sequence
 
-    from sqlalchemy import URL
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
 
 _versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
@@ -202,53 +196,3 @@ def _upgrade(connection: Connection) -> None:
         step(connection)
     if version < latest():
         connection.execute(update(_versions).values(version=latest()))
-
-
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--apply", action="store_true", help="make or upgrade the tables instead of printing them")
-    parser.add_argument("--schema", help="where the tables are; the default schema unless given or made elsewhere")
-    parser.add_argument("--url", default=os.environ.get("COORD_DATABASE_URL"), help="COORD_DATABASE_URL unless given")
-
-
-def run(options: argparse.Namespace) -> int:
-    if not options.apply:
-        print(ddl(options.schema))
-        return 0
-    try:
-        asyncio.run(_apply(_url(options.url), options.schema))
-    except Exception as error:  # noqa: BLE001 - any of them is shown in one line
-        print(f"coord schema: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _url(given: str | None) -> URL:
-    if not given:
-        raise ValueError("name the database with --url or COORD_DATABASE_URL")
-    try:
-        url = make_url(given)
-    except (ArgumentError, ValueError):  # not shown: what cannot be parsed may hold a password anywhere
-        message = "the URL is malformed; it looks like postgresql+asyncpg://user:password@host:5432/database"
-        raise ValueError(message) from None
-    if url.drivername != "postgresql+asyncpg":
-        raise ValueError(f"the URL needs the driver postgresql+asyncpg, not {url.drivername}")
-    return url
-
-
-async def _apply(url: URL, schema: str | None) -> None:
-    engine = create_async_engine(url)
-    try:
-        async with engine.begin() as connection:
-            await create_ledger(connection, schema=schema)
-    except Exception as error:
-        shown = url.set(query={}).render_as_string(hide_password=True)
-        raise RuntimeError(f"cannot use {shown}: {_reason(error)}") from error
-    finally:
-        await engine.dispose()
-
-
-def _reason(error: BaseException) -> str:
-    """PostgreSQL's own words, beneath the driver's and SQLAlchemy's."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error) or type(error).__name__

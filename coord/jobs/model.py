@@ -145,7 +145,7 @@ class Job(Ledger):
 
     due_in = 0.0
     """Seconds until it is due, as known when it was read: not by comparing clocks."""
-    due_said_at = 0.0  # When that was so, on the monotonic clock; 0 is now.
+    due_said_at = committed_at = 0.0  # When that was so, and when this process committed it, on the monotonic clock.
     joined = False
     """Whether `enqueue` found this job, unfinished under the same unique key, instead of making one."""
 

@@ -52,6 +52,7 @@ class Bell:
         self._subscriber = Subscriber(self._client, self._on_subscriber_result)
         self.listen = self._subscriber.listen
         self.leave = self._subscriber.leave
+        self.told = self._subscriber.told
         self.is_pending = self._publisher.is_pending
 
     @asynccontextmanager
@@ -67,9 +68,9 @@ class Bell:
     def connected(self) -> bool:
         return self._subscriber.connected
 
-    def publish(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({})) -> None:
+    def publish(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({}), payload: bytes = b"") -> None:
         """Send soon, after the commands of the batch, in one round trip with whatever else there is by then."""
-        self._publisher.publish({**batch, **{channel: [notice(channel)] for channel in channels}})
+        self._publisher.publish({**batch, **{channel: [notice(channel, payload)] for channel in channels}})
 
     def _on_publisher_result(self, error: Exception | None) -> None:
         """Redis may refuse commands of one kind and carry out others: success of these does not end the outage."""

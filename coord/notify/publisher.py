@@ -133,9 +133,9 @@ class Publisher:
         await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
 
 
-def notice(channel: bytes) -> Command:
-    """Tells a channel's subscribers to read again."""
-    return ("PUBLISH", channel, b"")
+def notice(channel: bytes, payload: bytes = b"") -> Command:
+    """Tells a channel's subscribers to read again; the payload is for diagnosis alone."""
+    return ("PUBLISH", channel, payload)
 
 
 def _add(batch: dict[Hashable, Commands], more: Batch) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
@@ -50,6 +51,7 @@ class Subscriber:
         self._on_result = on_result
         self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
+        self._told: dict[bytes, tuple[bytes, float]] = {}
         self._changes: dict[bytes, bool] = {}
         """Channels to subscribe to (true) or to unsubscribe from; the last call for a channel counts."""
         self._wanted = asyncio.Event()
@@ -85,7 +87,12 @@ class Subscriber:
             self._listeners[channel] = others
             return
         self._unconfirmed.pop(channel, None)
+        self._told.pop(channel, None)
         self._change(channel, False)
+
+    def told(self, channel: bytes) -> tuple[bytes, float] | None:
+        """The payload of the last message since somebody listens, and when it came, on the monotonic clock."""
+        return self._told.get(channel)
 
     def _change(self, channel: bytes, wanted: bool) -> None:
         if not self.connected:
@@ -185,6 +192,7 @@ class Subscriber:
     def _on_message(self, message: dict[str, Any]) -> None:
         match message["type"]:
             case "message":
+                self._told[message["channel"]] = message["data"], monotonic()
                 for listener in self._listeners.get(message["channel"], ()):
                     _notify(listener.on_message)
             case "subscribe":

@@ -13,6 +13,7 @@ from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.target import column_names
+from coord.observation import tell_waiters
 from coord.retryable import is_server_away, sqlstate_of
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class Poller:
 
     def add(self, waiter: Waiter[Any]) -> None:
         self._watcher.waiters += waiter.counts
+        tell_waiters(waiter.counts)
         key = waiter.target.key
         if not self.waiters:
             self._listen(None)
@@ -138,6 +140,10 @@ class Poller:
         assert self._channels is not None
         mapper, schemas = self.reader.mapper, self.reader.schemas
         return self._channels.table(mapper, schemas) if key is None else self._channels.row(mapper, schemas, key)
+
+    def told(self, key: Key) -> tuple[bytes, float] | None:
+        """The payload of the last message about the row, and when it came."""
+        return None if self._bell is None else self._bell.told(self._channel(key))
 
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from coord.errors import TooManyWaitersError
+from coord.observation import tell_waiters
 from coord.waiting.poller import Poller
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
 
@@ -94,6 +95,7 @@ class Watcher:
 
     def on_leave(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
+        tell_waiters(-waiter.counts)
         if not poller.waiters:
             self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
             if poller.task is not None and not poller.task.done():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import JobSuperseded, lock_of
 from coord.jobs.model import JobState
-from coord.jobs.tracing import continued
+from coord.observation import PUT_OFF, attempt_ended, observed_attempt
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
 
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
     from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
-
-PUT_OFF = "put off"
-"""The outcome of an attempt that cannot be made here."""
 
 
 class Executor:
@@ -47,7 +43,7 @@ class Executor:
         self._signatures = {name: inspect.signature(task.coroutine) for name, task in self._config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
 
-    def start(self, message: Message) -> None:
+    def start(self, message: Message, *, queued: float = 0.0) -> None:
         attempt = Attempt(
             job_id=message.id,
             task=message.task,
@@ -58,6 +54,7 @@ class Executor:
             max_attempts=self._config.attempts_of(message.task),
             worker_lock=self._worker_lock,
             idle_limit=self._config.idle_limit,
+            queued=queued,
         )
         running = self._running.add(message, attempt)
         running.task = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
@@ -65,7 +62,6 @@ class Executor:
 
     async def _run(self, running: RunningJob) -> None:
         """The whole of an attempt; whatever happens its slot is free afterwards."""
-        began = time.monotonic()
         outcome = "lost"
         try:
             refusal = self._refusal(running.message)
@@ -78,11 +74,7 @@ class Executor:
             logger.exception("The end of job %s could not be written", running.message.id)
         finally:
             self._running.remove(running)
-            message, spent = running.message, time.monotonic() - began
-            level = {JobState.FAILED: logging.ERROR, PUT_OFF: logging.DEBUG}.get(outcome, logging.INFO)
-            logger.log(
-                level, "%s:%s attempt %d %s in %.3f s", message.id, message.task, message.attempt, outcome, spent
-            )
+            attempt_ended(running.message, outcome, running.attempt.timings, running.attempt.reason)
 
     def _refusal(self, message: Message) -> Exception | None:
         """Why the attempt cannot be made here, and perhaps by another worker, or by this one after its deployment."""
@@ -123,7 +115,7 @@ class Executor:
         error: BaseException | None = None
         try:
             await hooks["on_job_start"](ctx)
-            with continued(running.message.trace):
+            with observed_attempt(self._config.keys.queue, running.message, attempt.timings):
                 result = await self._limited(running, ctx)
         except (KeyboardInterrupt, GeneratorExit):
             raise
@@ -178,14 +170,15 @@ class Executor:
     async def _failed(self, attempt: Attempt, error: BaseException) -> str | None:
         asked = isinstance(error, Retry | RetryJob)
         if not asked and not is_retryable(error):
-            logger.error("%s: %s", attempt.task, one_line(error), exc_info=printable(error))
+            attempt.reason = one_line(error)
+            logger.error("%s: %s", attempt.task, attempt.reason, exc_info=printable(error))
             return await self._finalizer.failed(attempt, error)
         pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
         state = await self._finalizer.again(attempt, error, pause, counts=counts)
         if state is not JobState.QUEUED:
             return state
-        logger.info("%s is tried again: %s", attempt.task, one_line(error))
+        attempt.reason = one_line(error)
         return "retried"
 
 

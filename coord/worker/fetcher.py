@@ -194,7 +194,7 @@ class Fetcher:
             self._commands.append(self._later(raw, score))
             return
         self._commands.append(("ZADD", self._keys.taken, self._state.clock.now(), taken_member(*message.key)))
-        self._executor.start(message)
+        self._executor.start(message, queued=(self._state.clock.now() - due_of(score)) / 1000)
 
     def _later(self, raw: bytes, score: float) -> Command:
         due = self._state.clock.now() + LATER_MILLISECONDS

@@ -21,6 +21,7 @@ from coord.jobs.model import Job, JobState, attempts, cancellations, execute, jo
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
 from coord.session import create_db_context
+from coord.timings import ATTEMPT_TIMINGS
 from coord.worker.failure import backoff, escaped, full_text, one_line
 
 if TYPE_CHECKING:
@@ -189,6 +190,7 @@ class Finalizer:
         while True:
             try:
                 async with self._context() as session:
+                    session.info[ATTEMPT_TIMINGS] = attempt.timings
                     return await write(session)
             except Exception as error:  # noqa: BLE001 - see below
                 if self._text is str and isinstance(error, DBAPIError) and sqlstate_of(error) in UNTRANSLATABLE:

@@ -116,6 +116,7 @@ def worker_settings(
     made = type("Settings", (), settings)
     host = _Host(lambda: _config(made, configure), arq_settings, patience)
     made.on_startup, made.on_shutdown = host.on_startup, host.on_shutdown  # type: ignore[attr-defined]
+    made.worker_config = host.config  # type: ignore[attr-defined]
     host.config()
     return made
 

@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from coord.database.place import ledger_options
 from coord.jobs.job_transaction import CLASS, lock_of
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
+from coord.observation import tell_rescued
 from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
@@ -86,6 +87,7 @@ class Rescuer(Loop):
         logger.warning(
             "Worker %s is dead; its jobs: %s", worker, dict(Counter(str(row.state) for row in after)) or "none"
         )
+        tell_rescued(after)
         again = [(row, float(row.remaining)) for row in after if row.state is JobState.QUEUED]
         command = push(self._state.keys, again)
         if command is not None:

@@ -1,0 +1,125 @@
+"""`coord jobs`: list, show, retry, cancel, prune."""
+
+from __future__ import annotations
+
+import dataclasses
+from datetime import timedelta
+from typing import Any
+from uuid import UUID
+
+import click
+from sqlalchemy import delete, func, literal, select
+
+from coord.cli.output import say_json, show
+from coord.cli.servers import asynchronous, json_option, session_of, url_option
+from coord.jobs.model import JobState, attempts, execute, jobs
+from coord.jobs.queries import cancel_job, get_job, list_jobs, retry_job
+
+FINAL = [str(state) for state in JobState if state.is_final]
+PRUNED_ROWS = 5_000
+"""In one statement."""
+ids = click.argument("ids", type=UUID, nargs=-1, required=True, metavar="ID...")
+
+
+@click.group()
+def command() -> None:
+    """List, show, retry, cancel and prune jobs."""
+
+
+@command.command("list")
+@click.option("--state", type=click.Choice([str(state) for state in JobState]), help="those in this state alone")
+@click.option("--task", help="those of this task alone")
+@click.option("--before", type=UUID, metavar="ID", help="older ones than this one: the next page")
+@click.option("--limit", type=click.IntRange(1, 1000), default=50, show_default=True)
+@url_option
+@json_option
+@asynchronous
+async def list_(url: str | None, as_json: bool, **filters: Any) -> None:
+    """The newest first."""
+    async with session_of(url) as session:
+        found = [dataclasses.asdict(report) for report in await list_jobs(session, **filters)]
+    columns = ("id", "task", "state", "attempt", "queue", "created_at", "finished_at", "error")
+    show(found, columns, as_json=as_json, empty="no such job")
+
+
+@command.command("show")
+@click.argument("job_id", type=UUID, metavar="ID")
+@url_option
+@json_option
+@asynchronous
+async def show_(job_id: UUID, url: str | None, as_json: bool) -> None:
+    """All that the ledger has of one job: its arguments and tracebacks too."""
+    failed = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)
+    async with session_of(url) as session:
+        report = dataclasses.asdict(await get_job(session, job_id))
+        tried = [dict(row) for row in (await session.run_sync(execute, failed)).mappings()]
+    if as_json:
+        say_json({**report, "attempts": tried})
+        return
+    for name, value in report.items():
+        if value is not None and name != "traceback":
+            click.echo(f"{name:14} {value}")
+    columns = ("number", "outcome", "began", "ended", "host", "pid", "error")
+    show(tried, columns, as_json=False, empty="no attempt has failed")
+    if report["traceback"]:
+        click.echo(report["traceback"].rstrip())
+
+
+@command.command()
+@ids
+@url_option
+@asynchronous
+async def retry(ids: tuple[UUID, ...], url: str | None) -> None:
+    """Have failed or cancelled jobs run again; all of them, or none. They begin within five seconds."""
+    async with session_of(url) as session:
+        for job_id in ids:
+            await retry_job(session, job_id)
+    click.echo(f"{len(ids)} to run again")
+
+
+@command.command()
+@ids
+@url_option
+@asynchronous
+async def cancel(ids: tuple[UUID, ...], url: str | None) -> int:
+    """Have jobs not run, or not run on. Exit status 1 if one had ended otherwise."""
+    states = {}
+    async with session_of(url) as session:
+        for job_id in ids:
+            states[job_id] = await cancel_job(session, job_id)
+    for job_id, state in states.items():
+        said = {JobState.CANCELLED: "cancelled", JobState.RUNNING: "runs; its worker is told"}
+        click.echo(f"{job_id} {said.get(state, f'is {state}: too late')}")
+    return int(any(state in (JobState.DONE, JobState.FAILED) for state in states.values()))
+
+
+@command.command()
+@click.option("--older-than", type=click.FloatRange(min=0), required=True, metavar="DAYS", help="since they ended")
+@click.option(
+    "--state", type=click.Choice(FINAL), multiple=True, help="those in this state; all that ended unless given"
+)
+@click.option("--yes", is_flag=True, help="do not ask")
+@url_option
+@asynchronous
+async def prune(older_than: float, state: tuple[str, ...], yes: bool, url: str | None) -> None:
+    """Delete jobs that have ended, and their attempts."""
+    before = func.now() - literal(timedelta(days=older_than))
+    old = (jobs.c.state.in_(state or FINAL), jobs.c.finished_at < before)
+    if not yes:
+        click.confirm(
+            f"Delete the {' and '.join(state or FINAL)} jobs that ended more than {older_than:g} days ago?", abort=True
+        )
+    deleted = 0
+    while True:
+        page = select(jobs.c.id).where(*old).limit(PRUNED_ROWS).with_for_update(skip_locked=True)
+        async with session_of(url) as session:
+            gone = (
+                (await session.run_sync(execute, delete(jobs).where(jobs.c.id.in_(page)).returning(jobs.c.id)))
+                .scalars()
+                .all()
+            )
+            await session.run_sync(execute, delete(attempts).where(attempts.c.job_id.in_(gone)))
+        deleted += len(gone)
+        if len(gone) < PRUNED_ROWS:
+            break
+    click.echo(f"{deleted} deleted")
