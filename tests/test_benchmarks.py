@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +24,22 @@ from benchmarks.roundtrip.targets import TOLERANCE, at_least, at_most
 from benchmarks.scaling import limits
 
 ROOT = Path(__file__).resolve().parents[1]
+LIMIT_SECONDS = 240
+pytestmark = pytest.mark.timeout(LIMIT_SECONDS + 30)
 
 
 def output(benchmark: str) -> str:
     """Of its smoke test."""
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    try:
+        out, error = process.communicate(timeout=LIMIT_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
+        raise
+    assert process.returncode == 0, error
+    return out
 
 
 def titles(text: str) -> list[str]:
