@@ -489,6 +489,8 @@ async def test_a_job_under_a_table_lock_takes_five_round_trips(database_url: str
 
 async def test_claiming_is_one_statement(single: AsyncEngine, session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
+    async with job_transaction(delivered(await committed(session_maker), async_sessionmaker(single))):
+        """Where the ledger is, each engine asks once."""
     async with statements(single) as seen, job_transaction(delivered(job, async_sessionmaker(single))):
         pass
     assert len(seen) == 1

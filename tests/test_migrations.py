@@ -238,7 +238,7 @@ async def test_what_coord_schema_prints_makes_what_it_applies(
 ) -> None:
     monkeypatch.delenv("COORD_DATABASE_URL", raising=False)
     schema = options[-1] if options else "public"
-    assert main(["schema", *options]) == 0
+    assert await asyncio.to_thread(main, ["schema", *options]) == 0
     printed = capsys.readouterr().out
     async with database(database_url) as (engine, observer), database(database_url) as (_, other):
         path = await observer.fetchval("SHOW search_path")
