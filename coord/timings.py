@@ -10,8 +10,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
     from sqlalchemy.orm import Session
+
+    from coord.database.engine import AnySession
 
 ATTEMPT_TIMINGS, WAIT_TIMINGS = "coord.attempt_timings", "coord.wait_timings"
 """Where they are in a session's `info`: of the attempt whose transaction it is, and of its last wait."""
@@ -131,7 +132,7 @@ def committed(session: Session) -> bytes:
     return timings.payload()
 
 
-def wait_timings(session: AsyncSession | async_scoped_session[AsyncSession]) -> WaitTimings | None:
+def wait_timings(session: AnySession) -> WaitTimings | None:
     """Where the time of the session's last wait went; None before its first one has ended."""
     found: Any = session.info.get(WAIT_TIMINGS)
     return found if isinstance(found, WaitTimings) else None

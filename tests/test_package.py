@@ -160,7 +160,7 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
 
 
 PARTS = [
-    *("errors", "durations", "retryable", "cancellation", "timings", "telemetry", "observation", "database", "session"),
+    *("errors", "durations", "retryable", "cancellation", "database", "timings", "telemetry", "observation", "session"),
     *("locks", "notify", "jobs", "blocking", "queue"),
     *("waiting", "coordinator", "worker", "http", "metrics", "dev", "cli"),
 ]
