@@ -36,7 +36,7 @@ FILL = text("""
     FROM generate_series(1, :jobs) AS n
 """)
 LEFT = text("""
-    SELECT count(*) FROM (SELECT 1 FROM coord_jobs WHERE state = 'queued' AND queue = 'default'
+    SELECT count(*) FROM (SELECT 1 FROM coord_jobs WHERE state = 'queued' AND queue = 'default' AND task = 'drain'
     AND scheduled_at <= now() + interval '1 hour' LIMIT 1) AS one
 """)
 STARTED = text("SELECT id, result FROM coord_jobs WHERE task = 'urgent' AND state = 'done'")
