@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from tests.spans import Spans
 
 SECONDS = 0.3
+CLOCK_SECONDS = 0.15
+"""By which the clock of Redis may be mistaken: half of what its slowest answer took, on a busy machine."""
 gate: dict[str, asyncio.Event] = {}
 
 
@@ -121,7 +123,7 @@ def parts_of(header: str) -> dict[str, float]:
 def blamed(parts: dict[str, float]) -> str:
     """What took the longest, if that is as long as the delay; and the rest together did not."""
     name = max(parts, key=lambda name: parts[name])
-    assert parts[name] >= SECONDS - 0.02, parts
+    assert parts[name] >= SECONDS - CLOCK_SECONDS, parts
     return name
 
 
@@ -183,7 +185,7 @@ async def test_a_delay_is_named_as_what_it_was_by_header_log_and_span(
     parts = parts_of(header)
     total = parts.pop("total")
     assert blamed(parts) == where
-    assert sum(parts.values()) == pytest.approx(total, abs=0.05)
+    assert sum(parts.values()) == pytest.approx(total, abs=CLOCK_SECONDS)
     assert "lock;dur=" in header
     assert 'desc="users in SHARE ROW EXCLUSIVE mode"' in header
 
