@@ -32,12 +32,12 @@ def output(benchmark: str) -> str:
     """Of its smoke test."""
     command = [sys.executable, "-m", f"benchmarks.{benchmark}", "--quick"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
-    try:
-        out, error = process.communicate(timeout=LIMIT_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
-        raise
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:
+        try:
+            out, error = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes as well
+            raise
     assert process.returncode == 0, error
     return out
 
