@@ -17,7 +17,7 @@ from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
-from coord.observation import tell_committed, tell_published
+from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import committed
 from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
@@ -161,7 +161,6 @@ class Coordinator:
         stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
 
     def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
-        tell_committed(changes.values())
         loop = self._loop
         if self._bell is None or loop is None or loop.is_closed():
             return False

@@ -31,7 +31,7 @@ from tests.pooler import create_engine
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-pytest_plugins = ["tests.ledger", "tests.waits", "tests.workers", "tests.counter", "tests.pages", "tests.clock"]
+pytest_plugins = [f"tests.{name}" for name in ("ledger", "waits", "workers", "counter", "pages", "clock", "spans")]
 """Their fixtures are every test's; what else is in them is imported."""
 
 

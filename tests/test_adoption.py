@@ -203,6 +203,20 @@ async def test_a_wait_on_a_bound_connection_ends_in_time_behind_a_locked_table(
         await outer.rollback()
 
 
+async def test_what_cannot_be_loaded_in_time_is_a_wait_that_has_timed_out(
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection
+) -> None:
+    """The row has changed, and what belongs to it is locked."""
+    async with session_maker() as session, engine.begin() as other:
+        await session.get_one(Eager, 1)
+        task = waiting(session, Eager, 1, columns=[Eager.status], timeout=0.3)
+        await registered()
+        await other.execute(text("LOCK TABLE adopted_lines"))
+        await observer.execute("UPDATE adopted_eager SET status = 'done'")
+        with pytest.raises(WaitTimeoutError, match=r"No change detected on Eager\(1\)"):
+            await task
+
+
 async def test_a_session_in_a_block_reads_in_it(
     session_maker: SessionMaker, engine: AsyncEngine, observer: Connection
 ) -> None:

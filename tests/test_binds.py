@@ -21,6 +21,7 @@ from coord import (
     UncommittedChangesError,
     advisory_lock,
     cancel_job,
+    cancel_jobs,
     create_db_context,
     create_db_dependency,
     enqueue,
@@ -30,6 +31,7 @@ from coord import (
     list_jobs,
     lock_tables,
     retry_job,
+    retry_jobs,
     set_result,
     wait_for_row_change,
     watch_row,
@@ -114,6 +116,8 @@ async def test_every_operation_goes_where_its_rows_are_written(
             assert (await task).name == "changed"
         assert await cancel_job(session, job.id) == "cancelled"
         await retry_job(session, job.id)
+        assert await cancel_jobs(session) == 1
+        assert await retry_jobs(session) == 1
         await session.commit()
         async with job_transaction(delivered(await copied(session, job), maker)) as own:
             own.add(User(id=2, name="by the job"))

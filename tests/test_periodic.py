@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from tests.spans import Spans
+
 pytestmark = pytest.mark.usefixtures("tables")
 
 BERLIN = ZoneInfo("Europe/Berlin")
@@ -142,6 +144,20 @@ async def test_each_slot_has_one_job_however_many_workers_look_and_however_late(
     assert await made(observer) == [START + timedelta(minutes=10 * number) for number in (1, 2, 3)]
     row = await observer.fetchrow("SELECT DISTINCT task, queue, arguments::text, priority FROM coord_jobs")
     assert tuple(row) == ("a_task", "default", '[["x"],{}]', 3)
+
+
+async def test_only_the_worker_that_makes_a_slots_job_has_its_span(
+    clock: Clock, observer: Connection, spans: Spans
+) -> None:
+    tickers = [clock.ticker(periodic(a_task, "* * * * *")) for _ in range(3)]
+    for ticker in tickers:
+        await ticker.round()
+    await clock.go_on(minutes=1)
+    for ticker in tickers:
+        await ticker.round()
+    attributes = spans.one("send a_task").attributes
+    assert attributes is not None
+    assert attributes["messaging.message.id"] == str(await observer.fetchval("SELECT id FROM coord_jobs"))
 
 
 async def test_a_new_schedule_begins_with_its_next_slot(clock: Clock, observer: Connection) -> None:

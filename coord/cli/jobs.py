@@ -12,6 +12,7 @@ from sqlalchemy import delete, func, literal, select
 
 from coord.cli.output import say_json, show
 from coord.cli.servers import asynchronous, json_option, session_of, url_option
+from coord.jobs.history import list_attempts
 from coord.jobs.model import JobState, attempts, execute, jobs
 from coord.jobs.queries import cancel_job, get_job, list_jobs, retry_job
 
@@ -49,10 +50,9 @@ async def list_(url: str | None, as_json: bool, **filters: Any) -> None:
 @asynchronous
 async def show_(job_id: UUID, url: str | None, as_json: bool) -> None:
     """All that the ledger has of one job: its arguments and tracebacks too."""
-    failed = select(attempts).where(attempts.c.job_id == job_id).order_by(attempts.c.number)
     async with session_of(url) as session:
         report = dataclasses.asdict(await get_job(session, job_id))
-        tried = [dict(row) for row in (await session.run_sync(execute, failed)).mappings()]
+        tried = [dataclasses.asdict(each) for each in await list_attempts(session, job_id)]
     if as_json:
         say_json({**report, "attempts": tried})
         return

@@ -1,11 +1,17 @@
 """Jobs: a ledger in PostgreSQL of what is to be done and what is done.
 
-model.py        Job, the heartbeats, and wishes to cancel, as tables
-migrations.py   making and upgrading them
-arguments.py    what a task is given, as JSON
-options.py      task_options
-enqueue.py      enqueue: a row in the caller's transaction
-attempt.py      one attempt, as a task's ctx carries it
-transaction.py  job_transaction: claim, fence, effect and completion in one commit
-queries.py      looking at jobs, cancelling and retrying them
+model.py            the tables: Job, attempts, heartbeats, queues, schedules, cancellations
+migrations.py       making and upgrading them
+ids.py              ids of jobs and workers
+arguments.py        what a task is given, as JSON
+options.py          task_options
+enqueue.py          enqueue: a row in the caller's transaction
+bulk.py             enqueue_many: any number of them in one statement
+periodic.py         schedules, and the slots that they have
+attempt.py          one attempt, as a task's ctx carries it
+job_transaction.py  claim, fence, effect and completion in one commit
+queries.py          looking at jobs, cancelling and retrying them
+batches.py          cancelling and retrying many
+pauses.py           pausing a queue
+history.py          the attempts that did not succeed
 """

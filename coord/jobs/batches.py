@@ -5,14 +5,23 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Text, bindparam, cast, exists, func, inspect, literal, select, tuple_, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import Text, bindparam, cast, exists, func, insert, inspect, literal, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from coord.cancellation import interruptible
 from coord.database.engine import session_of
 from coord.durations import seconds
-from coord.jobs.model import Cancellation, Job, JobState, cancellations, execute, is_queued, job_mapper, jobs
+from coord.jobs.model import (
+    Cancellation,
+    Job,
+    JobState,
+    cancellations,
+    execute,
+    is_queued,
+    job_mapper,
+    jobs,
+    ledger_connection,
+)
 from coord.jobs.queries import AGAIN, MAX_LISTED_JOBS, RETRYABLE_STATES, heartbeats
 from coord.notify.changes import collect
 
@@ -121,9 +130,9 @@ def _cancel(session: Session, conditions: Conditions, limit: int) -> int:
     # What is unfinished still is locked: it runs, and its worker ends it.
     wished = exists().where(cancellations.c.job_id == jobs.c.id)
     running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
-    wish = insert(cancellations).from_select(["job_id"], running).on_conflict_do_nothing()
+    wish = insert(cancellations).from_select(["job_id"], running)
     wishes = execute(session, wish).rowcount if len(ended) < limit else 0
-    collect(session, (inspect(Cancellation), None))
+    collect(session, (inspect(Cancellation), None), beside=job_mapper)
     return len(ended) + wishes
 
 
@@ -139,7 +148,7 @@ def _retry(session: Session, conditions: Conditions, limit: int) -> int:
     again = update(jobs).where(jobs.c.id.in_(free)).values(AGAIN).returning(jobs)
     for left in reversed(range(MAX_CONFLICTS)):
         try:
-            with session.connection(bind_arguments={"mapper": job_mapper, "clause": again}).begin_nested():
+            with ledger_connection(session).begin_nested():
                 rows = execute(session, again).mappings().all()
             break
         except IntegrityError:

@@ -138,11 +138,11 @@ async def enqueue_many(session: AnySession, calls: Iterable[Call]) -> list[Job]:
     return [found[_key(place, each)] for place, each in enumerate(wanted)]
 
 
-def row_of(call: Call) -> dict[str, Any]:
-    """What the ledger is to store of it, as JSON has it."""
+def row_of(call: Call, **given: Any) -> dict[str, Any]:
+    """What the ledger is to store of it, as JSON has it; `given` values take the place of the call's own."""
     due = due_of(call.options)
     moment = due["moment"] and due["moment"].isoformat()
-    values = values_of(call.options)
+    values = values_of(call.options) | given
     with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
         pass  # its span is of no length
     return values | {"arguments": call.text, "moment": moment, "delay": due["delay"].total_seconds()}

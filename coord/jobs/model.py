@@ -38,7 +38,7 @@ from coord.retryable import sqlstate_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import ColumnElement, CursorResult, Executable
+    from sqlalchemy import ColumnElement, Connection, CursorResult, Executable
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
     from sqlalchemy.orm import Session
 
@@ -284,9 +284,14 @@ def ledger_engine(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine
     return engine_of(source, **written(job_mapper))
 
 
+def ledger_connection(session: Session) -> Connection:
+    """Of the session's transaction, the one by which it writes jobs."""
+    return session.connection(bind_arguments=dict(written(job_mapper)))
+
+
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:
     """In the session's transaction, where the ledger is; nothing pending is flushed. To be called by `run_sync`."""
-    connection = session.connection(bind_arguments=dict(written(job_mapper)))
+    connection = ledger_connection(session)
     try:
         return connection.execute(statement, values, execution_options=ledger_options(connection))
     except ProgrammingError as error:

@@ -24,6 +24,7 @@ from coord.jobs.model import (
     is_queued,
     job_mapper,
     jobs,
+    ledger_connection,
     workers,
 )
 from coord.notify.changes import collect
@@ -196,7 +197,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
         raise conflict
     retried = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES)).values(AGAIN)
     try:
-        with session.connection(bind_arguments={"mapper": job_mapper, "clause": retried}).begin_nested():
+        with ledger_connection(session).begin_nested():
             row = execute(session, retried.returning(jobs)).mappings().one_or_none()
     except IntegrityError as error:
         raise conflict from error

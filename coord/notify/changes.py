@@ -17,6 +17,7 @@ from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import get_history
 
 from coord.database.engine import written
+from coord.observation import tell_committed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,7 @@ def announce(session: Session, dialect: Dialect, change: Change) -> None:
 
 
 def _notify(dialect: Dialect, session: Session, changes: Changed) -> None:
+    tell_committed(changes.values())
     any(notify(session, changes) for notify in _observed.get(dialect, ()))
 
 

@@ -55,6 +55,7 @@ class HandedWaiter(Waiter[M]):
 
         Raises `WaitTimeoutError`, `RowNotFoundError`, or what the database answered to the read of this row.
         """
+        self._own.began = began
         while True:
             if self.row is None and self.error is None and not self.over:
                 self._go_on()  # the last row did not end the wait

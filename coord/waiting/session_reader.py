@@ -24,7 +24,7 @@ from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
 from coord.waiting.statements import comparisons_of, entity_of, options_of, parameters_of
-from coord.waiting.waiter import LAST_READ_SECONDS
+from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class SessionReader(Generic[M]):
     ever cancelled, and its end is awaited, so that nothing runs there when the wait is over.
     """
 
-    __slots__ = ("_unguarded", "bound", "schemas", "session", "settings", "target", "watcher")
+    __slots__ = ("_unguarded", "began", "bound", "schemas", "session", "settings", "target", "watcher")
 
     def __init__(self, session: AsyncSession, target: Target[M], schemas: Schemas) -> None:
         warn_if_uncoordinated()
@@ -74,6 +74,8 @@ class SessionReader(Generic[M]):
         self.watcher = Watcher.of(engine_of(session, **written(target.mapper)))
         self.bound = own_connection(session) is not None
         self.settings = None if self.bound else self.watcher.settings_of(session)
+        self.began = asyncio.get_running_loop().time()
+        """When the wait did, on the loop's clock; of a watch, its present step."""
         self._unguarded = False
         """Whether a table lock can no longer make a read on the bound connection wait."""
 
@@ -83,7 +85,7 @@ class SessionReader(Generic[M]):
         return self._unguarded if self.bound else self.session.in_transaction()
 
     async def read(self, deadline: float | None, *, identified: bool, job_id: UUID | None) -> OwnRow[M]:
-        """The job first, so that the row is as the job has left it. `TimeoutError` soon after the deadline."""
+        """The job first, so that the row is as the job has left it. `WaitTimeoutError` soon after the deadline."""
         limit = seconds_left(deadline)
 
         async def work() -> OwnRow[M]:
@@ -195,7 +197,10 @@ class SessionReader(Generic[M]):
 
     async def _bounded(self, work: Coroutine[Any, Any, T], limit: float) -> T:
         if not self.bound:
-            return await interruptible(work, limit=limit)
+            try:
+                return await interruptible(work, limit=limit)
+            except TimeoutError as error:
+                raise timed_out(self.target, self.began) from error
 
         async def exclusively() -> T:
             async with connection_mutex(self.session):

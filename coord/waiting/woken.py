@@ -92,7 +92,7 @@ class WokenWaiter(Waiter[M]):
 
         Raises `WaitTimeoutError`, `RowNotFoundError`, what became of the job, or what the session's read has raised.
         """
-        self._deadline = deadline
+        self._deadline, self._own.began = deadline, began
         while True:
             while not self.due:
                 if self.error is not None or self.over:

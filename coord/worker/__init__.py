@@ -8,6 +8,7 @@ fetcher.py      the loop that takes jobs and starts them
 freshness.py    whether what was taken may still be begun
 executor.py     one attempt, from its start to any of its ends
 running.py      the jobs that run, and how many more may
+turns.py        of the jobs with one key, which may run
 finalizer.py    those ends, as the ledger is told
 failure.py      what is kept of an error
 address.py      where Redis is

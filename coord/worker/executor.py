@@ -66,7 +66,7 @@ class Executor:
         try:
             refusal = self._refusal(running.message)
             outcome = await (self._attempted(running) if refusal is None else self._refused(running, refusal))
-            if running.message.one_at_a_time is not None:
+            if running.message.one_at_a_time is not None and not running.abandoned:
                 await self._turns.pass_on([running.message.one_at_a_time])
         except asyncio.CancelledError:
             raise

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from redis.asyncio import Redis
 
-    from coord.notify.outage import Outage
     from coord.worker.executor import Executor
     from coord.worker.freshness import Freshness
     from coord.worker.state import WorkerState
@@ -54,7 +53,6 @@ class Fetcher:
         executor: Executor,
         freshness: Freshness,
         turns: Turns,
-        outage: Outage,
     ) -> None:
         self._state = state
         self._redis = redis
@@ -63,7 +61,6 @@ class Fetcher:
         self._executor = executor
         self._freshness = freshness
         self._turns = turns
-        self._outage = outage
         self._commands: list[Command] = []
         """What is to be said with the next pop."""
         self._draining = False
@@ -92,7 +89,7 @@ class Fetcher:
 
     def _report(self, error: BaseException | None) -> None:
         self._state.is_served = error is None
-        self._outage.report(error, "fetcher")
+        self._state.outage.report(error, "fetcher")
 
     async def _run(self) -> None:
         pause = BACKOFF_SECONDS[0]

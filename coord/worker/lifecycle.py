@@ -119,7 +119,7 @@ class Lifecycle:
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
         pops = config.address.client()
         stack.push_async_callback(pops.aclose)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, turns, state.outage))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, turns))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config

@@ -67,19 +67,18 @@ class Ticker(Loop):
         self._said_at = time.monotonic()
 
     async def _make(self, schedule: Periodic, name: str, slot: datetime) -> None:
-        row = row_of(schedule.call) | {"id": slot_id(name, slot)}
-        row["queue"] = schedule.call.options.queue or self._queue
+        own = {"id": slot_id(name, slot), "queue": schedule.call.options.queue or self._queue}
         async with self._context() as session:
-            await session.run_sync(
-                _make, schedule, row, {"schedule": name, "moment": slot, "overlap": schedule.overlap}
-            )
+            await session.run_sync(_make, schedule, own, {"schedule": name, "moment": slot})
 
 
-def _make(session: Session, schedule: Periodic, row: dict[str, Any], values: dict[str, Any]) -> None:
+def _make(session: Session, schedule: Periodic, own: dict[str, Any], values: dict[str, Any]) -> None:
     """Unless the slot was dealt with: the job, or nothing if it would overlap."""
-    last = execute(session, _advance, values | {"job": row["id"]}).one_or_none()
-    if last is None or last.job_id != row["id"]:
+    given = values | {"overlap": schedule.overlap, "job": own["id"]}
+    last = execute(session, _advance, given).one_or_none()
+    if last is None or last.job_id != own["id"]:
         return
+    row = row_of(schedule.call, **own)
     stored = insert(session, [row]).get(row["id"])
     if stored is not None:
         note(session, job_of(row, schedule.call.arguments, stored))
