@@ -21,7 +21,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
     from pathlib import Path
 
+    from fastapi import APIRouter
     from prometheus_client.registry import Collector
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -126,10 +126,12 @@ class Metrics(Observer):
 
     def routes(self, session_maker: async_sessionmaker[AsyncSession], *, path: str = "/metrics") -> APIRouter:
         """`GET /metrics`, with the ledger's figures, for which it opens a session of its own; not for everybody."""
+        from fastapi import APIRouter, Response
+
         router = APIRouter(tags=["metrics"], include_in_schema=False)
 
         @router.get(path)
-        async def metrics() -> Response:
+        async def metrics() -> Any:
             await self._ledger.read(session_maker)
             return Response(self.text([self._ledger]), media_type=CONTENT_TYPE_LATEST)
 

@@ -16,8 +16,6 @@ from tests.chaos.faults import TO_NETWORKS, TO_SERVERS, TO_WORKERS, forecast
 from tests.shop import ROOT
 
 SECONDS = 40
-PACE = 25.0
-"""Orders a second, of which two busy cores do twice as many."""
 
 
 @pytest.mark.slow
@@ -26,8 +24,8 @@ PACE = 25.0
 async def test_no_fault_loses_an_order_or_deals_with_it_twice() -> None:
     seed = random.SystemRandom().randrange(2**32)
     with tempfile.TemporaryDirectory(prefix="coord-chaos-", ignore_cleanup_errors=True) as directory:
-        report = await run(Path(directory), SECONDS, seed, PACE)
-    assert not report.broken, f"make chaos SECONDS={SECONDS} SEED={seed} PACE={PACE:g}\n{report}"
+        report = await run(Path(directory), SECONDS, seed)
+    assert not report.broken, f"make chaos SECONDS={SECONDS} SEED={seed}\n{report}"
 
 
 def test_a_seed_is_a_storm_in_which_everything_happens() -> None:

@@ -11,9 +11,9 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-import coord.notify.publisher
+import coord.notify.client
 from coord.dev.embedded import Valkey
-from coord.notify.bell import close_client, own_client
+from coord.notify.client import close_client, own_client
 from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 
@@ -149,7 +149,7 @@ async def test_what_is_under_way_when_a_connection_is_lost_is_sent_again(scene: 
 async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(coord.notify.publisher, "ANSWER_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(coord.notify.client, "ANSWER_TIMEOUT_SECONDS", 0.2)
     scene.publish(1)
     await scene.has_heard(1)
     await scene.redis.client_pause(1_000, all=False)

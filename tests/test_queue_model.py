@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coord.worker.fetcher import BLOCK_SECONDS
+from coord.worker.fetcher import BACK_SECONDS, BLOCK_SECONDS
 from coord.worker.freshness import LATE_SECONDS, TICK_SECONDS
 from coord.worker.maintenance.beat import BEAT_SECONDS, LOOK_SECONDS, UNNAMED_SECONDS
 from coord.worker.maintenance.reconciler import MISSING_SECONDS, TAKEN_SECONDS
@@ -31,6 +31,7 @@ NAMED = UNNAMED_SECONDS + LOOK_SECONDS
 
 def test_the_bounds_leave_room_for_one_another() -> None:
     assert STALE + UNNAMED_SECONDS < MISSING_SECONDS, "begun and named before it is handed over again, or not begun"
+    assert STALE < BACK_SECONDS < MISSING_SECONDS, "what is too late to be begun goes back while nobody else has it"
     assert STALE + NAMED <= MISSING_SECONDS + TAKEN_SECONDS
     assert NAMED < TAKEN_SECONDS
     assert 2 * BEAT_SECONDS < DEAD_SECONDS
@@ -59,7 +60,7 @@ WORKERS = st.integers(0, 1)
 class QueueModel(RuleBasedStateMachine):
     """The reconciler looks in four steps, between which anything else may happen."""
 
-    stale, missing_for = STALE, MISSING_SECONDS
+    stale, back, missing_for = STALE, BACK_SECONDS, MISSING_SECONDS
 
     @initialize()
     def start(self) -> None:
@@ -109,13 +110,15 @@ class QueueModel(RuleBasedStateMachine):
 
     @rule(number=WORKERS)
     def read(self, number: int) -> None:
-        """What comes too late is left: nobody knows of it, so it is handed over again."""
+        """What is late goes back; what is too late even for that is left, and handed over again by the reconciler."""
         worker = self.workers[number]
         if worker.lives and not worker.blocked and not worker.frozen:
             for key, popped_at in worker.popped:
                 if self.now - popped_at <= self.stale and key not in worker.running:
                     worker.running[key] = self.now
                     worker.unsaid.add(key)
+                elif self.stale < self.now - popped_at < self.back:
+                    self.feed.add(key)
             worker.popped = []
 
     @rule(number=WORKERS)
@@ -263,9 +266,14 @@ class QueueModel(RuleBasedStateMachine):
 
 @pytest.mark.parametrize(
     ("bound", "value", "blocked", "seconds"),
-    [("missing_for", 0.4, False, 0.5), ("stale", 60.0, True, 2.5), ("stale", 60.0, False, 2.5)],
+    [
+        ("missing_for", 0.4, False, 0.5),
+        ("stale", 60.0, True, 2.5),
+        ("stale", 60.0, False, 2.5),
+        ("back", 60.0, False, 2.5),
+    ],
 )
-def test_without_either_bound_a_job_would_run_twice(bound: str, value: float, blocked: bool, seconds: float) -> None:
+def test_without_each_bound_a_job_would_run_twice(bound: str, value: float, blocked: bool, seconds: float) -> None:
     """The model sees what the bounds are for."""
     for is_kept in (True, False):
         model = QueueModel()
@@ -276,6 +284,7 @@ def test_without_either_bound_a_job_would_run_twice(bound: str, value: float, bl
         model.pop_and_be_held_up(0, blocked=blocked, seconds=seconds)
         model.take_and_start(1)
         model.go_on(0)
+        model.take_and_start(0)
         with nullcontext() if is_kept else pytest.raises(AssertionError):
             model.nothing_runs_twice_on_workers_taken_for_living()
 

@@ -14,7 +14,7 @@ from redis.exceptions import NoPermissionError
 
 import coord.notify.subscriber
 from coord.dev.embedded import Valkey
-from coord.notify.bell import close_client, own_client
+from coord.notify.client import close_client, own_client
 from coord.notify.subscriber import MAX_CHANNELS_PER_COMMAND, Subscriber
 from tests.serving import eventually
 

@@ -3,37 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from redis.asyncio import ConnectionPool, Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
+from coord.notify.client import close_client, own_client
 from coord.notify.publisher import Publisher, notice
 from coord.notify.subscriber import Subscriber
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable
 
+    from redis.asyncio import Redis
+
     from coord.notify.outage import Outage
     from coord.notify.publisher import Batch
 
 REFUSAL_SECONDS = 10.0
 """How long a command that Redis has refused counts as a failure, although it carries out others."""
-
-CONNECT_TIMEOUT_SECONDS = 2.0
-
-# Who uses the client bounds each exchange. `socket_timeout` would do so by `asyncio.wait_for`, which before Python 3.12
-# may swallow a cancellation (python/cpython#86296): a task that is cancelled to close would never end.
-_OWN: dict[str, Any] = {
-    "socket_timeout": None,
-    "health_check_interval": 0,
-    "retry": None,
-    "retry_on_timeout": False,
-    "decode_responses": False,
-    "protocol": 2,
-}
 
 
 class Bell:
@@ -82,19 +71,3 @@ class Bell:
 
     def _on_subscriber_result(self, error: Exception | None) -> None:
         self._outage.report(error, "subscriber", everybody=True)
-
-
-def own_client(pool: ConnectionPool) -> Redis:
-    """Connects to where the pool does, in a pool of its own; no retries, no limits, answers are bytes.
-
-    Redis-py closes a connection on which a command was cancelled, and looks at an idle one before it is used again.
-    """
-    options = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, **pool.connection_kwargs, **_OWN}
-    options["retry_on_error"] = []  # redis-py adds to it
-    return Redis.from_pool(ConnectionPool(pool.connection_class, **options))
-
-
-async def close_client(client: Redis) -> None:
-    """Its connections are closed, also those in use; whatever Redis does about it."""
-    with suppress(RedisError, OSError):
-        await client.aclose()

@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
+from coord.notify.client import ANSWER_TIMEOUT_SECONDS, exchange
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 
     from redis.asyncio import Redis
     from redis.asyncio.connection import Connection
 
-    Command = tuple[str | bytes | int | float, ...]
-    """As redis-py's `execute_command` takes it."""
-    Commands = Sequence[Command]
+    from coord.notify.client import Command, Commands
+
     Batch = Mapping[Hashable, Commands]
     """Commands by what they are about, in order; of two about the same the later ones count."""
 
-ANSWER_TIMEOUT_SECONDS = 2.0
-"""After which commands that Redis has not answered are dropped."""
 MIN_INTERVAL_SECONDS = 0.004
 """Between pipelines while several publish at once: a pipeline costs nearly the same however many commands it has."""
 OUTAGE_PAUSE_SECONDS = 0.1
@@ -37,7 +36,6 @@ class Publisher:
     """
 
     def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
-        # A pipeline of redis-py's costs twice the processor time of the same commands on a connection of its own.
         self._connection: Connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         self._on_result = on_result
         self._pending: dict[Hashable, Commands] = {}
@@ -102,23 +100,8 @@ class Publisher:
 
     async def _execute(self, commands: Commands) -> Exception | None:
         """The first error that Redis has answered; it carries out the other commands all the same."""
-        refusal: Exception | None = None
-        try:
-            async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
-                await self._connection.connect()  # type: ignore[no-untyped-call]  # unless it is
-                await self._connection.send_packed_command(self._connection.pack_commands(commands))
-                for _ in commands:
-                    try:
-                        await self._connection.read_response()
-                    except ResponseError as error:
-                        refusal = refusal or error
-        except TimeoutError:
-            await self._connection.disconnect(nowait=True)
-            raise TimeoutError(f"Redis has not answered for {ANSWER_TIMEOUT_SECONDS:g} s") from None
-        except BaseException:
-            await self._connection.disconnect(nowait=True)
-            raise
-        return refusal
+        answers = await exchange(self._connection, commands)
+        return next((answer for answer in answers if isinstance(answer, ResponseError)), None)
 
     async def _failed(self, error: Exception) -> None:
         """A connection that has worked may have been closed for any reason: what it was sent is sent once more."""

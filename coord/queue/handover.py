@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Row
 
     from coord.jobs.model import Job
-    from coord.notify.publisher import Command, Commands
+    from coord.notify.client import Command, Commands
 
 
 MAX_JOBS_PER_COMMAND = 100

@@ -6,24 +6,25 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from redis.exceptions import RedisError, ResponseError
 
+from coord.notify.client import exchange, own_client
 from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
 from coord.queue.message import Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from redis.asyncio import Redis
+    from redis.asyncio.connection import Connection
 
+    from coord.notify.client import Command
     from coord.worker.executor import Executor
     from coord.worker.freshness import Freshness
     from coord.worker.state import WorkerState
     from coord.worker.turns import Turns
 
-    Command = tuple[Any, ...]
     Popped = Sequence[tuple[bytes, float]]
 
 logger = logging.getLogger("arq.coord")
@@ -34,6 +35,8 @@ IDLE_SECONDS = 0.5
 """Between two looks whether the worker may take something."""
 BACKOFF_SECONDS = (0.1, 2.0)
 """Before the second attempt to reach Redis, and before any later one at most."""
+BACK_SECONDS = 1.75
+"""Since a pop was asked for, until which nobody else may have been given what it brought: less than MISSING_SECONDS."""
 CHECK_SECONDS = 0.5
 """For the ledger to say which of the old messages still hold."""
 LATER_MILLISECONDS = 500
@@ -41,21 +44,17 @@ LATER_MILLISECONDS = 500
 
 
 class Fetcher:
-    """One loop, one command at a time; what it says of the last pop goes out with the next.
-
-    `redis` is its own: a pop blocks.
-    """
+    """One loop, one command at a time; what it says of the last pop goes out with the next."""
 
     def __init__(
         self,
         state: WorkerState,
-        redis: Redis,
         executor: Executor,
         freshness: Freshness,
         turns: Turns,
     ) -> None:
         self._state = state
-        self._redis = redis
+        self._connection: Connection = own_client(state.redis.connection_pool).connection_pool.make_connection()  # type: ignore[no-untyped-call]
         self._keys = state.keys
         self._running = state.running
         self._executor = executor
@@ -77,6 +76,7 @@ class Fetcher:
         self.drain()
         assert self._task is not None
         await asyncio.wait([self._task])
+        await self._connection.disconnect(nowait=True)
 
     def drain(self) -> None:
         """Take nothing any more."""
@@ -119,15 +119,22 @@ class Fetcher:
             return
         waited = 0.0 if self._more else BLOCK_SECONDS
         if self._freshness.is_late(asked, waited=waited):
-            if popped:
-                logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
+            self._leave(popped, asked)
             return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
         sound = await self._sound(popped)
         if self._freshness.is_late(asked, waited=waited):
-            return  # the ledger took too long: it is not known any more who may have them
+            self._leave([(raw, score) for _, raw, score in sound], asked)  # the ledger took too long
+            return
         for message, raw, score in sound:
             self._start(message, raw, score)
+
+    def _leave(self, popped: Popped, asked: float) -> None:
+        """What came too late to be begun goes back; or, if others may have it by now, is left to the reconciler."""
+        if popped and asyncio.get_running_loop().time() - asked < BACK_SECONDS:
+            self._commands += [self._back(raw, score) for raw, score in popped]
+        elif popped:
+            logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
 
     async def _idle(self) -> None:
         """Until something ends here, or for a while; by then there may be more."""
@@ -138,23 +145,18 @@ class Fetcher:
 
     async def _exchange(self, free: int) -> Popped:
         """Say what there is to say, and pop for so many free slots."""
-        pipe = self._redis.pipeline(transaction=False)
         commands, self._commands = self._commands, []
-        for command in commands:
-            pipe.execute_command(*command)
         if free > 0 and self._more:
-            pipe.zpopmin(self._keys.feed, free)
+            commands.append(("ZPOPMIN", self._keys.feed, free))
         elif free > 0:
-            pipe.bzpopmin(self._keys.feed, BLOCK_SECONDS)
-        answers = await pipe.execute(raise_on_error=False)
-        popped = answers.pop() if free > 0 else []
-        refused = next((answer for answer in (*answers, popped) if isinstance(answer, ResponseError)), None)
-        self._report(refused)
-        if isinstance(popped, Exception):
+            commands.append(("BZPOPMIN", self._keys.feed, BLOCK_SECONDS))
+        answers = await exchange(self._connection, commands)
+        self._report(next((answer for answer in answers if isinstance(answer, ResponseError)), None))
+        popped = answers[-1] if free > 0 else None
+        if isinstance(popped, ResponseError):
             raise popped
-        if isinstance(popped, tuple):  # of a blocking pop: the key, the member and its score
-            popped = [popped[1:]]
-        return popped or []
+        found = (popped or [])[0 if self._more else 1 :]  # of a blocking pop the key comes first
+        return [(raw, float(score)) for raw, score in zip(found[::2], found[1::2], strict=True)]
 
     async def _sound(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
         """Those that are messages, and that the ledger confirms if they are old or have to wait for their turn."""
@@ -182,7 +184,7 @@ class Fetcher:
 
     def _start(self, message: Message, raw: bytes, score: float) -> None:
         if not self._may_take:
-            self._commands.append(("ZADD", self._keys.feed, "NX", repr(score), raw))
+            self._commands.append(self._back(raw, score))
             return
         there = self._running.get(message.id)
         if there is not None and there.message.attempt >= message.attempt:
@@ -192,6 +194,9 @@ class Fetcher:
             return
         self._commands.append(("ZADD", self._keys.taken, self._state.clock.now(), taken_member(*message.key)))
         self._executor.start(message, queued=(self._state.clock.now() - due_of(score)) / 1000)
+
+    def _back(self, raw: bytes, score: float) -> Command:
+        return ("ZADD", self._keys.feed, "NX", repr(score), raw)
 
     def _later(self, raw: bytes, score: float) -> Command:
         due = self._state.clock.now() + LATER_MILLISECONDS

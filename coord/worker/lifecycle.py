@@ -117,9 +117,7 @@ class Lifecycle:
             await stack.enter_async_context(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
-        pops = config.address.client()
-        stack.push_async_callback(pops.aclose)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, pops, executor, freshness, turns))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, executor, freshness, turns))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config
