@@ -61,10 +61,10 @@ class Command:
     def count(self, pattern: str) -> int:
         return sum(re.search(pattern, line) is not None for line in self.lines)
 
-    async def exit_status(self, within: float = 20.0) -> int:
+    async def exit_status(self, within: float = 40.0) -> int:
         """Waited for; all its lines are there then."""
         async with asyncio.timeout(within):
-            await self._reading
+            await asyncio.wait([self._reading])  # which a time-out must not cancel
             return await self.process.wait()
 
     async def stop(self) -> int:

@@ -68,7 +68,7 @@ async def left_behind(directory: Path) -> list[str]:
         return not processes_in(directory)
 
     with suppress(AssertionError):
-        await eventually(none)
+        await eventually(none, within=20)
     return [*processes_in(directory).values()]
 
 

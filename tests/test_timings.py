@@ -157,6 +157,7 @@ async def held(observer: asyncpg.Connection, app: FastAPI) -> Any:
     return await asking
 
 
+@pytest.mark.alone  # beside others it is not the only delay
 @pytest.mark.parametrize("where", ["queue", "lock", "task", "wake"])
 async def test_a_delay_is_named_as_what_it_was_by_header_log_and_span(
     where: str,

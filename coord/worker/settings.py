@@ -81,8 +81,8 @@ def worker_settings(
         Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost:6379/0")
 
     Connects to nothing. Run by `arq module.Settings`, it needs the ledger's tables (`coord schema`) and outlives any
-    absence of Redis. Beside its pool it opens up to four connections to PostgreSQL and seven to Redis. Raises
-    `ValueError` or `TypeError` here for what makes no sense.
+    absence of Redis. Beside its pool it opens up to six connections to PostgreSQL and about a dozen to Redis.
+    Raises `ValueError` or `TypeError` here for what makes no sense.
     """
     ledger_engine(session_maker)
     _check(arq_settings)

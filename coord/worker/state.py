@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("arq.coord")
 
 AWAY, BACK = "Redis does not serve this worker, jobs wait", "Redis serves this worker again"
+MAX_CONNECTIONS = 4
+"""That maintenance uses at a time; a rescue and the heartbeat have one more each."""
 CREDIBLE_SECONDS = 5.0
 """Since the last heartbeat, after which others may soon take this worker for dead."""
 
@@ -47,6 +50,7 @@ class WorkerState:
     clock: RedisClock = field(default_factory=RedisClock)
     outage: Outage = field(default_factory=lambda: Outage(logger, away=AWAY, back=BACK))
     """Of Redis, as this worker finds it."""
+    connections: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_CONNECTIONS))
     is_paused: bool = False
     """Whether the queue is, as the registry has read."""
     is_served: bool = True
@@ -69,13 +73,13 @@ class WorkerState:
 
     async def execute(self, statement: Executable) -> CursorResult[Any]:
         """Committed; its rows are gone with its connection."""
-        async with self.engine.connect() as connection:
+        async with self.connections, self.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             return await connection.execute(statement, execution_options=await connection.run_sync(ledger_options))
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
         """Its rows, and committed if it has written."""
-        async with self.engine.connect() as connection:
+        async with self.connections, self.engine.connect() as connection:
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             options = await connection.run_sync(ledger_options)
             return (await connection.execute(statement, execution_options=options)).all()
