@@ -111,6 +111,21 @@ def settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
     return named
 
 
+async def test_a_ledger_in_a_schema_of_its_own_is_found_and_looked_at(place: Place) -> None:
+    await place.sql.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
+    engine = create_async_engine(str(place.url))
+    async with engine.begin() as connection:
+        await create_ledger(connection, schema="the jobs")
+    await engine.dispose()
+    await place.sql.execute(f"ALTER DATABASE {place.name} SET search_path = 'the jobs', public")
+    await place.has_worker("another_task")
+    await place.sql.execute(f"ALTER DATABASE {place.name} RESET search_path")
+    await place.enqueue()
+    assert await place.checks() == {"tasks"}
+    await place.sql.execute('DROP INDEX "the jobs".coord_jobs_due')
+    assert await place.checks() == {"tasks", "indexes"}
+
+
 async def test_in_a_sound_set_up_nothing_is_found(place: Place, settings: Callable[..., None]) -> None:
     settings()
     await place.has_worker("a_task")

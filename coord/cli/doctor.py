@@ -22,6 +22,7 @@ from coord.cli.checks.finding import Finding, Setup
 from coord.cli.output import say_json
 from coord.cli.servers import CONNECT_SECONDS, asynchronous, checked, json_option, masked, reason, url_option
 from coord.database.engine import engine_of
+from coord.database.place import ledger_schema
 from coord.queue.keys import NAMESPACE
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
             else:
                 yield Finding("postgresql", what, "start it, or mend the URL")
             return
+        schema = await _schema(engine)
         client, finding = await _redis(redis, stack)
         if finding is not None:
             yield finding
@@ -84,7 +86,11 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
         if config is not None:
             stack.push_async_callback(engine_of(config.session_maker).dispose)
         setup = Setup(
-            engine=engine, redis=client, worker=config, namespace=config.keys.namespace if config else namespace
+            engine=engine.execution_options(schema_translate_map=schema and {None: schema}),
+            schema=schema,
+            redis=client,
+            worker=config,
+            namespace=config.keys.namespace if config else namespace,
         )
         broken = False
         for check in (*CHECKS, *WITH_LEDGER):
@@ -109,6 +115,15 @@ async def _away(engine: AsyncEngine) -> str | None:
     except Exception as error:  # noqa: BLE001 - whatever keeps it from answering
         return reason(error)
     return None
+
+
+async def _schema(engine: AsyncEngine) -> str | None:
+    """Raises `ClickException` if there are ledgers in several."""
+    async with engine.connect() as connection:
+        try:
+            return await connection.run_sync(ledger_schema)
+        except RuntimeError as error:
+            raise click.ClickException(str(error)) from error
 
 
 async def _redis(url: str | None, stack: AsyncExitStack) -> tuple[Redis | None, Finding | None]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 
-_versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
+versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).
 _BY_NUMBER = "autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 5000"
 _OF_FEW = "fillfactor = 50, autovacuum_vacuum_threshold = 200"
@@ -152,7 +152,7 @@ def ddl(schema: str | None = None) -> str:
         note(select(func.set_config("coord.search_path", func.current_setting("search_path"), False)))
         note(select(func.set_config("search_path", _quoted(schema), False)))
     Ledger.metadata.create_all(engine, checkfirst=False)
-    for statement in (*_BESIDE, insert(_versions).values(version=latest())):
+    for statement in (*_BESIDE, insert(versions).values(version=latest())):
         note(statement)
     if schema is not None:
         note(select(func.set_config("search_path", func.current_setting("coord.search_path"), False)))
@@ -183,11 +183,11 @@ def _placed(connection: Connection, given: str | None) -> None:
 
 
 def _upgrade(connection: Connection) -> None:
-    _versions.create(connection, checkfirst=True)
-    version = connection.scalar(select(_versions.c.version))
+    versions.create(connection, checkfirst=True)
+    version = connection.scalar(select(versions.c.version))
     if version is None:
         Ledger.metadata.create_all(connection)
-        for statement in (*_BESIDE, insert(_versions).values(version=latest())):
+        for statement in (*_BESIDE, insert(versions).values(version=latest())):
             connection.execute(statement)
         return
     if version > latest():
@@ -195,4 +195,4 @@ def _upgrade(connection: Connection) -> None:
     for step in STEPS[version - 1 :]:
         step(connection)
     if version < latest():
-        connection.execute(update(_versions).values(version=latest()))
+        connection.execute(update(versions).values(version=latest()))

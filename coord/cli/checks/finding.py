@@ -22,7 +22,9 @@ class Finding:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     engine: AsyncEngine
-    """Of the doctor's own, to the database that was named."""
+    """Of the doctor's own, to the database that was named; statements about the ledger find it."""
+    schema: str | None
+    """Where the ledger is, if not in the default schema."""
     redis: Redis | None
     worker: WorkerConfig | None
     """Of the settings class that was named."""

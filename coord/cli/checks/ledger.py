@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import text
+from sqlalchemy import func, select, text
 
 from coord.cli.checks.finding import Finding, Setup
-from coord.jobs.migrations import latest
+from coord.jobs.migrations import latest, versions
 from coord.jobs.model import Ledger
 
 if TYPE_CHECKING:
@@ -31,12 +31,13 @@ _REFUSED = text("""
 
 
 async def tables(setup: Setup) -> AsyncIterator[Finding]:
-    names = [table.name for table in Ledger.metadata.sorted_tables]
+    place = "" if setup.schema is None else setup.engine.dialect.identifier_preparer.quote_schema(setup.schema) + "."
+    names = [place + table.name for table in Ledger.metadata.sorted_tables]
     async with setup.engine.connect() as connection:
-        if await connection.scalar(text("SELECT to_regclass('coord_schema')")) is None:
+        if await connection.scalar(select(func.to_regclass(place + versions.name))) is None:
             yield Finding("ledger", "its tables are missing", APPLY)
             return
-        version = await connection.scalar(text("SELECT version FROM coord_schema"))
+        version = await connection.scalar(select(versions.c.version))
         if version != latest():
             what = f"it is of version {version}, and this coord knows {latest()}"
             older = version is None or version < latest()
@@ -47,12 +48,12 @@ async def tables(setup: Setup) -> AsyncIterator[Finding]:
         if missing := sorted(wanted - there):
             what = f"without {', '.join(missing)} every look at what is due reads the whole table"
             yield Finding("indexes", what, f"CREATE INDEX as `coord schema` prints it: {missing[0]}")
-        function = "SELECT to_regprocedure('coord_lock(text, text[], double precision)')"
-        if await connection.scalar(text(function)) is None:
+        function = func.to_regprocedure(f"{place}coord_lock(text, text[], double precision)")
+        if await connection.scalar(select(function)) is None:
             what = "coord_lock is missing: each lock takes five round trips, two of them while the table is locked"
             yield Finding("function", what, "run the CREATE FUNCTION that `coord schema` prints")
         own = names[:]
-        own.remove("coord_schema")
+        own.remove(place + versions.name)
         if refused := (await connection.execute(_REFUSED, {"tables": own})).all():
             what = f"this user may not {refused[0].privilege} {refused[0].name}"
             yield Finding("rights", what, f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join(own)}")
