@@ -94,10 +94,11 @@ def test_each_contender_has_its_pins() -> None:
 
 def test_rounds_lie_between_alternating_pairs() -> None:
     steps = planned(roundtrip.ALL, pairs=4, rounds=2)
-    assert [step.entry.name for step in steps[:8]] == 2 * ["floor", "coord"] + 2 * ["coord", "floor"]
+    names = ["floor", "coord", "coord-seen"]
+    assert [step.entry.name for step in steps[:12]] == 2 * names + 2 * names[::-1]
     others = [place for place, step in enumerate(steps) if step.entry in roundtrip.OTHERS]
     each = len(roundtrip.OTHERS) * len(MODES)
-    assert others == [*range(8, 8 + each), *range(16 + each, 16 + 2 * each)]
+    assert others == [*range(12, 12 + each), *range(24 + each, 24 + 2 * each)]
     first, second = ([steps[place].entry for place in half] for half in (others[:each], others[each:]))
     assert first != second
     assert sorted(entry.name for entry in first) == sorted(entry.name for entry in second)

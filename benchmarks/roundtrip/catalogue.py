@@ -48,7 +48,7 @@ class Entry:
 
     @property
     def is_peer(self) -> bool:
-        return self.environment not in ("floor", "coord")
+        return self.environment not in ("floor", "coord", "seen")
 
 
 BY_HAND = ("SQLAlchemy", "asyncpg", "redis")
@@ -76,6 +76,14 @@ COORD = Entry(
     ("arq", "SQLAlchemy", "asyncpg", "redis"),
     "`wait_for_row_change(…, job=job)`, which gives the row",
     Guarantees("yes", "yes", "yes", ONE_SUBSCRIBER),
+)
+SEEN = replace(
+    COORD,
+    name="coord-seen",
+    title="coord, seen",
+    path="seen:Seen",
+    packages=(*COORD.packages, "prometheus-client", "opentelemetry-sdk"),
+    wait=f"{COORD.wait}; with metrics, and spans to an exporter that drops them",
 )
 OTHERS = (
     Entry(
@@ -181,7 +189,7 @@ OTHERS = (
         "oban", "Oban", "oban:Oban", ("oban", "psycopg"), f"{POLLED}; sessions on psycopg", POSTGRESQL, python="3.12"
     ),
 )
-ALL = (FLOOR, COORD, *OTHERS)
+ALL = (FLOOR, COORD, SEEN, *OTHERS)
 
 
 def other_checkout(root: Path) -> Entry:

@@ -67,18 +67,20 @@ class Summary:
 
 @dataclass(frozen=True)
 class Pair:
+    """Two turns that were played one after the other."""
+
     number: int
-    floor: Turn
-    coord: Turn
+    base: Turn
+    other: Turn
 
     @property
     def latency(self) -> float:
-        """coord's p50 of one request at a time, by the floor's."""
-        return self.coord.p50 / self.floor.p50
+        """The other's p50 of one request at a time, by the base's."""
+        return self.other.p50 / self.base.p50
 
     @property
     def throughput(self) -> float:
-        return self.coord.rate / self.floor.rate
+        return self.other.rate / self.base.rate
 
 
 class Findings:
@@ -96,9 +98,9 @@ class Findings:
         """Of all that have played."""
         return [self.summary(entry, mode) for entry in ALL if self.turns(entry, mode)]
 
-    def pairs(self, mode: str) -> list[Pair]:
-        floor, coord = self.turns(FLOOR, mode), self.turns(COORD, mode)
-        return [Pair(number, floor[number], coord[number]) for number in sorted(floor.keys() & coord.keys())]
+    def pairs(self, mode: str, base: Entry = FLOOR, other: Entry = COORD) -> list[Pair]:
+        bases, others = self.turns(base, mode), self.turns(other, mode)
+        return [Pair(number, bases[number], others[number]) for number in sorted(bases.keys() & others.keys())]
 
     @cached_property
     def entries(self) -> list[Entry]:

@@ -1,11 +1,11 @@
-"""Who plays when: floor and coord in alternating pairs, and rounds of the others between them."""
+"""Who plays when: floor, coord, and coord as it is seen, in alternating pairs; rounds of the others between them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks.roundtrip.catalogue import COORD, FLOOR
+from benchmarks.roundtrip.catalogue import COORD, FLOOR, SEEN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +26,7 @@ class Step:
 
 def planned(entries: Sequence[Entry], pairs: int, rounds: int) -> list[Step]:
     """`rounds` are spread evenly over the pairs; the order within a pair and within a round is never the same."""
-    pair = [entry for entry in (FLOOR, COORD) if entry in entries]
+    pair = [entry for entry in (FLOOR, COORD, SEEN) if entry in entries]
     others = [entry for entry in entries if entry not in pair]
     if not pair:
         return [step for number in range(rounds) for step in _round(others, number, rounds)]

@@ -89,9 +89,9 @@ def _pairs(found: Findings, mode: str) -> Table:
     rows: list[Row] = [
         (
             str(pair.number + 1),
-            *(milliseconds(turn.p50) for turn in (pair.floor, pair.coord)),
+            *(milliseconds(turn.p50) for turn in (pair.base, pair.other)),
             f"{pair.latency:.2f}",
-            *(f"{turn.rate:.0f}" for turn in (pair.floor, pair.coord)),
+            *(f"{turn.rate:.0f}" for turn in (pair.base, pair.other)),
             f"{pair.throughput:.2f}",
         )
         for pair in pairs
