@@ -49,6 +49,9 @@ class Observer:
     def wait_ended(self, outcome: str, seconds: float) -> None:
         """Outcomes are those of `OUTCOMES`, `changed` and `error`."""
 
+    def wait_answered(self, timings: WaitTimings) -> None:
+        """Where the time of a wait went that was answered, or whose job has failed."""
+
     def hints(self, kind: str, count: int = 1) -> None:
         """`published`, `heard` (it has ended a wait) and `missed`."""
 
@@ -145,6 +148,8 @@ def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
 def _wait_ended(outcome: str, seconds: float, timings: WaitTimings, *, heard: bool) -> None:
     for observer in observers:
         observer.wait_ended(outcome, seconds)
+        if outcome in ("changed", "failed"):
+            observer.wait_answered(timings)
         if heard:
             observer.hints("heard")
         elif outcome == "changed" and seconds > MISSED_SECONDS:
