@@ -79,9 +79,7 @@ async def ask_about_job(session: AsyncSession, action: str, job_id: UUID) -> Que
     job = await get_job(session, job_id)
     said: tuple[str, ...]
     if action == "retry":
-        said = (
-            f"It is {job.state}. It will be queued with one attempt more, number {job.attempt + 1}, and may run at once.",
-        )
+        said = (f"It is {job.state}. It will be queued with one attempt more, {job.attempt + 1}, and may run at once.",)
     elif job.state is JobState.RUNNING:
         said = ("It runs. Its worker is told, cancels the task and rolls back, unless the job is done first.",)
     else:
@@ -118,8 +116,8 @@ async def do_to_job(session: AsyncSession, action: str, job_id: UUID) -> str:
 
 def ask_about_queue(action: str, queue: str) -> Question:
     said = {
-        "pause": "Within two seconds workers take nothing more of it. What runs goes on to its end, enqueueing goes on, "
-        "and what is due waits until the queue is resumed.",
+        "pause": "Within two seconds workers take nothing more of it. What runs goes on to its end, enqueueing goes "
+        "on, and what is due waits until the queue is resumed.",
         "resume": "Within two seconds workers take its jobs again, the most urgent first.",
     }
     return Question(
@@ -169,7 +167,7 @@ def ask_about_many(action: str, wanted: Filter, number: Number, said: str) -> Qu
         then = "Each will be queued with one attempt more, and may run at once. One whose unique key an unfinished job "
         then += "has is left out; of several with one key the newest runs."
     else:
-        then = "What is queued never begins. What runs is cancelled by its worker and rolled back, unless it is done first."
+        then = "What is queued never begins. What runs is cancelled by its worker and rolled back, or is done first."
     count = "all of them" if not number.exact else "this job" if number.value == 1 else f"{said} jobs"
     return Question(
         title=f"{action.capitalize()} {what}?",

@@ -77,7 +77,7 @@ def _environment(version: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    words = (wording.count, wording.span, wording.moment, wording.instant, wording.clock, wording.short)
+    words = (wording.count, wording.span, wording.moment, wording.instant, wording.day, wording.clock, wording.short)
     made.filters |= {word.__name__: word for word in words}
     made.globals |= {"version": version, "zip": partial(zip, strict=False)}
     return made

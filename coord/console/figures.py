@@ -126,7 +126,7 @@ def sample_of(percent: float) -> TableSample:
 
 async def sample_percent(session: AsyncSession) -> float:
     """How much of the table an estimate may read; by its size now, since statistics may be old."""
-    table = literal_column(f"{jobs.name}.tableoid")
+    table: ColumnElement[int] = literal_column(f"{jobs.name}.tableoid")
     pages = func.pg_relation_size(table) / cast(func.current_setting("block_size"), Integer)
     found = (await session.run_sync(execute, select(pages).select_from(jobs).limit(1))).scalar()
     return min(100.0, 100.0 * SAMPLE_PAGES / max(1, int(found or 0)))
@@ -137,7 +137,7 @@ def _counted(rows: Sequence[Any]) -> Kinds:
 
 
 async def last_hour(session: AsyncSession) -> Hour:
-    """What finished in the last 60 minutes; one scan of the table, so it is to be repeated seldom where that is large."""
+    """What finished in the last 60 minutes; one scan of the table, not to be repeated often."""
     now = func.clock_timestamp()
     due = func.greatest(jobs.c.scheduled_at, jobs.c.created_at)
     queued = func.greatest(0, func.extract("epoch", jobs.c.started_at - due))
@@ -151,14 +151,15 @@ async def last_hour(session: AsyncSession) -> Hour:
     columns = [
         func.count().filter(recent.c.state == state) for state in (JobState.DONE, JobState.FAILED, JobState.CANCELLED)
     ]
-    shares = literal_column("ARRAY[0.5, 0.95, 0.99]::float8[]")
+    shares: ColumnElement[list[float]] = literal_column("ARRAY[0.5, 0.95, 0.99]::float8[]")
     queue = func.percentile_cont(shares).within_group(recent.c.queued.asc())
     rows = select(recent.c.task, recent.c.ago, *columns, queue).group_by(
         func.grouping_sets(tuple_(), tuple_(recent.c.task), tuple_(recent.c.ago))
     )
     every: TaskHour | None = None
     tasks, minutes = [], [(0, 0)] * MINUTES
-    for task, minute, done, failed, cancelled, waited in (await session.run_sync(execute, rows)).all():
+    found: Sequence[Any] = (await session.run_sync(execute, rows)).all()
+    for task, minute, done, failed, cancelled, waited in found:
         if minute is not None:
             minutes[MINUTES - 1 - min(MINUTES - 1, max(0, minute))] = (done, failed)
         elif task is not None:

@@ -71,7 +71,8 @@ async def _queues(session: AsyncSession, living: Sequence[LivingWorker]) -> Sequ
     waits = (is_queued, jobs.c.id.not_in(beats))
     some = select(jobs.c.queue, jobs.c.scheduled_at).where(*waits).limit(MAX_EXACT_JOBS + 1).subquery()
     due = func.count().filter(some.c.scheduled_at <= now)
-    rows = (await session.run_sync(execute, select(some.c.queue, due, func.count()).group_by(some.c.queue))).all()
+    depths = select(some.c.queue, due, func.count()).group_by(some.c.queue)
+    rows: Sequence[Any] = (await session.run_sync(execute, depths)).all()
     counted = {name: (number, every - number) for name, number, every in rows}
     exact = sum(row[2] for row in rows) <= MAX_EXACT_JOBS
     known = union(select(queues.c.name), select(workers.c.queue))

@@ -196,7 +196,9 @@ class Handlers:
         said = error.detail if isinstance(error, HTTPException) else ""
         viewer = self._desk.access.viewer_of(request)
         if self._desk.access.is_closed or viewer is None:
-            return HTMLResponse(self._desk.render("message.html", **self._context(request), title=said, text=""), status)
+            return HTMLResponse(
+                self._desk.render("message.html", **self._context(request), title=said, text=""), status
+            )
         return self._message(request, status, said, "", viewer)
 
     def _viewer(self, request: Request) -> Viewer | HTMLResponse:
@@ -212,7 +214,9 @@ class Handlers:
         """The fields of a form that this viewer was given, and sends from here."""
         fields = await _fields(request)
         if not is_from_here(request) or not has_form_token(viewer, fields):
-            raise HTTPException(403, "The form is not one that you were given: go back, reload the page, and try again.")
+            raise HTTPException(
+                403, "The form is not one that you were given: go back, reload the page, and try again."
+            )
         return fields
 
     def _read_only(self, request: Request, viewer: Viewer) -> HTMLResponse:

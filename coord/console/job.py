@@ -157,12 +157,14 @@ def _running(found: Found) -> Moment:
 
 
 def _end(report: JobReport, spent: Spent | None, *, tried: Sequence[int], full: bool) -> Sequence[Moment]:
+    if report.attempt in tried:  # how that ended is told already
+        return []
     moments, ended = [], report.finished_at
-    if report.started_at is not None and report.attempt not in tried:
+    if report.started_at is not None:
         moments.append(Moment(at=report.started_at, kind="step", title=f"Attempt {report.attempt} taken", order=3))
     title, text = {
         JobState.DONE: ("Done", "when its transaction began, which committed with its effect"),
-        JobState.FAILED: ("Failed", "" if report.attempt in tried else _error(report, full=full)),
+        JobState.FAILED: ("Failed", (report.error if full else public_reason(report.error)) or ""),
         JobState.CANCELLED: ("Cancelled", ""),
     }[report.state]
     if report.started_at is not None and spent is not None and report.state is JobState.DONE:
@@ -174,15 +176,9 @@ def _end(report: JobReport, spent: Spent | None, *, tried: Sequence[int], full: 
                 Moment(at=report.started_at, kind="step", title="Waited for a lock", text=lock, order=4),
             )
     if ended is not None:
-        traceback = report.traceback if full and report.attempt not in tried else None
-        moments.append(
-            Moment(at=ended, kind=str(report.state), title=title, text=text, traceback=traceback, order=8)
-        )
+        traceback = report.traceback if full else None
+        moments.append(Moment(at=ended, kind=str(report.state), title=title, text=text, traceback=traceback, order=8))
     return moments
-
-
-def _error(report: JobReport, *, full: bool) -> str:
-    return (report.error if full else public_reason(report.error)) or ""
 
 
 def parts_of(found: Found, spent: Spent | None) -> Sequence[Part]:
@@ -192,11 +188,14 @@ def parts_of(found: Found, spent: Spent | None) -> Sequence[Part]:
     if spent is not None and report.state.is_final:
         seconds = {name: value for name, value in spent.parts.items() if value > 0 or name != "retries"}
     else:
-        due = max(report.scheduled_at, report.created_at)
+        before = [each for each in found.attempts if each.number < report.attempt]
+        due = max(report.scheduled_at, report.created_at, *(each.ended for each in before))
         if report.started_at is not None:
             seconds["queue"] = max(0.0, (report.started_at - due).total_seconds())
         elif report.state is JobState.QUEUED:
             seconds["queue"] = max(0.0, (found.now - due).total_seconds())
+        if before and before[0].began is not None:
+            seconds["retries"] = max(0.0, (due - before[0].began).total_seconds())
         if report.state is JobState.FAILED and report.started_at and report.finished_at:
             seconds["task"] = max(0.0, (report.finished_at - report.started_at).total_seconds())
         if backend is not None and backend.waits_for is not None:

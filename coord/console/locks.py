@@ -31,8 +31,9 @@ class Node:
 
     @property
     def holds(self) -> Sequence[TableLock]:
-        """Those of note: every statement takes the weak ones."""
-        return [lock for lock in self.backend.holds if lock.is_strong] or self.backend.holds
+        """Those of note: the weak ones, which every statement takes, where nothing else says why others wait."""
+        strong = [lock for lock in self.backend.holds if lock.is_strong]
+        return strong or ([] if self.backend.waits_for is not None else self.backend.holds)
 
     @property
     def behind(self) -> int:

@@ -47,6 +47,10 @@ def instant(at: datetime | None) -> str:
     return "–" if at is None else f"{at.astimezone(UTC):%H:%M:%S}.{at.microsecond // 1000:03d}"
 
 
+def day(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d}"
+
+
 def clock(at: datetime | None) -> str:
     return "–" if at is None else f"{at.astimezone(UTC):%H:%M:%S}"
 
