@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import uuid
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import httpx
 import pytest
-from sqlalchemy import insert, text, update
+from sqlalchemy import text, update
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import JobState, create_ledger, enqueue, task_options, wait_for_row_change
@@ -24,12 +22,14 @@ from coord.observation import observers
 from tests.desk import FULL, READ, mounted, signed_in
 from tests.ledger import a_task, committed, executed
 from tests.models import User
-from tests.serving import all_given_back, eventually, served
+from tests.serving import all_given_back, eventually
 from tests.shop import empty_database
 
 if TYPE_CHECKING:
+    import uuid
     from collections.abc import AsyncIterator
 
+    import httpx
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from tests.ledger import SessionMaker
