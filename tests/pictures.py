@@ -193,8 +193,8 @@ async def photograph(context: BrowserContext, url: str, ids: dict[str, uuid.UUID
 
 
 async def main(aside: Path) -> None:
-    for directory in (PICTURES, aside):
-        directory.mkdir(exist_ok=True)
+    for place in (PICTURES, aside):
+        place.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
         async with stage(Path(directory)) as (url, session_maker, notes):
             ids = await play(session_maker, notes)

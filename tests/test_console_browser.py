@@ -64,8 +64,8 @@ async def test_who_is_on_call_sees_what_waits_for_what_and_acts(
         await expect(page).to_have_url(f"{url}/jobs")
         await expect(page.locator("#pulse")).to_have_attribute("data-state", "live")
 
-        running = await office.enqueue("hold", "run")
-        await notes.say(running, "starts")
+        running = await office.enqueue("hold_transaction", "run")
+        await notes.say(running, "entered")
         row = page.locator("tr", has=page.locator(f'a[href$="jobs/{running.id}"]'))
         await expect(row).to_contain_text("running")  # by the stream: the page was not loaded again
         await a_blocked_lock(page, url, office, notes)

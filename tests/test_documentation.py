@@ -29,7 +29,16 @@ from tests.pages import BLOCK, DOCS, FILE, Namespace, blocks, prose, run
 from tests.project import Dev
 from tests.serving import eventually, served
 from tests.shop import ROOT, emptied
-from worker.environment import ADMIN_TOKEN, CONSOLE_READ_TOKEN, CONSOLE_TOKEN, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, METRICS_PORT, REDIS
+from worker.environment import (
+    ADMIN_TOKEN,
+    CONSOLE_READ_TOKEN,
+    CONSOLE_TOKEN,
+    DATABASE,
+    DEFAULT_DATABASE_URL,
+    DEFAULT_REDIS_URL,
+    METRICS_PORT,
+    REDIS,
+)
 from worker.models import Order, OrderStatus, Stock
 
 README = ROOT / "README.md"

@@ -101,11 +101,12 @@ class Access:
 def is_from_here(request: Request) -> bool:
     """Whether a POST comes from a page of this origin, as far as the browser says; one that says nothing passes.
 
-    By the host alone: a proxy that ends TLS makes another scheme of it.
+    Browsers compare origins themselves where they send `Sec-Fetch-Site`, which is over TLS and to localhost. Elsewhere
+    the hosts are compared: a proxy that ends TLS makes another scheme of it.
     """
     site = request.headers.get("sec-fetch-site")
-    if site is not None and site != "same-origin":
-        return False
+    if site is not None:
+        return site == "same-origin"
     origin = request.headers.get("origin")
     return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
 

@@ -114,7 +114,7 @@ class LockHistory:
                 seconds=spent.parts["lock"],
                 lock=spent.locked,
                 job_id=job_id,
-                who="job",
+                who=spent.task or "job",
                 is_over=True,
             )
             for job_id, spent in self._timings.locks()

@@ -23,9 +23,12 @@ LOCK_OF_NOTE_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Spent:
-    """Of one job, in seconds; None is what this process was not told."""
+    """Of one job, in seconds."""
 
+    task: str | None
+    """None where the wait was given only its id."""
     parts: Mapping[str, float]
+    """Those that this process was told."""
     locked: str
     """What it waited for longest."""
     total: float
@@ -48,9 +51,9 @@ class Timings(Observer):
     def of(self, job_id: object) -> Spent | None:
         return self._of_job.get(str(job_id))
 
-    def wait_answered(self, timings: WaitTimings) -> None:
+    def wait_answered(self, task: str | None, timings: WaitTimings) -> None:
         if timings.job_id is not None:
-            spent = Spent(timings.parts(), timings.locked, timings.total, datetime.now(UTC))
+            spent = Spent(task, timings.parts(), timings.locked, timings.total, datetime.now(UTC))
             self._recent.append(spent)
             self._remember(timings.job_id, spent)
 
@@ -59,7 +62,7 @@ class Timings(Observer):
         known = self._of_job.get(timings.job_id)
         if outcome in ("done", "failed") and (known is None or "wake" not in known.parts):
             parts = {"queue": timings.queue, "lock": timings.lock, "task": timings.task}
-            self._remember(timings.job_id, Spent(parts, timings.locked, sum(parts.values()), datetime.now(UTC)))
+            self._remember(timings.job_id, Spent(task, parts, timings.locked, sum(parts.values()), datetime.now(UTC)))
 
     def locks(self) -> Sequence[tuple[str, Spent]]:
         """By job id, those that have waited for a lock, the last first."""
