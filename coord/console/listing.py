@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from coord.jobs.queries import Beat
 
 PAGE_SIZE = 50
+MAX_FEW = 1_000
+"""So many are put in order once they are found."""
 MAX_TEXT = 200
 """Characters of a filter."""
 AGES: Mapping[str, tuple[str, dict[str, float]]] = {
@@ -112,8 +114,11 @@ class Listing:
     """The last of this page, where there is another one."""
 
 
-async def list_page(session: AsyncSession, wanted: Filter, before: UUID | None) -> Listing:
-    """The newest first. Joins the session's transaction, and only reads."""
+async def list_page(session: AsyncSession, wanted: Filter, before: UUID | None, *, few: bool = False) -> Listing:
+    """The newest first. Joins the session's transaction, and only reads.
+
+    Of a `few` that match all are looked for, and put in order then: in order one would read the whole ledger for them.
+    """
     beats = await heartbeats(session)
     now = func.clock_timestamp()
     names = ("id", "task", "queue", "state", "attempt", "created_at", "finished_at", "error")
@@ -122,10 +127,15 @@ async def list_page(session: AsyncSession, wanted: Filter, before: UUID | None) 
     statement = select(*(jobs.c[name] for name in names), age, due_in).where(*_conditions(wanted, beats))
     if before is not None:
         statement = statement.where(jobs.c.id < before)
-    rows = (await session.run_sync(execute, statement.order_by(jobs.c.id.desc()).limit(PAGE_SIZE + 1))).mappings().all()
+    if few:
+        found = statement.cte("few").prefix_with("MATERIALIZED", dialect="postgresql")
+        statement = select(found).order_by(found.c.id.desc())
+    else:
+        statement = statement.order_by(jobs.c.id.desc())
+    rows = (await session.run_sync(execute, statement.limit(PAGE_SIZE + 1))).mappings().all()
     held = {(beat.id, beat.attempt) for beat in beats}
-    found = [_listed(row, held) for row in rows[:PAGE_SIZE]]
-    return Listing(found, found[-1].id if len(rows) > PAGE_SIZE else None)
+    listed = [_listed(row, held) for row in rows[:PAGE_SIZE]]
+    return Listing(listed, listed[-1].id if len(rows) > PAGE_SIZE else None)
 
 
 async def count_page(session: AsyncSession, wanted: Filter) -> Number:

@@ -11,7 +11,7 @@ from uuid import UUID
 from coord.console.figures import count_jobs, last_hour
 from coord.console.fleet import look_at_fleet
 from coord.console.job import actions_of, as_text, find_job, largest, parts_of, timeline
-from coord.console.listing import AGES, Filter, count_page, list_page
+from coord.console.listing import AGES, MAX_FEW, Filter, count_page, list_page
 from coord.console.live import UnreadableError
 from coord.console.locks import forest
 from coord.errors import RowNotFoundError
@@ -89,15 +89,18 @@ async def job_list(desk: Desk, request: Request, viewer: Viewer) -> dict[str, An
     given = request.query_params.get("before")
     before = UUID(given) if given else None
 
+    number = await how_many(desk, wanted)
+    few = number is not None and number.value <= MAX_FEW
+
     async def read(session: AsyncSession) -> Any:
-        return await list_page(session, wanted, before)
+        return await list_page(session, wanted, before, few=few)
 
     listing = await desk.reads.get(("jobs", wanted, before), read, interval=INTERVAL_SECONDS)
     return {
         "filter": wanted,
         "before": before,
         "listing": listing,
-        "number": await how_many(desk, wanted),
+        "number": number,
         "ages": AGES,
         "states": [*JobState],
         "error_of": (lambda job: job.error) if viewer.is_full else (lambda job: public_reason(job.error)),
