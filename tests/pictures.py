@@ -21,6 +21,7 @@ from coord import Coordinator, Job, JobState, create_ledger, enqueue, task_optio
 from coord.console import console
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.model import attempts, jobs
+from coord.telemetry import REQUEST_ID
 from tests.chromium import browsing
 from tests.desk import FULL
 from tests.models import Base
@@ -79,7 +80,7 @@ async def past(session_maker: SessionMaker) -> uuid.UUID:
             }
         )
     one = next(row for row in rows if row["state"] is JobState.FAILED)
-    one |= {"attempt": 3, "arguments": [[4711], {"template": "reminder"}], "trace": {"coord-request-id": "req-7f3a"}}
+    one |= {"attempt": 3, "arguments": [[4711], {"template": "reminder"}], "trace": {REQUEST_ID: "req-7f3a"}}
     tried = [
         {
             "job_id": one["id"], "number": number, "outcome": "failed" if number == 3 else "retried", "host": "web-1",

@@ -19,6 +19,7 @@ from coord.console.live import Reads, UnreadableError
 from coord.console.wording import count, span
 from coord.jobs.model import jobs
 from coord.observation import observers
+from coord.telemetry import REQUEST_ID
 from tests.desk import FULL, READ, mounted, signed_in
 from tests.ledger import a_task, committed, executed
 from tests.models import User
@@ -102,7 +103,7 @@ async def test_whatever_a_job_says_is_shown_as_text(full: httpx.AsyncClient, ses
         arguments=(SCRIPT,),
         error=SCRIPT,
         traceback=SCRIPT,
-        trace={"coord-request-id": SCRIPT},
+        trace={REQUEST_ID: SCRIPT},
     )
     for path in ("", "jobs", f"jobs/{job}", f"jobs/{job}/retry", f"jobs?task={SCRIPT}", f"queues/pause?queue={SCRIPT}"):
         answer = await full.get(path)
@@ -270,6 +271,22 @@ async def test_viewers_share_what_is_read_and_hold_no_connection(
             looked = len(seen)
             await client.get("static/console.css")
             assert len(seen) == looked, "nobody looks, and something is read"
+
+
+async def test_one_stream_too_many_is_refused_and_one_that_has_ended_counts_no_more(
+    full: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coord.console.handlers.MAX_STREAMS", 1)
+    async with full.stream("GET", "waits", headers=EVENTS) as answer:
+        await first_event(answer)
+        assert (await full.get("waits", headers=EVENTS)).status_code == 503
+        assert (await full.get("waits")).status_code == 200
+
+    async def admitted() -> bool:
+        async with full.stream("GET", "waits", headers=EVENTS) as again:
+            return again.status_code == 200
+
+    await eventually(admitted, within=20)
 
 
 async def test_a_stream_ends_by_itself(

@@ -211,6 +211,13 @@ async def test_a_form_of_another_site_does_nothing(
     assert await state_of(session_maker, job) is JobState.QUEUED
 
 
+async def test_a_proxy_that_renames_the_host_is_in_nobodys_way(session_maker: SessionMaker) -> None:
+    """A browser has compared the origins itself, where it says so."""
+    headers = {"Origin": "https://console.example", "Sec-Fetch-Site": "same-origin"}
+    async with signed_in(mounted(session_maker), None) as client:
+        assert (await client.post("sign-in", data={"token": FULL}, headers=headers)).status_code == 303
+
+
 async def test_the_form_token_of_one_session_is_not_that_of_another(session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
     app = mounted(session_maker)

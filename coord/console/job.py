@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_CHARACTERS = 20_000
 """Of arguments, a result, a progress."""
+ORDER = ("retries", "queue", "lock", "task", "wake")
+"""Of the parts, as they come one after another."""
 OF_NOTE_SECONDS = 0.001
 """A part that took less is not where the time went."""
 
@@ -203,7 +205,8 @@ def parts_of(found: Found, spent: Spent | None) -> Sequence[Part]:
     lock = str(backend.waits_for) if backend is not None and backend.waits_for is not None else ""
     notes = {"lock": spent.locked if spent is not None and spent.locked else lock}
     whole = sum(seconds.values()) or 1.0
-    return [Part(name, value, value / whole, notes.get(name, "")) for name, value in seconds.items()]
+    known = [(name, seconds[name]) for name in ORDER if name in seconds]
+    return [Part(name, value, value / whole, notes.get(name, "")) for name, value in known]
 
 
 def largest(parts: Sequence[Part]) -> Part | None:
