@@ -6,7 +6,7 @@ COPY constraints.txt ./
 RUN pip install --no-cache-dir --constraint constraints.txt hatchling
 COPY pyproject.toml README.md LICENSE ./
 COPY coord coord
-RUN pip wheel --no-cache-dir --no-build-isolation --constraint constraints.txt --wheel-dir /wheels ".[metrics]" uvicorn uvloop
+RUN pip wheel --no-cache-dir --no-build-isolation --constraint constraints.txt --wheel-dir /wheels ".[console,metrics]" uvicorn uvloop
 
 FROM python:3.13-slim-trixie
 ENV PYTHONUNBUFFERED=1

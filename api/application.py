@@ -7,9 +7,10 @@ from fastapi import FastAPI
 from api import events, health, orders, stock
 from api.sessions import get_db
 from api.startup import lifespan
+from coord.console import console
 from coord.http import HeadRequests, RequestLimits, job_routes, job_status_routes, problem_handlers, problems
 from worker.database import session_maker
-from worker.environment import admin_token, is_development
+from worker.environment import admin_token, console_read_token, console_token, is_development
 from worker.metrics import metrics
 
 app = FastAPI(
@@ -27,3 +28,4 @@ for module in (orders, events, stock, health):
     app.include_router(module.router)
 if (token := admin_token()) is not None or is_development():
     app.include_router(job_routes(get_db, token=token))
+app.mount("/console", console(session_maker, full_token=console_token(), read_token=console_read_token()))

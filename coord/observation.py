@@ -49,6 +49,9 @@ class Observer:
     def wait_ended(self, outcome: str, seconds: float) -> None:
         """Outcomes are those of `OUTCOMES`, `changed` and `error`."""
 
+    def wait_answered(self, task: str | None, timings: WaitTimings) -> None:
+        """Where the time of a wait went that was answered, or whose job, of this task, has failed."""
+
     def hints(self, kind: str, count: int = 1) -> None:
         """`published`, `heard` (it has ended a wait) and `missed`."""
 
@@ -139,12 +142,15 @@ def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
             timings = session.info[WAIT_TIMINGS] = answered(job, told, began=began)
             if span is not None:
                 telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
-            _wait_ended(outcome, monotonic() - began, timings, heard=told is not None)
+            task = getattr(job, "task", None)
+            _wait_ended(outcome, monotonic() - began, timings, heard=told is not None, task=task)
 
 
-def _wait_ended(outcome: str, seconds: float, timings: WaitTimings, *, heard: bool) -> None:
+def _wait_ended(outcome: str, seconds: float, timings: WaitTimings, *, heard: bool, task: str | None) -> None:
     for observer in observers:
         observer.wait_ended(outcome, seconds)
+        if outcome in ("changed", "failed"):
+            observer.wait_answered(task, timings)
         if heard:
             observer.hints("heard")
         elif outcome == "changed" and seconds > MISSED_SECONDS:

@@ -29,7 +29,16 @@ from tests.pages import BLOCK, DOCS, FILE, Namespace, blocks, prose, run
 from tests.project import Dev
 from tests.serving import eventually, served
 from tests.shop import ROOT, emptied
-from worker.environment import ADMIN_TOKEN, DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, METRICS_PORT, REDIS
+from worker.environment import (
+    ADMIN_TOKEN,
+    CONSOLE_READ_TOKEN,
+    CONSOLE_TOKEN,
+    DATABASE,
+    DEFAULT_DATABASE_URL,
+    DEFAULT_REDIS_URL,
+    METRICS_PORT,
+    REDIS,
+)
 from worker.models import Order, OrderStatus, Stock
 
 README = ROOT / "README.md"
@@ -187,7 +196,7 @@ def test_the_variables_and_their_defaults_are_those_of_the_shop() -> None:
     assert f"| `{DATABASE}` | `{DEFAULT_DATABASE_URL}` |" in text
     assert f"| `{REDIS}` | `{DEFAULT_REDIS_URL}` |" in text
     named = {name for page in PAGES for name in re.findall(r"COORD_[A-Z_]+", page.read_text())}
-    assert named == {DATABASE, REDIS, ADMIN_TOKEN, METRICS_PORT, "COORD_DEVELOPMENT"}
+    assert named == {DATABASE, REDIS, ADMIN_TOKEN, CONSOLE_TOKEN, CONSOLE_READ_TOKEN, METRICS_PORT, "COORD_DEVELOPMENT"}
 
 
 def startups() -> list[tuple[str, str]]:

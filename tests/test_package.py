@@ -18,6 +18,7 @@ LAYERS = ("coord", "worker", "api")
 """Each may import those before it, and itself."""
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
 LONGEST_FILE, LONGEST_BODY = 300, 40
+SHIPPED = {".py", ".typed", ".html", ".css", ".js", ".svg"}
 
 # An event loop makes itself a pair of sockets, so none can be made unseen.
 CONNECTS_NOTHING = """
@@ -139,7 +140,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(built) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    expected = {name_of(path) for path in (ROOT / "coord").rglob("*") if path.suffix in {".py", ".typed"}}
+    expected = {name_of(path) for path in (ROOT / "coord").rglob("*") if path.suffix in SHIPPED}
     assert names == expected
     assert "coord/py.typed" in names
     assert metadata.endswith((ROOT / "README.md").read_text())
@@ -162,7 +163,7 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
 PARTS = [
     *("errors", "durations", "retryable", "cancellation", "database", "timings", "telemetry", "observation", "session"),
     *("locks", "notify", "jobs", "blocking", "queue"),
-    *("waiting", "coordinator", "worker", "http", "metrics", "dev", "cli"),
+    *("waiting", "coordinator", "worker", "http", "metrics", "console", "dev", "cli"),
 ]
 """Of coord, bottom first: each imports only what comes before it, for type checking too."""
 

@@ -1,4 +1,4 @@
-"""Where the time of an answer went: a delay is found where it was, by the answer's header, the log and the spans."""
+"""Where the time of an answer went: a delay is found where it was, by header, log, spans and console."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from coord import (
     wait_for_row_change,
     wait_timings,
 )
+from coord.console import console
 from coord.http import Poll, Reply, RequestLimits, poll, problem_handlers, reply
 from coord.timings import AttemptTimings, answered
+from tests.desk import FULL, signed_in
 from tests.ledger import ledger  # noqa: F401 - fixture
 from tests.models import Account, User
 from tests.serving import eventually, served
@@ -111,6 +113,7 @@ async def app(single: AsyncEngine, office: Office, tables: None) -> AsyncIterato
         changed = await long.changed(session, found)
         return changed.state if changed else long.not_modified()
 
+    app.mount("/console", console(maker, full_token=FULL))
     async with Coordinator(maker, redis=office.redis_url):
         yield app
 
@@ -159,7 +162,7 @@ async def held(observer: asyncpg.Connection, app: FastAPI) -> Any:
 
 @pytest.mark.alone  # beside others it is not the only delay
 @pytest.mark.parametrize("where", ["queue", "lock", "task", "wake"])
-async def test_a_delay_is_named_as_what_it_was_by_header_log_and_span(
+async def test_a_delay_is_named_as_what_it_was_by_header_log_span_and_console(
     where: str,
     app: FastAPI,
     office: Office,  # noqa: F811
@@ -208,6 +211,9 @@ async def test_a_delay_is_named_as_what_it_was_by_header_log_and_span(
         r'locked="users in SHARE ROW EXCLUSIVE mode" trace_id=[0-9a-f]{32}',
         text,
     )
+    async with signed_in(app) as client:
+        page = (await client.get(f"jobs/{ran['job']}")).text
+    assert f'Most of it: <b class="part part-{where}">{where}</b>' in page
 
 
 async def test_a_long_poll_says_where_the_time_of_the_change_went(

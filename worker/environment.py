@@ -1,4 +1,4 @@
-"""The two variables that configure the shop. They are read, and refused if malformed, at import; nothing connects."""
+"""The variables that configure the shop. They are read, and refused if malformed, at import; nothing connects."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ DATABASE = "COORD_DATABASE_URL"
 REDIS = "COORD_REDIS_URL"
 METRICS_PORT = "COORD_METRICS_PORT"
 ADMIN_TOKEN = "COORD_ADMIN_TOKEN"
+CONSOLE_TOKEN = "COORD_CONSOLE_TOKEN"
+CONSOLE_READ_TOKEN = "COORD_CONSOLE_READ_TOKEN"
 SHORTEST_TOKEN = 16
 # The ports that docker-compose.yml publishes.
 DEFAULT_DATABASE_URL = "postgresql+asyncpg://coord:coord@127.0.0.1:5432/coord"
@@ -43,9 +45,19 @@ def redis_url() -> str:
 
 def admin_token() -> str | None:
     """Who has it may look after jobs over HTTP; without one nobody may, but in development."""
-    token = os.environ.get(ADMIN_TOKEN) or None
-    if token is not None and len(token) < SHORTEST_TOKEN:
-        refuse(ADMIN_TOKEN, f"needs at least {SHORTEST_TOKEN} characters")
+    return _token(ADMIN_TOKEN)
+
+
+def console_token() -> str | None:
+    """Who has it may see and do everything in the console; without one of the two it is closed."""
+    return _token(CONSOLE_TOKEN)
+
+
+def console_read_token() -> str | None:
+    """Who has it may look at the console, and see no arguments."""
+    token = _token(CONSOLE_READ_TOKEN)
+    if token is not None and token == console_token():
+        refuse(CONSOLE_READ_TOKEN, f"must differ from {CONSOLE_TOKEN}")
     return token
 
 
@@ -62,6 +74,13 @@ def metrics_port() -> int | None:
 def is_development() -> bool:
     """As `coord dev` says."""
     return os.environ.get("COORD_DEVELOPMENT") == "1"
+
+
+def _token(variable: str) -> str | None:
+    token = os.environ.get(variable) or None
+    if token is not None and len(token) < SHORTEST_TOKEN:
+        refuse(variable, f"needs at least {SHORTEST_TOKEN} characters")
+    return token
 
 
 def refuse(variable: str, reason: str) -> Never:

@@ -64,7 +64,8 @@ async def cancel_jobs(
     wanted = None if state is None else JobState(state)
     if wanted is not None and wanted.is_final:
         raise ValueError(f"only what is queued or running can be cancelled, and not what is {wanted}")
-    conditions = _conditions(task, queue, older_than, newer_than, limit)
+    _check(limit)
+    conditions = conditions_of(task, queue, older_than, newer_than)
     if wanted is not None:
         beats = await heartbeats(session)
         held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
@@ -94,17 +95,22 @@ async def retry_jobs(
     states = RETRYABLE_STATES if state is None else (JobState(state),)
     if not {*states} <= {*RETRYABLE_STATES}:
         raise ValueError(f"only what has failed or was cancelled can be run again, and not what is {states[0]}")
-    conditions = _conditions(task, queue, older_than, newer_than, limit)
+    _check(limit)
+    conditions = conditions_of(task, queue, older_than, newer_than)
     # Written out, as in is_queued: there is an index for what has failed.
     conditions.append(jobs.c.state.in_(bindparam(None, states, expanding=True, literal_execute=True)))
     return await interruptible(session_of(session).run_sync(_retry, conditions, limit))
 
 
-def _conditions(
-    task: str | None, queue: str | None, older_than: Seconds | None, newer_than: Seconds | None, limit: int
-) -> list[ColumnElement[bool]]:
+def _check(limit: int) -> None:
     if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED_JOBS:
         raise ValueError(f"limit is a whole number, 1 to {MAX_LISTED_JOBS}, not {limit!r}")
+
+
+def conditions_of(
+    task: str | None, queue: str | None, older_than: Seconds | None, newer_than: Seconds | None
+) -> list[ColumnElement[bool]]:
+    """Which jobs these filters mean; the two spans are seconds since they were enqueued."""
     found: list[ColumnElement[bool]] = []
     if task is not None:
         found.append(jobs.c.task == task)

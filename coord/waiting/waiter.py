@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from time import monotonic
 from typing import TYPE_CHECKING, Any, Generic, Self
 
 from coord.database.target import M
@@ -30,6 +31,7 @@ class Waiter(Generic[M]):
         "_signal",
         "awaits_message",
         "baseline",
+        "began",
         "concluding",
         "error",
         "has_read",
@@ -48,6 +50,7 @@ class Waiter(Generic[M]):
         self._signal: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self.target = target
+        self.began = monotonic()
         self.baseline = baseline
         self.interval = interval
         self.awaits_message = awaits_message

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,13 +17,15 @@ from coord.waiting.poller import Poller
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
+    from uuid import UUID
 
     from sqlalchemy.engine import Dialect
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
     from sqlalchemy.orm import Mapper
 
     from coord.database.schemas import Schemas
+    from coord.database.target import Key
     from coord.notify.bell import Bell
     from coord.notify.channels import Channels
     from coord.waiting.reader import Settings
@@ -45,6 +48,18 @@ class _Coordination:
     declared: Declared
     bell: Bell | None
     channels: Channels
+
+
+@dataclass(frozen=True, slots=True)
+class OpenWait:
+    """A wait, or an event stream, as it is now."""
+
+    model: str
+    key: Key
+    job_id: UUID | None
+    """Of the job that may end it."""
+    seconds: float
+    """Since it began."""
 
 
 class Watcher:
@@ -76,6 +91,15 @@ class Watcher:
         """Those under which a shared read sees what this session sees; None if undeclared."""
         declared = next((each.declared for each in self._coordinations if each.declared is not None), None)
         return None if declared is None else checked_settings(declared(session) if callable(declared) else declared)
+
+    def open_waits(self) -> Iterator[OpenWait]:
+        """Those that callers have, and not what coord waits for on their behalf."""
+        now = monotonic()
+        for poller in [*self._pollers.values()]:
+            for waiter in [each for waiters in poller.waiters.values() for each in waiters if each.counts]:
+                job_id = None if waiter.job is None else waiter.job.target.key[0]
+                model = waiter.target.mapper.class_.__name__
+                yield OpenWait(model, waiter.target.key, job_id, now - waiter.began)
 
     def is_job_pending(self, job_id: object) -> bool:
         """Whether a job's message is still to be sent or unanswered, so that no worker is likely to have begun it."""
@@ -144,6 +168,13 @@ class Watcher:
     def _forget_if_idle(self) -> None:
         if not self._pollers and not self._coordinations:
             _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
+
+
+def open_waits(engines: Iterable[AsyncEngine]) -> list[OpenWait]:
+    """Of this event loop, for rows that these engines read; the eldest first."""
+    watchers = _watchers.get(asyncio.get_running_loop(), {})
+    found = [watchers[engine.dialect] for engine in engines if engine.dialect in watchers]
+    return sorted((wait for watcher in found for wait in watcher.open_waits()), key=lambda wait: -wait.seconds)
 
 
 def checked_settings(declared: object) -> Settings:
