@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import JobState, create_ledger, enqueue, task_options, wait_for_row_change
 from coord.console import console
-from coord.console.figures import Number
 from coord.console.live import Reads, UnreadableError
 from coord.console.wording import count, span
+from coord.fleet import Number
 from coord.jobs.model import jobs
 from coord.observation import observers
 from coord.telemetry import REQUEST_ID

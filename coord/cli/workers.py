@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import click
-from sqlalchemy import func, select
 
 from coord.cli.output import show
 from coord.cli.servers import asynchronous, json_option, session_of, url_option
-from coord.jobs.model import execute, queues, workers
+from coord.fleet import living_workers
 
 
 @click.command()
@@ -16,26 +15,22 @@ from coord.jobs.model import execute, queues, workers
 @asynchronous
 async def command(url: str | None, as_json: bool) -> None:
     """The workers that have a heartbeat, the oldest first."""
-    since = func.extract("epoch", func.clock_timestamp() - workers.c.beat_at).label("heartbeat")
-    leads = (queues.c.leader == workers.c.id).label("leads")
-    both = workers.outerjoin(queues, queues.c.name == workers.c.queue)
-    statement = select(workers, since, leads).select_from(both).order_by(workers.c.started_at)
     async with session_of(url) as session:
-        rows = (await session.run_sync(execute, statement)).all()
+        living = await living_workers(session)
     found = [
         {
-            "id": row.id,
-            "queue": row.queue,
-            "where": f"{row.host}:{row.pid}",
-            "since": row.started_at,
-            "heartbeat": float(row.heartbeat),
-            "state": "dead" if row.dead else "stopping" if row.stopping else "leads" if row.leads else "works",
-            "runs": len(row.jobs),
-            "jobs": row.jobs,
-            "tasks": row.tasks,
-            "knows": ", ".join(sorted(row.tasks)),
+            "id": each.id,
+            "queue": each.queue,
+            "where": f"{each.host}:{each.pid}",
+            "since": each.started_at,
+            "heartbeat": each.heartbeat,
+            "state": each.state,
+            "runs": len(each.runs),
+            "jobs": each.runs,
+            "tasks": each.tasks,
+            "knows": ", ".join(each.tasks),
         }
-        for row in rows
+        for each in living
     ]
     columns = ("where", "queue", "state", "since", "heartbeat", "runs", "knows", "id")
     show(found, columns, as_json=as_json, empty="no worker has a heartbeat")

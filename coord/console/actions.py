@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord.console.desk import Desk
-    from coord.console.figures import Number
+    from coord.fleet import Number
 
 BULK_SECONDS = 8.0
 """For which one POST goes on, some jobs a transaction; the rest is for another one."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Float, Integer, cast, func, literal_column, select, tuple_
 
+from coord.fleet import MAX_EXACT_JOBS, Number
 from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats
 
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, TableSample
     from sqlalchemy.ext.asyncio import AsyncSession
 
-MAX_EXACT_JOBS = 50_000
-"""More of a kind are estimated."""
 SAMPLE_PAGES = 2_000
 """Of the table, 8 KiB each, that an estimate reads at most."""
 SAMPLE_SEED = 7
@@ -28,17 +27,6 @@ MINUTES = 60
 
 is_failed = jobs.c.state == literal_column("'failed'")
 """Written out, as `is_queued` is: there is an index for it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A count, exact or about."""
-
-    value: int
-    exact: bool = True
-
-    def __add__(self, other: Number) -> Number:
-        return Number(self.value + other.value, self.exact and other.exact)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ from urllib.parse import urlencode
 
 from sqlalchemy import Float, bindparam, cast, func, literal, select, tuple_
 
-from coord.console.figures import MAX_EXACT_JOBS, Number, sample_of, sample_percent
+from coord.console.figures import sample_of, sample_percent
+from coord.fleet import MAX_EXACT_JOBS, Number
 from coord.jobs.batches import conditions_of
 from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from coord.console.figures import count_jobs, last_hour
-from coord.console.fleet import look_at_fleet
 from coord.console.job import actions_of, as_text, find_job, largest, parts_of, timeline
 from coord.console.listing import AGES, MAX_FEW, Filter, count_page, list_page
 from coord.console.live import UnreadableError
 from coord.console.locks import forest
 from coord.errors import RowNotFoundError
+from coord.fleet import look_at_fleet
 from coord.http.problem import public_reason
 from coord.jobs.model import JobState
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coord.console.figures import Number
+    from coord.fleet import Number
 
 
 def count(number: Number | int) -> str:

@@ -1,4 +1,4 @@
-"""The queues and the workers: what is due in them, and what they run."""
+"""The queues and the workers, for whoever looks at them: what is due, and what runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Float, cast, func, select, union
 
-from coord.console.figures import MAX_EXACT_JOBS, Number
 from coord.jobs.model import execute, is_in_feed, is_queued, jobs, queues, workers
 from coord.jobs.queries import heartbeats
 
@@ -17,6 +16,21 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.ext.asyncio import AsyncSession
+
+
+MAX_EXACT_JOBS = 50_000
+"""More of a kind are estimated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A count, exact or about."""
+
+    value: int
+    exact: bool = True
+
+    def __add__(self, other: Number) -> Number:
+        return Number(self.value + other.value, self.exact and other.exact)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,11 +75,11 @@ class Fleet:
 
 async def look_at_fleet(session: AsyncSession) -> Fleet:
     """Joins the session's transaction, and only reads; up to 50,000 unfinished jobs, beyond that it is "about"."""
-    living = await _workers(session)
-    return Fleet(await _queues(session, living), living)
+    living = await living_workers(session)
+    return Fleet(await queue_depths(session, living), living)
 
 
-async def _queues(session: AsyncSession, living: Sequence[LivingWorker]) -> Sequence[QueueDepth]:
+async def queue_depths(session: AsyncSession, living: Sequence[LivingWorker]) -> Sequence[QueueDepth]:
     now = func.clock_timestamp()
     beats = [beat.id for beat in await heartbeats(session)]
     waits = (is_queued, jobs.c.id.not_in(beats))
@@ -98,7 +112,8 @@ async def _queues(session: AsyncSession, living: Sequence[LivingWorker]) -> Sequ
     return found
 
 
-async def _workers(session: AsyncSession) -> Sequence[LivingWorker]:
+async def living_workers(session: AsyncSession) -> Sequence[LivingWorker]:
+    """Those that have a heartbeat, the oldest first."""
     since = cast(func.extract("epoch", func.clock_timestamp() - workers.c.beat_at), Float).label("heartbeat")
     leads = (queues.c.leader == workers.c.id).label("leads")
     both = workers.outerjoin(queues, queues.c.name == workers.c.queue)
