@@ -19,7 +19,7 @@ from coord.notify.channels import Channels
 from coord.notify.outage import Outage
 from coord.observation import tell_published
 from coord.queue.handover import hand_over
-from coord.timings import committed
+from coord.timings import attempt_payload
 from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Coordinator:
             channels = to.of_changes(session, known)
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
-            payload = committed(session)
+            payload = attempt_payload(session)
             tell_published(len(channels))
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")

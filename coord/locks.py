@@ -15,7 +15,7 @@ from sqlalchemy.orm import Mapper
 
 from coord.cancellation import cleaned_up, interruptible
 from coord.database.acquisition import Acquisition, acquire, literal
-from coord.database.engine import ANYWHERE, engine_of, session_of, written
+from coord.database.engine import NO_TABLE, bind_for_writes, engine_of, session_of
 from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
 from coord.durations import postgres_timeout
 from coord.errors import LockTimeoutError
@@ -128,7 +128,7 @@ def advisory_lock(
     session = session_of(session)
     engine_of(session)
     acquisition = _advisory_acquisition(key, words, shared)
-    return _held(session, ANYWHERE, lambda _: acquisition, limit, least=0.001)
+    return _held(session, NO_TABLE, lambda _: acquisition, limit, least=0.001)
 
 
 @asynccontextmanager
@@ -195,7 +195,7 @@ def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:
 
 def _binding(session: AsyncSession, tables: Sequence[type[Any] | Table]) -> Mapping[str, Any]:
     """Bind arguments for any of them."""
-    bindings = [written(each if isinstance(each, Table) else inspect(each)) for each in tables]
+    bindings = [bind_for_writes(each if isinstance(each, Table) else inspect(each)) for each in tables]
     if len({engine_of(session, **binding).sync_engine for binding in bindings}) > 1:
         raise ValueError("The session has these tables on different engines, so no transaction can lock all of them.")
     return bindings[0]

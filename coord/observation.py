@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from coord import telemetry
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError, WaitTimeoutError
-from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, answered
+from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, wait_timings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -101,7 +101,7 @@ class Awaited(Protocol):
     target: Any
     job: Any
 
-    def told(self) -> tuple[bytes, float] | None:
+    def last_message(self) -> tuple[bytes, float] | None:
         """The payload of the last message about its row, and when it came."""
 
 
@@ -136,10 +136,10 @@ def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
             outcome = next((known for kind, known in OUTCOMES.items() if isinstance(error, kind)), outcome)
             raise
         finally:
-            told = (waiter.job.told() if waiter.job is not None else None) or waiter.told()
+            told = (waiter.job.last_message() if waiter.job is not None else None) or waiter.last_message()
             if told is not None and job is None and told[1] < began:
                 told = None  # about a change before this wait
-            timings = session.info[WAIT_TIMINGS] = answered(job, told, began=began)
+            timings = session.info[WAIT_TIMINGS] = wait_timings_of(job, told, began=began)
             if span is not None:
                 telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
             task = getattr(job, "task", None)

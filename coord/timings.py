@@ -97,7 +97,7 @@ class WaitTimings:
         return ", ".join(f"{name};dur={seconds * 1000:.1f}{about.get(name, '')}" for name, seconds in parts.items())
 
 
-def answered(job: Any, told: tuple[bytes, float] | None, *, began: float) -> WaitTimings:
+def wait_timings_of(job: Any, told: tuple[bytes, float] | None, *, began: float) -> WaitTimings:
     """What is known at a wait's end; `told` is the bell's payload and when it came, on the monotonic clock."""
     now = monotonic()
     due = getattr(job, "due_said_at", 0.0) + getattr(job, "due_in", 0.0)
@@ -123,7 +123,7 @@ def answered(job: Any, told: tuple[bytes, float] | None, *, began: float) -> Wai
     )
 
 
-def committed(session: Session) -> bytes:
+def attempt_payload(session: Session) -> bytes:
     """For the bell: the timings of the attempt whose commit this is, or nothing."""
     timings: AttemptTimings | None = session.info.get(ATTEMPT_TIMINGS)
     if timings is None:

@@ -24,7 +24,7 @@ from coord import (
     task_options,
 )
 from coord.jobs.attempt import ATTEMPT
-from coord.jobs.job_transaction import CLASS
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS
 from coord.retryable import is_retryable
 from tests.ledger import WORKER_LOCK, a_task, committed, delivered, statements
 from tests.models import Item, User
@@ -449,8 +449,8 @@ async def test_a_workers_transactions_can_be_found_by_the_lock_they_hold(
     async with job_transaction(delivered(jobs[0], session_maker)) as one:
         async with job_transaction(delivered(jobs[1], session_maker)) as other:
             pids = {await session.scalar(text("SELECT pg_backend_pid()")) for session in (one, other)}
-            assert {row["pid"] for row in await observer.fetch(held, CLASS, WORKER_LOCK)} == pids
-    assert await observer.fetch(held, CLASS, WORKER_LOCK) == []
+            assert {row["pid"] for row in await observer.fetch(held, WORKER_LOCK_CLASS, WORKER_LOCK)} == pids
+    assert await observer.fetch(held, WORKER_LOCK_CLASS, WORKER_LOCK) == []
 
 
 # Locks and round trips

@@ -25,7 +25,7 @@ from coord import (
 )
 from coord.console import console
 from coord.http import Poll, Reply, RequestLimits, poll, problem_handlers, reply
-from coord.timings import AttemptTimings, answered
+from coord.timings import AttemptTimings, wait_timings_of
 from tests.desk import FULL, signed_in
 from tests.ledger import ledger  # noqa: F401 - fixture
 from tests.models import Account, User
@@ -299,11 +299,11 @@ async def test_a_job_that_is_to_begin_later_has_not_waited_in_the_queue(
 )
 def test_whoever_publishes_something_else_is_ignored(payload: bytes) -> None:
     assert AttemptTimings.read(payload) is None
-    assert answered(None, (payload, 0.0), began=0.0).parts() == {}
+    assert wait_timings_of(None, (payload, 0.0), began=0.0).parts() == {}
 
 
 def test_no_name_of_a_table_ends_the_header() -> None:
     timings = AttemptTimings("j", 1, 0.0)
     timings.add_lock('or"ders\\,\r\nSet-Cookie: ü in SHARE mode', 0.3)
-    header = answered(None, (timings.payload(), 0.0), began=0.0).server_timing()
+    header = wait_timings_of(None, (timings.payload(), 0.0), began=0.0).server_timing()
     assert 'lock;dur=300.0;desc="or?ders?,??Set-Cookie: ? in SHARE mode"' in header

@@ -44,13 +44,13 @@ def session_of(session: AnySession) -> AsyncSession:
 
 
 @lru_cache(maxsize=256)
-def written(target: Mapper[Any] | TableClause) -> Mapping[str, Any]:
+def bind_for_writes(target: Mapper[Any] | TableClause) -> Mapping[str, Any]:
     """Bind arguments for where the class or table is written, and where coord reads it: a replica may be behind."""
     mapper = {} if isinstance(target, TableClause) else {"mapper": target}
     return {**mapper, "clause": update(target)}
 
 
-ANYWHERE = written(table("coord"))
+NO_TABLE = bind_for_writes(table("coord"))
 """For what concerns no table."""
 
 
@@ -61,7 +61,7 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
     """
     session = source if isinstance(source, AsyncSession) else source()
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
-    found = _bind_of(session, bind_arguments or ANYWHERE)
+    found = _bind_of(session, bind_arguments or NO_TABLE)
     if found is None:
         raise ValueError("coord needs sessions bound to one asynchronous engine here: async_sessionmaker(bind=engine)")
     if isinstance(found, Connection) and own_connection(session) is None:
@@ -83,7 +83,7 @@ def engines_of(session: AsyncSession) -> list[AsyncEngine]:
     given = [getattr(session, "bind", None), *(getattr(session, "binds", None) or {}).values()]
     known = [each.engine if isinstance(each, AsyncConnection) else each for each in given if each is not None]
     engines = {each.sync_engine: each for each in known}
-    found = _bind_of(session, ANYWHERE)
+    found = _bind_of(session, NO_TABLE)
     if found is not None and found.engine not in engines:
         require_asyncpg(found.dialect)
         engines[found.engine] = AsyncEngine(found.engine)

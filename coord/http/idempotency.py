@@ -18,7 +18,7 @@ from sqlalchemy.dialects.postgresql import insert
 from starlette.exceptions import HTTPException
 
 from coord.cancellation import interruptible, settled
-from coord.database.engine import session_of, written
+from coord.database.engine import bind_for_writes, session_of
 from coord.database.transaction import end_transaction, has_written, holds_lock, is_explicit
 from coord.durations import seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY
@@ -105,7 +105,7 @@ class Idempotency:
 
     async def _first(self, session: AsyncSession, enqueued: Callable[[], Awaitable[Job]]) -> Job | None:
         """The job, with the key, in a savepoint: or a 4xx for what enqueue raises would commit a key alone."""
-        connection = await session.connection(bind_arguments=dict(written(job_mapper)))
+        connection = await session.connection(bind_arguments=dict(bind_for_writes(job_mapper)))
         async with settled(connection.begin_nested()):
             if not await self._taken(session):
                 return None

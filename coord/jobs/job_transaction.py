@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from coord.database.engine import AnySession
 
-CLASS = 0x636F6F72
+WORKER_LOCK_CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""
 CONNECTION_CHECK_SECONDS = 1.0
 """Until the backend of a killed worker notices, also while it waits for a lock."""
@@ -127,7 +127,7 @@ async def _claimed(attempt: Attempt) -> tuple[AsyncSession, AsyncSessionTransact
             return session, transaction
 
 
-def lock_of(worker: UUID) -> int:
+def worker_lock_key(worker: UUID) -> int:
     """The second half of the advisory lock that a worker's job transactions share: 32 random bits of its id."""
     return int.from_bytes(worker.bytes[-4:], signed=True)
 
@@ -201,7 +201,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
         "idle": f"{attempt.idle_limit * 1000:.0f}ms",
         "lock": attempt.worker_lock,
         "state": JobState.DONE,
-        "class": CLASS,
+        "class": WORKER_LOCK_CLASS,
     }
     try:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()

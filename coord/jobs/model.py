@@ -29,7 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
 
-from coord.database.engine import engine_of, written
+from coord.database.engine import bind_for_writes, engine_of
 from coord.database.place import ledger_options
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
@@ -281,12 +281,12 @@ MISSING = "The ledger's tables are missing: `coord schema --apply` makes them, a
 
 def ledger_engine(source: async_sessionmaker[Any] | AsyncSession) -> AsyncEngine:
     """The engine by which sessions write jobs."""
-    return engine_of(source, **written(job_mapper))
+    return engine_of(source, **bind_for_writes(job_mapper))
 
 
 def ledger_connection(session: Session) -> Connection:
     """Of the session's transaction, the one by which it writes jobs."""
-    return session.connection(bind_arguments=dict(written(job_mapper)))
+    return session.connection(bind_arguments=dict(bind_for_writes(job_mapper)))
 
 
 def execute(session: Session, statement: Executable, values: dict[str, Any] | None = None) -> CursorResult[Any]:

@@ -41,7 +41,7 @@ class Bell:
         self._subscriber = Subscriber(self._client, self._on_subscriber_result)
         self.listen = self._subscriber.listen
         self.leave = self._subscriber.leave
-        self.told = self._subscriber.told
+        self.last_message = self._subscriber.last_message
         self.is_pending = self._publisher.is_pending
 
     @asynccontextmanager

@@ -16,7 +16,7 @@ from sqlalchemy import event
 from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.orm.attributes import get_history
 
-from coord.database.engine import written
+from coord.database.engine import bind_for_writes
 from coord.observation import tell_committed
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _warn_uncoordinated() -> None:
 
 def written_to(session: Session, mapper: Mapper[Any]) -> Dialect:
     """The dialect of the engine through which the session writes rows of this class."""
-    return session.get_bind(**written(mapper)).dialect
+    return session.get_bind(**bind_for_writes(mapper)).dialect
 
 
 def _has_changed(mapper: Mapper[Any], state: InstanceState[Any]) -> bool:

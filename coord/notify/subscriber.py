@@ -90,7 +90,7 @@ class Subscriber:
         self._told.pop(channel, None)
         self._change(channel, False)
 
-    def told(self, channel: bytes) -> tuple[bytes, float] | None:
+    def last_message(self, channel: bytes) -> tuple[bytes, float] | None:
         """The payload of the last message since somebody listens, and when it came, on the monotonic clock."""
         return self._told.get(channel)
 

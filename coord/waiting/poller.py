@@ -141,9 +141,9 @@ class Poller:
         mapper, schemas = self.reader.mapper, self.reader.schemas
         return self._channels.table(mapper, schemas) if key is None else self._channels.row(mapper, schemas, key)
 
-    def told(self, key: Key) -> tuple[bytes, float] | None:
+    def last_message(self, key: Key) -> tuple[bytes, float] | None:
         """The payload of the last message about the row, and when it came."""
-        return None if self._bell is None else self._bell.told(self._channel(key))
+        return None if self._bell is None else self._bell.last_message(self._channel(key))
 
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""

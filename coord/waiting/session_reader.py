@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session, undefer
 from sqlalchemy.orm.attributes import set_committed_value
 
 from coord.cancellation import interruptible, uninterrupted
-from coord.database.engine import engine_of, own_connection, written
+from coord.database.engine import bind_for_writes, engine_of, own_connection
 from coord.database.schemas import schemas_of
 from coord.database.target import EAGER, M, column_names
 from coord.database.transaction import connection_mutex, end_transaction
@@ -71,7 +71,7 @@ class SessionReader(Generic[M]):
         self.session = session
         self.target = target
         self.schemas = schemas
-        self.watcher = Watcher.of(engine_of(session, **written(target.mapper)))
+        self.watcher = Watcher.of(engine_of(session, **bind_for_writes(target.mapper)))
         self.bound = own_connection(session) is not None
         self.settings = None if self.bound else self.watcher.settings_of(session)
         self.began = asyncio.get_running_loop().time()
@@ -159,7 +159,7 @@ class SessionReader(Generic[M]):
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:
         """The session's, in its transaction; where it has none, as long as this lasts."""
-        session, binding = self.session, dict(written(self.target.mapper))
+        session, binding = self.session, dict(bind_for_writes(self.target.mapper))
         if (own := own_connection(session)) is not None:
             yield own
             return

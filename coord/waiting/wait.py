@@ -8,7 +8,7 @@ from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of, written
+from coord.database.engine import bind_for_writes, session_of
 from coord.database.schemas import schemas_in_use
 from coord.database.target import Target
 from coord.database.transaction import connections_in_use, end_transaction, has_written, holds_lock, is_explicit
@@ -172,7 +172,7 @@ async def _end_if_read_only(session: AsyncSession) -> None:
 
 
 def _schemas(session: AsyncSession, target: Target[Any]) -> Schemas:
-    return schemas_in_use(session.sync_session, **written(target.mapper))
+    return schemas_in_use(session.sync_session, **bind_for_writes(target.mapper))
 
 
 def _interval(interval: Seconds) -> float:

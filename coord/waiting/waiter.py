@@ -109,9 +109,9 @@ class Waiter(Generic[M]):
         """The shared read of its job has failed, or has found no job."""
         self.fail(error)
 
-    def told(self) -> tuple[bytes, float] | None:
+    def last_message(self) -> tuple[bytes, float] | None:
         """The payload of the last message about its row, and when it came."""
-        return self._poller.told(self.target.key)
+        return self._poller.last_message(self.target.key)
 
     def request(self) -> None:
         self._poller.request(self.target.key)

@@ -12,7 +12,7 @@ from arq.worker import Retry, RetryJob
 
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
-from coord.jobs.job_transaction import JobSuperseded, lock_of
+from coord.jobs.job_transaction import JobSuperseded, worker_lock_key
 from coord.jobs.model import JobState
 from coord.observation import PUT_OFF, attempt_ended, observed_attempt
 from coord.retryable import is_retryable
@@ -36,7 +36,7 @@ class Executor:
     def __init__(self, state: WorkerState, finalizer: Finalizer, turns: Turns, context: Mapping[Any, Any]) -> None:
         self._config = state.config
         self._running = state.running
-        self._worker_lock = lock_of(state.id)
+        self._worker_lock = worker_lock_key(state.id)
         self._finalizer = finalizer
         self._turns = turns
         self._context = context

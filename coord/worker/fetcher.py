@@ -95,7 +95,7 @@ class Fetcher:
         pause = BACKOFF_SECONDS[0]
         while not self._draining or self._commands:
             try:
-                await self._turn()
+                await self._round()
                 pause = BACKOFF_SECONDS[0]
             except (RedisError, OSError) as error:
                 self._commands, self._more = [], True  # the reconciler finds what was to be pushed back
@@ -107,7 +107,7 @@ class Fetcher:
                 self._commands = []
                 await asyncio.sleep(pause)
 
-    async def _turn(self) -> None:
+    async def _round(self) -> None:
         self._running.changed.clear()
         free = self._running.free if self._may_take else 0
         if free <= 0 and not self._commands:
@@ -119,17 +119,17 @@ class Fetcher:
             return
         waited = 0.0 if self._more else BLOCK_SECONDS
         if self._freshness.is_late(asked, waited=waited):
-            self._leave(popped, asked)
+            self._put_back(popped, asked)
             return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
-        sound = await self._sound(popped)
+        checked = await self._checked(popped)
         if self._freshness.is_late(asked, waited=waited):
-            self._leave([(raw, score) for _, raw, score in sound], asked)  # the ledger took too long
+            self._put_back([(raw, score) for _, raw, score in checked], asked)  # the ledger took too long
             return
-        for message, raw, score in sound:
+        for message, raw, score in checked:
             self._start(message, raw, score)
 
-    def _leave(self, popped: Popped, asked: float) -> None:
+    def _put_back(self, popped: Popped, asked: float) -> None:
         """What came too late to be begun goes back; or, if others may have it by now, is left to the reconciler."""
         if popped and asyncio.get_running_loop().time() - asked < BACK_SECONDS:
             self._commands += [self._back(raw, score) for raw, score in popped]
@@ -158,7 +158,7 @@ class Fetcher:
         found = (popped or [])[0 if self._more else 1 :]  # of a blocking pop the key comes first
         return [(raw, float(score)) for raw, score in zip(found[::2], found[1::2], strict=True)]
 
-    async def _sound(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
+    async def _checked(self, popped: Popped) -> list[tuple[Message, bytes, float]]:
         """Those that are messages, and that the ledger confirms if they are old or have to wait for their turn."""
         found = []
         for raw, score in popped:

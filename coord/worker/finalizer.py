@@ -16,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
 from coord.errors import LockTimeoutError
-from coord.jobs.job_transaction import CLASS, is_ours, ours
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, ours
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
@@ -208,7 +208,7 @@ _lock = (
     select(
         jobs,
         func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
-        func.pg_advisory_xact_lock_shared(CLASS, bindparam("lock")),
+        func.pg_advisory_xact_lock_shared(WORKER_LOCK_CLASS, bindparam("lock")),
     )
     .where(is_ours)
     .with_for_update(of=jobs)

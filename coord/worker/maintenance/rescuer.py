@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.place import ledger_options
-from coord.jobs.job_transaction import CLASS, lock_of
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
 from coord.queue.handover import push
@@ -162,8 +162,8 @@ async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
     here = select(_databases.c.oid).where(_databases.c.datname == func.current_database()).scalar_subquery()
     statement = select(func.pg_terminate_backend(_locks.c.pid, TERMINATE_MILLISECONDS)).where(
         _locks.c.locktype == "advisory",
-        _locks.c.classid == CLASS,
-        _locks.c.objid == lock_of(worker) % 2**32,
+        _locks.c.classid == WORKER_LOCK_CLASS,
+        _locks.c.objid == worker_lock_key(worker) % 2**32,
         _locks.c.objsubid == 2,
         _locks.c.database == here,
     )
