@@ -83,6 +83,23 @@ def test_ctrl_c_leaves_no_process_behind(project: Path, start: Start, ending: si
 
 
 @pytest.mark.slow
+def test_with_reload_a_change_of_a_file_starts_the_programs_again(project: Path, start: Start) -> None:
+    """What is saved in the middle of a word ends the programs, and not the servers nor `coord dev`."""
+    dev = start("--reload").ready()
+    assert dev.trip()["doubled"] == 42
+    worker = project / "worker.py"
+    worker.write_text("class Settings(:")
+    dev.says(r"coord +\| worker-1 exited with status 1; the programs start again when a file changes")
+    worker.write_text(WORKER.replace("2 * number", "3 * number"))
+    dev.says(r"(?s)start again when a file changes\n.*a file has changed.*\| ready at")
+    answer = dev.trip()
+    assert (answer["doubled"], answer["visits"]) == (63, 2)
+    dev.process.send_signal(signal.SIGINT)
+    assert dev.status() == 0
+    assert processes_in(project) == {}
+
+
+@pytest.mark.slow
 def test_what_depends_on_another_stops_before_it(project: Path, start: Start) -> None:
     dev = start("--workers", "2").ready()
     dev.trip()

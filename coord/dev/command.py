@@ -136,35 +136,48 @@ class Development:
             self.readers.append(reader)
 
     def _watch(self) -> None:
-        """Return only by raising: none of them is meant to end before it is told to."""
-        ready, sources = False, _sources() if self.reload else {}
+        """Return only by raising: none of them is meant to end before it is told to, but for who is being written."""
+        sources = _sources() if self.reload else {}
         if not self.commands:
-            ready = True
             self.terminal.line("coord", "the servers are up, Ctrl-C stops")
+        ready = broken = not self.commands
         while True:
             if self.reload and sources != (sources := _sources()):
                 self.terminal.line("coord", "a file has changed, the programs start again")
                 self._end_programs()
                 self._start_programs()
-                ready = False
-            if death := self._first_death():
+                ready = broken = False
+            if death := self._servers_death():
                 raise DevError(death)
-            if not ready:
-                with contextlib.suppress(OSError):
-                    socket.create_connection(self.address, timeout=1.0).close()
-                    ready = True
-                    host, port = self.address
-                    shown = f"[{host}]" if ":" in host else host
-                    self.terminal.line("coord", f"ready at http://{shown}:{port}, Ctrl-C stops")
+            if not broken and (death := self._programs_death()):
+                if not self.reload:
+                    raise DevError(death)
+                self.terminal.line("coord", f"{death}; the programs start again when a file changes")
+                broken = True
+            ready = ready or (not broken and self._is_ready())
             time.sleep(0.1)
 
-    def _first_death(self) -> str | None:
-        """Programs end when their server does, so a server's end, looked for after theirs, is the one to report."""
-        ended = {name: status for name, process in self.processes.items() if (status := process.poll()) is not None}
+    def _is_ready(self) -> bool:
+        """Whether the application answers, which is said then."""
+        try:
+            socket.create_connection(self.address, timeout=1.0).close()
+        except OSError:
+            return False
+        host, port = self.address
+        shown = f"[{host}]" if ":" in host else host
+        self.terminal.line("coord", f"ready at http://{shown}:{port}, Ctrl-C stops")
+        return True
+
+    def _servers_death(self) -> str | None:
         for server in self.servers.values():
             if (status := server.exit_status) is not None:
                 return f"{server.name} {_ending(status)}; its log is {server.log}"
-        return next((f"{name} {_ending(status)}" for name, status in ended.items()), None)
+        return None
+
+    def _programs_death(self) -> str | None:
+        """Programs end when their server does, so a server's end, looked for after theirs, is the one to report."""
+        ended = {name: status for name, process in self.processes.items() if (status := process.poll()) is not None}
+        return (ended and self._servers_death()) or next((f"{name} {_ending(ended[name])}" for name in ended), None)
 
     def _stop(self) -> None:
         self.stop_began = self.stop_began or time.monotonic()
