@@ -18,6 +18,7 @@ from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, wait_timings_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+    from types import TracebackType
 
     from coord.timings import AttemptTimings, WaitTimings
 
@@ -123,27 +124,39 @@ def lock_wait(session: Any, acquisition: Any) -> Iterator[None]:
             observer.lock_waited(tables, mode, seconds)
 
 
-@contextmanager
-def observed_wait(session: Any, waiter: Awaited, job: Any) -> Iterator[None]:
-    """The block is the wait; at its end the session's `info` has its timings."""
-    began = monotonic()
-    outcome = "error"
-    with telemetry.internal(f"wait {waiter.target.mapper.class_.__name__}") as span:
+class ObservedWait:
+    """The block is the wait; at its end the session's `info` has its timings. No generator: thousands are open."""
+
+    __slots__ = ("_began", "_job", "_scope", "_session", "_span", "_waiter")
+
+    def __init__(self, session: Any, waiter: Awaited, job: Any) -> None:
+        self._session, self._waiter, self._job = session, waiter, job
+        self._scope = telemetry.internal(f"wait {waiter.target.mapper.class_.__name__}")
+
+    def __enter__(self) -> None:
+        self._began = monotonic()
+        self._span = self._scope.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        ended = (known for each, known in OUTCOMES.items() if isinstance(error, each))
         try:
-            yield
-            outcome = "changed"
-        except BaseException as error:
-            outcome = next((known for kind, known in OUTCOMES.items() if isinstance(error, kind)), outcome)
-            raise
+            self._note("changed" if error is None else next(ended, "error"))
         finally:
-            told = (waiter.job.last_message() if waiter.job is not None else None) or waiter.last_message()
-            if told is not None and job is None and told[1] < began:
-                told = None  # about a change before this wait
-            timings = session.info[WAIT_TIMINGS] = wait_timings_of(job, told, began=began)
-            if span is not None:
-                telemetry.note(span, {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)})
-            task = getattr(job, "task", None)
-            _wait_ended(outcome, monotonic() - began, timings, heard=told is not None, task=task)
+            self._scope.__exit__(kind, error, traceback)
+
+    def _note(self, outcome: str) -> None:
+        waiter, began = self._waiter, self._began
+        message = (waiter.job.last_message() if waiter.job is not None else None) or waiter.last_message()
+        if message is not None and self._job is None and message[1] < began:
+            message = None  # about a change before this wait
+        timings = self._session.info[WAIT_TIMINGS] = wait_timings_of(self._job, message, began=began)
+        if self._span is not None:
+            noted = {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)}
+            telemetry.note(self._span, noted)
+        task = getattr(self._job, "task", None)
+        _wait_ended(outcome, monotonic() - began, timings, heard=message is not None, task=task)
 
 
 def _wait_ended(outcome: str, seconds: float, timings: WaitTimings, *, heard: bool, task: str | None) -> None:

@@ -36,6 +36,9 @@ def _api(*, wanted: bool = False) -> Any:
     return opentelemetry
 
 
+_NOTHING = nullcontext()
+
+
 @contextmanager
 def sending(task: str, queue: str, job_id: object) -> Iterator[dict[str, str] | None]:
     """The span of an `enqueue`; yields the trace that the job carries, None if there is none."""
@@ -103,7 +106,7 @@ def internal(name: str) -> AbstractContextManager[Any]:
     """A span of coord's own between the two, or None."""
     api = _api()
     tracer = None if api is None else _tracer(api)
-    return nullcontext() if tracer is None else _internal(api, tracer, name)
+    return _NOTHING if tracer is None else _internal(api, tracer, name)
 
 
 @contextmanager

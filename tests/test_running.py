@@ -306,7 +306,7 @@ async def test_arqs_retry_is_another_attempt_at_once(office: Office, error: Exce
         await office.nothing_left_in_redis()
     assert (row.state, row.attempt, turns.tries) == ("done", 3, [1, 2, 3])
     assert await office.effects(job) == [3]
-    assert max(turns.pauses) < 1
+    assert max(turns.pauses) < 5, "they were handed over, and not found by the reconciler"
 
 
 async def test_arqs_retry_waits_as_long_as_it_says(office: Office) -> None:

@@ -15,7 +15,7 @@ from coord.database.transaction import connections_in_use, end_transaction, has_
 from coord.durations import seconds
 from coord.errors import UncommittedChangesError
 from coord.jobs.model import ledger_engine
-from coord.observation import observed_wait
+from coord.observation import ObservedWait
 from coord.waiting.baseline import baseline_of, database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import JobWaiter, job_id_of
@@ -95,7 +95,7 @@ async def wait_for_row_change(
     awaits_message = job_id is not None and since is None and until is None and ledger.is_job_pending(job_id)
     waiter = _waiter(own, baseline, interval_seconds, fresh=until is not None, awaits_message=awaits_message)
     its_job = nullcontext() if job_id is None or own.bound else JobWaiter(waiter, job_id, schemas, ledger)
-    with waiter, its_job, observed_wait(session, waiter, job):
+    with waiter, its_job, ObservedWait(session, waiter, job):
         return await waiter.changed(began, deadline, until=until, job_id=job_id)
 
 
