@@ -37,7 +37,7 @@ class Number:
 class QueueDepth:
     name: str
     due: Number
-    """Those that run are not among them."""
+    """Those that run are not among them. Not exact, there are at least so many."""
     later: Number
     oldest: float | None
     """Seconds since the oldest was due that nobody runs."""
@@ -74,21 +74,24 @@ class Fleet:
 
 
 async def look_at_fleet(session: AsyncSession) -> Fleet:
-    """Joins the session's transaction, and only reads; up to 50,000 unfinished jobs, beyond that it is "about"."""
+    """Joins the session's transaction, and only reads; of unfinished jobs it counts 50,000."""
     living = await living_workers(session)
-    return Fleet(await queue_depths(session, living), living)
+    return Fleet(await queue_depths(session, living, most=MAX_EXACT_JOBS), living)
 
 
-async def queue_depths(session: AsyncSession, living: Sequence[LivingWorker]) -> Sequence[QueueDepth]:
+async def queue_depths(
+    session: AsyncSession, living: Sequence[LivingWorker], *, most: int | None = None
+) -> Sequence[QueueDepth]:
+    """Of all unfinished jobs, or of so many at most."""
     now = func.clock_timestamp()
     beats = [beat.id for beat in await heartbeats(session)]
     waits = (is_queued, jobs.c.id.not_in(beats))
-    some = select(jobs.c.queue, jobs.c.scheduled_at).where(*waits).limit(MAX_EXACT_JOBS + 1).subquery()
+    some = select(jobs.c.queue, jobs.c.scheduled_at).where(*waits).limit(most and most + 1).subquery()
     due = func.count().filter(some.c.scheduled_at <= now)
     depths = select(some.c.queue, due, func.count()).group_by(some.c.queue)
     rows: Sequence[Any] = (await session.run_sync(execute, depths)).all()
     counted = {name: (number, every - number) for name, number, every in rows}
-    exact = sum(row[2] for row in rows) <= MAX_EXACT_JOBS
+    exact = most is None or sum(row[2] for row in rows) <= most
     known = union(select(queues.c.name), select(workers.c.queue))
     names = {*(await session.run_sync(execute, known)).scalars(), *counted}
     paused = {row.name: row.paused_at for row in await session.run_sync(execute, select(queues))}

@@ -124,6 +124,11 @@ async def test_a_ledger_in_a_schema_of_its_own_is_found_and_looked_at(place: Pla
     assert await place.checks() == {"tasks"}
     await place.sql.execute('DROP INDEX "the jobs".coord_jobs_due')
     assert await place.checks() == {"tasks", "indexes"}
+    engine = create_async_engine(str(place.url))
+    async with engine.begin() as connection:
+        await create_ledger(connection, schema="others")
+    await engine.dispose()
+    assert await place.checks() == {"ledger"}, "nobody says which"
 
 
 async def test_in_a_sound_set_up_nothing_is_found(place: Place, settings: Callable[..., None]) -> None:

@@ -78,7 +78,11 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
             else:
                 yield Finding("postgresql", what, "start it, or mend the URL")
             return
-        schema = await _schema(engine)
+        try:
+            schema = await _schema(engine)
+        except RuntimeError as error:  # there are several
+            yield Finding("ledger", str(error), "let the role of this URL use one of them")
+            return
         client, finding = await _redis(redis, stack)
         if finding is not None:
             yield finding
@@ -118,12 +122,8 @@ async def _away(engine: AsyncEngine) -> str | None:
 
 
 async def _schema(engine: AsyncEngine) -> str | None:
-    """Raises `ClickException` if there are ledgers in several."""
     async with engine.connect() as connection:
-        try:
-            return await connection.run_sync(ledger_schema)
-        except RuntimeError as error:
-            raise click.ClickException(str(error)) from error
+        return await connection.run_sync(ledger_schema)
 
 
 async def _redis(url: str | None, stack: AsyncExitStack) -> tuple[Redis | None, Finding | None]:

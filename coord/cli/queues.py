@@ -20,7 +20,7 @@ def command() -> None:
 @json_option
 @asynchronous
 async def list_(url: str | None, as_json: bool) -> None:
-    """What waits in each queue: due, for later, and for how long the oldest is due; about, beyond 50,000 jobs."""
+    """What waits in each queue: due, for later, and for how long the oldest is due."""
     async with session_of(url) as session:
         depths = await queue_depths(session, await living_workers(session))
     found = [
@@ -28,7 +28,6 @@ async def list_(url: str | None, as_json: bool) -> None:
             "queue": depth.name,
             "due": depth.due.value,
             "later": depth.later.value,
-            "exact": depth.due.exact,
             "oldest": depth.oldest,
             "workers": depth.workers,
             "paused since": depth.paused_at,
