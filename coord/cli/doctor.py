@@ -71,12 +71,8 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
     async with AsyncExitStack() as stack:
         engine = create_async_engine(address, pool_size=2, connect_args={"timeout": CONNECT_SECONDS, **_UNCACHED})
         stack.push_async_callback(engine.dispose)
-        if (away := await _away(engine)) is not None:
-            what = f"{masked(address)} cannot be used: {away}"
-            if "pooling mode" in away:  # PgBouncer's words
-                yield Finding("pgbouncer", what, "pool_mode = transaction, or session")
-            else:
-                yield Finding("postgresql", what, "start it, or mend the URL")
+        if (finding := await _away(engine, masked(address))) is not None:
+            yield finding
             return
         try:
             schema = await _schema(engine)
@@ -112,12 +108,15 @@ _UNCACHED = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
 """So that the doctor gets through any PgBouncer."""
 
 
-async def _away(engine: AsyncEngine) -> str | None:
+async def _away(engine: AsyncEngine, address: str) -> Finding | None:
     try:
         async with asyncio.timeout(2 * CONNECT_SECONDS), engine.connect() as connection:
             await connection.execute(text("SELECT 1"))
     except Exception as error:  # noqa: BLE001 - whatever keeps it from answering
-        return reason(error)
+        what = f"{address} cannot be used: {reason(error)}"
+        if "pooling mode" in what:  # PgBouncer's words
+            return Finding("pgbouncer", what, "pool_mode = transaction, or session")
+        return Finding("postgresql", what, "start it, or mend the URL")
     return None
 
 

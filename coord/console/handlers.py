@@ -40,6 +40,11 @@ logger = logging.getLogger("coord.console")
 
 MAX_FORM_BYTES = 65_536
 MAX_STREAMS = 200
+_REFUSALS: Mapping[type[Exception], tuple[int, str]] = {
+    UnreadableError: (503, "The ledger cannot be read"),
+    RowNotFoundError: (404, "Not there"),
+    ValueError: (400, "That cannot be asked for"),
+}
 _WITHIN = re.compile(r"(?!.*//)[\w./?&=%+-]{0,1000}")
 """Where somebody wanted to go before he signed in: a place in the console."""
 
@@ -62,12 +67,8 @@ class Handlers:
                 return self._stream(page, request, viewer)
             try:
                 read = await page.read(self._desk, request, viewer)
-            except UnreadableError as error:
-                return self._message(request, 503, "The ledger cannot be read", str(error), viewer)
-            except RowNotFoundError as error:
-                return self._message(request, 404, "Not there", str(error), viewer)
-            except ValueError as error:
-                return self._message(request, 400, "That cannot be asked for", str(error), viewer)
+            except tuple(_REFUSALS) as error:
+                return self._refused(request, error, viewer)
             context = {**self._context(request, viewer), **read, "page": page}
             return HTMLResponse(self._desk.render(f"{page.name}.html", **context))
 
@@ -130,12 +131,8 @@ class Handlers:
                 return self._read_only(request, viewer)
             try:
                 question = await ask(request, action)
-            except RowNotFoundError as error:
-                return self._message(request, 404, "Not there", str(error), viewer)
-            except UnreadableError as error:
-                return self._message(request, 503, "The ledger cannot be read", str(error), viewer)
-            except ValueError as error:
-                return self._message(request, 400, "That cannot be asked for", str(error), viewer)
+            except tuple(_REFUSALS) as error:
+                return self._refused(request, error, viewer)
             context = self._context(request, viewer)
             return HTMLResponse(self._desk.render("confirm.html", **context, question=question))
 
@@ -153,10 +150,8 @@ class Handlers:
                 return self._read_only(request, viewer)
             try:
                 onward = await do(request, action, fields)
-            except RowNotFoundError as error:
-                return self._message(request, 404, "Not there", str(error), viewer)
-            except ValueError as error:
-                return self._message(request, 400, "That cannot be done", str(error), viewer)
+            except tuple(_REFUSALS) as error:
+                return self._refused(request, error, viewer)
             self._desk.reads.forget()
             logger.info("The console was told: %s %s", action, request.url.path)
             return RedirectResponse(f"{_base(request)}{onward}", 303)
@@ -218,6 +213,10 @@ class Handlers:
                 403, "The form is not one that you were given: go back, reload the page, and try again."
             )
         return fields
+
+    def _refused(self, request: Request, error: Exception, viewer: Viewer) -> HTMLResponse:
+        status, title = next(told for kind, told in _REFUSALS.items() if isinstance(error, kind))
+        return self._message(request, status, title, str(error), viewer)
 
     def _read_only(self, request: Request, viewer: Viewer) -> HTMLResponse:
         said = "You have signed in with the token that only reads. Sign out, and in with the other one."
