@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import insert, text, update
+from sqlalchemy import insert, select, text, update
 
 import coord.worker.maintenance.reconciler
 from coord import task_options
@@ -17,6 +17,7 @@ from coord.queue.keys import soon_member, taken_member
 from coord.queue.message import Message
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.rows import MAX_ROWS, PAGE, QueuedJobs
+from coord.worker.state import WorkerState
 from tests.ledger import a_task, executed
 from tests.workers import KEYS, a_state, fresh
 
@@ -208,6 +209,71 @@ FILL = text("""
 """)
 
 
+async def test_a_round_is_short_however_much_is_due(
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be first does not wait until everything was looked at, and everything is looked at in the end."""
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "LOOK_SECONDS", 0.0)
+    async with looks.engine.connect() as connection:
+        await connection.execute(FILL, {"jobs": 5_000})
+        statement = select(jobs).order_by(jobs.c.scheduled_at, jobs.c.id)
+        rows = (await connection.execute(statement)).all()
+    async with looks.office.redis.pipeline() as pipe:
+        for row in rows[:-1]:
+            pipe.zadd(KEYS.feed, {Message.of(row).text(): fresh() - 60_000})
+        await pipe.execute()
+    urgent = await looks.aged(await script.enqueue(task_options(a_task, priority=1)), 3)
+    with executed(looks.state.engine) as statements:
+        await looks()
+    assert len(statements) < 3 * PAGE / MAX_ROWS + 10, len(statements)
+    await looks()
+    assert (await looks.waiting())[0] == str(urgent.id)
+    await looks(5_000 // PAGE + 2)
+    assert len(await looks.waiting()) == 5_001
+
+
+@pytest.mark.parametrize("statement", range(3))
+async def test_what_ends_while_the_numbers_are_compared_is_not_missed(
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch, statement: int
+) -> None:
+    """A look at everything would be begun every few seconds, for as long as a backlog drains."""
+    waiting = [await looks.aged(await script.enqueue(a_task), 60) for _ in range(20)]
+    for job in waiting:
+        await looks.office.put(Message.of(job).text(), fresh() - 60_000)
+    numbers = iter(range(1_000))
+    read = WorkerState.read
+
+    async def reads(state: WorkerState, asked: Any) -> Any:
+        if next(numbers) == statement:
+            await looks.office.redis.delete(KEYS.feed)
+            async with looks.engine.connect() as connection:
+                await connection.execute(update(jobs).values(state="done"))
+        return await read(state, asked)
+
+    monkeypatch.setattr(WorkerState, "read", reads)
+    looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    assert await looks.reconciler.round() is None, "goes on with a look at everything"
+
+
+async def test_more_that_is_due_than_redis_knows_of_is_noticed(looks: Looks, script: Office) -> None:
+    """Whatever was taken and is named by a heartbeat is counted once."""
+    waiting = [await looks.aged(await script.enqueue(a_task), 60) for _ in range(4)]
+    await looks.office.put(Message.of(waiting[0]).text(), fresh() - 60_000)
+    for job in waiting[1:3]:
+        await looks.office.redis.zadd(KEYS.taken, {taken_member(job.id, 1): time.time() * 1000})
+    running = {str(job.id): {"attempt": 1} for job in waiting[1:3]}
+    row = {"id": uuid4(), "queue": "default", "host": "here", "pid": 1, "jobs": running}
+    async with looks.engine.connect() as connection:
+        await connection.execute(insert(workers), row)
+    looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    with executed(looks.state.engine) as statements:
+        await looks.reconciler.round()
+    assert any("count(" in statement for statement in statements)
+    await asyncio.sleep(MISSING + 0.05)  # time is what it goes by
+    await looks()
+    assert len(await looks.waiting()) == 2
+
+
 async def test_a_look_at_everything_ends_while_more_becomes_due(looks: Looks) -> None:
     """However fast that is: what comes meanwhile is left to the next look."""
 
@@ -227,7 +293,10 @@ async def test_a_look_at_everything_ends_while_more_becomes_due(looks: Looks) ->
     assert await looks.waiting()
 
 
-async def test_thousands_are_back_after_two_looks_and_are_read_in_batches(looks: Looks) -> None:
+async def test_thousands_are_back_after_two_looks_and_are_read_in_batches(
+    looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "LOOK_SECONDS", 10.0)
     async with looks.engine.connect() as connection:
         await connection.execute(FILL, {"jobs": 3_000})
     await looks()

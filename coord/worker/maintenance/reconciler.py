@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from bisect import bisect
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,6 +27,7 @@ from coord.worker.maintenance.rows import PAGE, QueuedJobs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Row
@@ -46,6 +48,10 @@ COUNT_SECONDS = 5.0
 """Between two comparisons of the numbers."""
 REST = 100
 """Jobs of all the others that one look compares."""
+LOOK_SECONDS, PAUSE_SECONDS = 0.25, 0.1
+"""A look at everything goes on for so long in a round, and for so long the worker has its loop for itself."""
+MAX_MISSING = 20 * PAGE
+"""Of which the look at everything waits until they are handed over: they take memory."""
 
 
 class Head(NamedTuple):
@@ -56,11 +62,20 @@ class Head(NamedTuple):
     """Seconds since it was due."""
 
 
+class Sweep(NamedTuple):
+    """A look at everything that was due when it began. What becomes due meanwhile is left: it might have no end."""
+
+    due_by: datetime
+    after: Row[Any] | None = None
+
+
 class Reconciler(Loop):
-    """Works only while this worker leads. `forgotten` is called when Redis does not remember what it was told."""
+    """Works only while this worker leads. `forgotten` is called when Redis does not remember what it was told.
+
+    Each round looks at what is likely to be missing, and at what would be first, before it goes on with everything.
+    """
 
     interval = 0.5
-    limit = 60.0
 
     def __init__(self, state: WorkerState, forgotten: Callable[[], None]) -> None:
         super().__init__(state)
@@ -70,34 +85,33 @@ class Reconciler(Loop):
         self._queued = QueuedJobs(state)
         self._epoch: int | None = None
         self._missing: dict[Key, float] = {}
-        """Since when, on the monotonic clock."""
-        self._gone: set[Key] = set()
-        """Those that were missing and are not queued any more."""
+        """Since when, on the monotonic clock; the longest first."""
         self._rest: Row[Any] | None = None
         """How far the look at all the others has come."""
-        self._counted_at = self._full_at = float("-inf")
+        self._sweep: Sweep | None = None
+        self._counted_at = float("-inf")
+        self._handed_over = 0
+        """Since it was last said."""
 
-    async def round(self) -> None:
+    async def round(self) -> float | None:
         now = self._state.clock.now()
         if not self._state.is_leader:
-            self._epoch = None
+            self._epoch = self._sweep = None
             self._missing.clear()
-            return
-        full = await self._has_forgotten() or await self._is_due_in_full()
-        head = await self._head(now)
-        seen: set[Key] = set()
-        missing: dict[Key, float] = {}
-        async for page in self._pages(head, full=full):
-            async for rows in self._queued.rows(page):
-                new = [row for row in rows if (row.id, row.attempt) not in seen]
-                seen.update((row.id, row.attempt) for row in new)
-                await self._compare(new, now, missing)
-        # A look that is not full says nothing of what it has not compared.
-        rest = {} if full else {key: since for key, since in self._missing.items() if key not in seen | self._gone}
-        self._missing = rest | missing
-        if full and missing:
-            self._full_at = time.monotonic() + MISSING_SECONDS
+            return None
+        if await self._has_forgotten() or await self._has_too_few(now):
+            ((due_by,),) = await self._state.read(select(func.now()))
+            self._sweep = Sweep(due_by)
         await self._redis.zremrangebyscore(self._keys.taken, "-inf", now - TAKEN_SECONDS * 2000)
+        async for asked, page in self._pages(await self._head(now)):
+            queued = await self._compare(page, now)
+            for key in asked:
+                if key not in queued:
+                    self._missing.pop(key, None)
+        if self._handed_over:
+            logger.warning("%d jobs were not to be found in Redis, and are handed over again", self._handed_over)
+            self._handed_over = 0
+        return PAUSE_SECONDS if self._sweep or len(self._missing) > PAGE else None
 
     async def _has_forgotten(self) -> bool:
         """Whether Redis does not remember what it was told at the last look: emptied, replaced, or an old file's."""
@@ -111,17 +125,20 @@ class Reconciler(Loop):
         self._forgotten()
         return True
 
-    async def _is_due_in_full(self) -> bool:
-        """Also when there are more jobs than can be accounted for, or some were missing in the last full look."""
-        now = time.monotonic()
-        if self._full_at <= now and self._full_at > float("-inf"):
-            self._full_at = float("-inf")
-            return True
-        if now - self._counted_at < COUNT_SECONDS:
+    async def _has_too_few(self, now: int) -> bool:
+        """Whether more jobs are due than Redis and the heartbeats know of.
+
+        They are asked before the ledger: what ends in between is too many and not too few.
+        """
+        if self._sweep or time.monotonic() - self._counted_at < COUNT_SECONDS:
             return False
-        self._counted_at = now
+        self._counted_at = time.monotonic()
+        fed = await self._redis.zcard(self._keys.feed)
+        taken = await self._redis.zrangebyscore(self._keys.taken, now - TAKEN_SECONDS * 1000, "+inf")
+        known = {taken_member(*key) for key in await self._held() | self._missing.keys()}
+        known.update(member.decode() for member in taken)
         due = await self._queued.count(jobs.c.scheduled_at < _ago(RECENT_SECONDS[1]))
-        return due > 0 and due > await self._redis.zcard(self._keys.feed) + len(await self._held()) + len(self._missing)
+        return due > int(fed) + len(known)
 
     async def _head(self, now: int) -> Head | None:
         first = await self._redis.zrange(self._keys.feed, 0, 0, withscores=True)
@@ -131,48 +148,60 @@ class Reconciler(Loop):
         age = (now - due_of(score)) / 1000
         return Head(100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9))
 
-    async def _pages(self, head: Head | None, *, full: bool) -> AsyncIterator[Sequence[Row[Any]]]:
-        """What to look at: all that is due, or what is likely to be missing and a part of the rest."""
-        due = jobs.c.scheduled_at <= _ago(0.0)
-        if full:
-            async for page in self._queued.pages():
-                yield page
-            return
+    async def _pages(self, head: Head | None) -> AsyncIterator[tuple[Sequence[Key], Sequence[Row[Any]]]]:
+        """What is likely to be missing, what was missing, and a part of the rest; with what was asked for by name."""
+        until = time.monotonic() + LOOK_SECONDS
         last, first = RECENT_SECONDS
+        due = jobs.c.scheduled_at <= _ago(last)
         if head is None:
-            yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last))
-            return
-        yield await self._queued.ids(jobs.c.scheduled_at > _ago(first), jobs.c.scheduled_at <= _ago(last))
-        yield await self._queued.ids(jobs.c.scheduled_at <= _ago(last), _before(head))
-        if self._missing:
-            asked = list(self._missing)[:PAGE]
-            page = await self._queued.ids(due, jobs.c.id.in_([job_id for job_id, _ in asked]))
-            self._gone = set(asked) if not page else {key for key in asked if key[0] not in {row.id for row in page}}
-            yield page
-        rest = await self._queued.ids(due, limit=REST, after=self._rest)
-        self._rest = rest[-1] if len(rest) == REST else None
-        yield rest
+            yield (), await self._queued.ids(due)
+        else:
+            yield (), await self._queued.ids(jobs.c.scheduled_at > _ago(first), due)
+            yield (), await self._queued.ids(due, _before(head))
+        ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
+        asked = list(self._missing)[: max(PAGE, ripe)]
+        while asked:
+            some, asked = asked[:PAGE], asked[PAGE:] if time.monotonic() < until else []
+            yield (
+                some,
+                await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), jobs.c.id.in_([job_id for job_id, _ in some])),
+            )
+        if self._sweep is None:
+            rest = await self._queued.ids(due, limit=REST, after=self._rest)
+            self._rest = rest[-1] if len(rest) == REST else None
+            yield (), rest
+        while self._sweep and len(self._missing) < MAX_MISSING:
+            page = await self._queued.ids(jobs.c.scheduled_at <= self._sweep.due_by, after=self._sweep.after)
+            yield (), page
+            self._sweep = Sweep(self._sweep.due_by, page[-1]) if page else None
+            if time.monotonic() >= until:
+                break
 
-    async def _compare(self, rows: Sequence[Row[Any]], now: int, missing: dict[Key, float]) -> None:
-        absent = [row for row in rows if row.id is not None]
-        for find in (self._in_redis, self._in_heartbeats):
-            if absent:
-                there = await find(absent, now)
-                absent = [row for row in absent if (row.id, row.attempt) not in there]
-        seen_at = time.monotonic()
-        lost = []
-        for row in absent:
-            key = (row.id, row.attempt)
-            missing[key] = self._missing.get(key, seen_at)
-            if seen_at - missing[key] >= MISSING_SECONDS:
-                lost.append(row)
-        if lost:
-            logger.warning("%d jobs were not to be found in Redis, and are handed over again", len(lost))
-            command = push(self._keys, [(row, float(row.remaining)) for row in lost])
-            if command is not None:
-                await self._redis.execute_command(*command)
-            for row in lost:
-                del missing[row.id, row.attempt]
+    async def _compare(self, page: Sequence[Row[Any]], now: int) -> set[Key]:
+        """Hands over what was missing long enough. Returns those that are still queued."""
+        queued: set[Key] = set()
+        async for rows in self._queued.rows(page):
+            absent = {(row.id, row.attempt): row for row in rows}
+            queued.update(absent)
+            for find in (self._in_redis, self._in_heartbeats):
+                if absent:
+                    for key in await find(list(absent.values()), now) & absent.keys():
+                        del absent[key]
+                        self._missing.pop(key, None)
+            looked_at = time.monotonic()
+            since = {key: self._missing.setdefault(key, looked_at) for key in absent}
+            await self._hand_over([row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS])
+        return queued
+
+    async def _hand_over(self, lost: Sequence[Row[Any]]) -> None:
+        if not lost:
+            return
+        command = push(self._keys, [(row, float(row.remaining)) for row in lost])
+        if command is not None:
+            await self._redis.execute_command(*command)
+        self._handed_over += len(lost)
+        for row in lost:
+            del self._missing[row.id, row.attempt]
 
     async def _in_redis(self, rows: Sequence[Row[Any]], now: int) -> set[Key]:
         """Those that are in the feed, or near it, or were popped just now."""

@@ -45,14 +45,6 @@ class QueuedJobs:
             statement = statement.where(tuple_(*_order) > (after.scheduled_at, after.id))
         return await self._read(statement.order_by(*_order).limit(limit))
 
-    async def pages(self, *conditions: ColumnElement[bool]) -> AsyncIterator[Sequence[Row[Any]]]:
-        """Those that are due now, a page at a time. What becomes due meanwhile is left: it might have no end."""
-        now = (await self._read(select(func.now().label("now"))))[0].now
-        after: Row[Any] | None = None
-        while page := await self.ids(jobs.c.scheduled_at <= now, *conditions, after=after):
-            yield page
-            after = page[-1]
-
     async def rows(self, found: Sequence[Row[Any]]) -> AsyncIterator[Sequence[Row[Any]]]:
         """What makes messages of them, and the seconds that remain."""
         for batch in _batches(found):
