@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from redis.exceptions import OutOfMemoryError
-from sqlalchemy import and_, func, literal, or_, select
+from sqlalchemy import func, literal, select
 
 from coord.jobs.model import jobs, workers
 from coord.queue.handover import push
@@ -50,6 +50,8 @@ REST = 100
 """Jobs of all the others that one look compares."""
 LOOK_SECONDS, PAUSE_SECONDS = 0.25, 0.1
 """A look at everything goes on for so long in a round, and for so long the worker has its loop for itself."""
+OLDER_SECONDS = 1.0
+"""By which a job has been due for longer than the head of the feed, to be looked for before all others."""
 MAX_MISSING = 20 * PAGE
 """Of which the look at everything waits until they are handed over: they take memory."""
 
@@ -94,7 +96,7 @@ class Reconciler(Loop):
         """Since it was last said."""
 
     async def round(self) -> float | None:
-        now = self._state.clock.now()
+        began, now = time.monotonic(), self._state.clock.now()
         if not self._state.is_leader:
             self._epoch = self._sweep = None
             self._missing.clear()
@@ -111,7 +113,8 @@ class Reconciler(Loop):
         if self._handed_over:
             logger.warning("%d jobs were not to be found in Redis, and are handed over again", self._handed_over)
             self._handed_over = 0
-        return PAUSE_SECONDS if self._sweep or len(self._missing) > PAGE else None
+        left = self._sweep or len(self._missing) > PAGE
+        return PAUSE_SECONDS if left else max(PAUSE_SECONDS, self.interval - (time.monotonic() - began))
 
     async def _has_forgotten(self) -> bool:
         """Whether Redis does not remember what it was told at the last look: emptied, replaced, or an old file's."""
@@ -151,21 +154,20 @@ class Reconciler(Loop):
     async def _pages(self, head: Head | None) -> AsyncIterator[tuple[Sequence[Key], Sequence[Row[Any]]]]:
         """What is likely to be missing, what was missing, and a part of the rest; with what was asked for by name."""
         until = time.monotonic() + LOOK_SECONDS
+        ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
+        asked = list(self._missing)[: max(PAGE, ripe)]
+        while asked:
+            some, asked = asked[:PAGE], asked[PAGE:] if time.monotonic() < until else []
+            wanted = jobs.c.id.in_([job_id for job_id, _ in some])
+            yield some, await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), wanted)
         last, first = RECENT_SECONDS
         due = jobs.c.scheduled_at <= _ago(last)
         if head is None:
             yield (), await self._queued.ids(due)
         else:
-            yield (), await self._queued.ids(jobs.c.scheduled_at > _ago(first), due)
-            yield (), await self._queued.ids(due, _before(head))
-        ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
-        asked = list(self._missing)[: max(PAGE, ripe)]
-        while asked:
-            some, asked = asked[:PAGE], asked[PAGE:] if time.monotonic() < until else []
-            yield (
-                some,
-                await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), jobs.c.id.in_([job_id for job_id, _ in some])),
-            )
+            yield (), await self._queued.ids(due, jobs.c.priority > head.priority)
+            yield (), await self._queued.ids(due, jobs.c.priority == head.priority, _older(head))
+            yield (), await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
         if self._sweep is None:
             rest = await self._queued.ids(due, limit=REST, after=self._rest)
             self._rest = rest[-1] if len(rest) == REST else None
@@ -232,7 +234,6 @@ def _ago(seconds: float) -> Any:
     return func.now() - literal(timedelta(seconds=seconds))
 
 
-def _before(head: Head) -> Any:
-    """What would be first in the feed if it were there."""
-    older = and_(jobs.c.priority == head.priority, jobs.c.scheduled_at < _ago(head.age + 0.1))
-    return or_(jobs.c.priority > head.priority, older)
+def _older(head: Head) -> Any:
+    """By more than it takes to ask: a wave that became due in one moment would seem to be all older than its first."""
+    return jobs.c.scheduled_at < _ago(head.age + OLDER_SECONDS)
