@@ -5,7 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
-TYPED := $(wildcard coord worker api tests benchmarks demo)
+TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
 .PHONY: help venv demo serve test test-fast test-matrix coverage chaos bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
 

@@ -1,7 +1,7 @@
 """The public names with their types, as text: `python -m tests.api` prints it, `--write` keeps it in tests/api.txt.
 
-Public is what `__all__` of `coord`, `coord.console` and `coord.http` names, and of its classes what begins with no
-underscore. Types are written as the source has them.
+Public is what `__all__` of `coord`, `coord.console`, `coord.http` and `coord.testing` names, and of its classes what
+begins with no underscore. Types are written as the source has them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, get_overloads
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MODULES = ("coord", "coord.console", "coord.http")
+MODULES = ("coord", "coord.console", "coord.http", "coord.testing")
 SNAPSHOT = Path(__file__).with_suffix(".txt")
 COMMAND = "python -m tests.api --write"
 WIDTH = 110

@@ -1,4 +1,4 @@
-"""Real servers for every test: embedded ones, or those that the two variables name.
+"""Real servers for every test, by coord's own kit: embedded ones, or those that the two variables name.
 
 `COORD_TEST_DATABASE_URL` and `COORD_TEST_REDIS_URL` point elsewhere. Every test process has a database of its own
 there; one given Redis is shared out by database number, so it must hold nothing of value in numbers 1 to 15.
@@ -8,12 +8,10 @@ there; one given Redis is shared out by database number, so it must hold nothing
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import tempfile
-import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
@@ -24,12 +22,15 @@ from sqlalchemy.schema import CreateSchema
 import coord.waiting.watcher
 from coord.database.engine import prepare
 from coord.database.lock_function import create_lock_function
-from coord.dev.embedded import PostgreSQL, Valkey
 from tests.models import Base
 from tests.pooler import create_engine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from coord.testing import Servers
 
 pytest_plugins = [f"tests.{name}" for name in ("ledger", "waits", "workers", "counter", "pages", "clock", "spans")]
 """Their fixtures are every test's; what else is in them is imported."""
@@ -43,36 +44,26 @@ def server_directory() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def postgres_url(server_directory: Path) -> Iterator[str]:
-    """A server's maintenance database."""
-    if given := os.environ.get("COORD_TEST_DATABASE_URL"):
-        yield given
-        return
-    settings = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
-    with PostgreSQL(server_directory / "postgresql", settings=settings) as server:
-        yield server.url
+def coord_schema() -> Any:
+    """The library's own tables, for every database that the kit makes."""
+
+    async def create(connection: AsyncConnection) -> None:
+        await connection.execute(CreateSchema("Other Shop"))
+        await connection.run_sync(Base.metadata.create_all)
+        await connection.execute(create_lock_function)
+
+    return create
 
 
 @pytest.fixture(scope="session")
-async def database_url(postgres_url: str) -> AsyncIterator[str]:
+def database_url(coord_servers: Servers) -> str:
     """A database of this test process alone."""
-    name = f"coord_test_{uuid.uuid4().hex[:12]}"
-    dsn = make_url(postgres_url).set(drivername="postgresql").render_as_string(hide_password=False)
-    connection = await asyncpg.connect(dsn)
-    await connection.execute(f'CREATE DATABASE "{name}"')
-    yield make_url(postgres_url).set(database=name).render_as_string(hide_password=False)
-    await connection.execute(f'DROP DATABASE "{name}" WITH (FORCE)')
-    await connection.close()
+    return coord_servers.database_url
 
 
 @pytest.fixture(scope="session")
-def redis_url(server_directory: Path) -> Iterator[str]:
-    if given := os.environ.get("COORD_TEST_REDIS_URL"):
-        number = 1 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % 15
-        yield f"{given.rstrip('/').rsplit('/', 1)[0] if given.count('/') > 2 else given.rstrip('/')}/{number}"
-        return
-    with Valkey(server_directory / "valkey") as server:
-        yield server.url
+def redis_url(coord_servers: Servers) -> str:
+    return coord_servers.redis_url
 
 
 @pytest.fixture(scope="session")
@@ -102,16 +93,8 @@ def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
     return async_sessionmaker(engine, expire_on_commit=False)
 
 
-@pytest.fixture(scope="session", autouse=False)
-async def schema(engine: AsyncEngine) -> None:
-    async with engine.begin() as connection:
-        await connection.execute(CreateSchema("Other Shop", if_not_exists=True))
-        await connection.run_sync(Base.metadata.create_all)
-        await connection.execute(create_lock_function)
-
-
 @pytest.fixture
-async def tables(engine: AsyncEngine, schema: None) -> AsyncIterator[None]:
+async def tables(engine: AsyncEngine) -> AsyncIterator[None]:
     """Empty tables; emptied again afterwards, which also shows that a test left no lock behind."""
     names = [table.key for table in Base.metadata.sorted_tables]
     statement = "TRUNCATE " + ", ".join(".".join(f'"{part}"' for part in name.split(".")) for name in names)

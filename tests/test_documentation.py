@@ -42,6 +42,8 @@ from worker.environment import (
 from worker.models import Order, OrderStatus, Stock
 
 README = ROOT / "README.md"
+SUITE = {"COORD_TEST_DATABASE_URL", "COORD_TEST_REDIS_URL"}
+"""Where users' tests find servers."""
 PAGES = [README, *DOCS]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
@@ -157,6 +159,21 @@ async def test_the_project_in_the_readme_answers_with_the_workers_result(
     assert sorted(order["invoice_number"] for order in orders) == list(range(1, 21))
 
 
+def test_the_tests_on_the_testing_page_pass_for_the_project_in_the_readme(tmp_path: Path) -> None:
+    for page in (README, ROOT / "docs" / "testing.md"):
+        for block in blocks(page, "python"):
+            match = FILE.match(block.text)
+            assert match, "every example is a file"
+            (tmp_path / match[1]).write_text(block.text)
+    (tmp_path / "pytest.ini").write_text(
+        "[pytest]\nasyncio_default_fixture_loop_scope = function\nasyncio_mode = auto\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("COORD_", "PYTEST_"))}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    ended = subprocess.run(command, check=False, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=100)
+    assert re.search(r"^3 passed", ended.stdout, re.MULTILINE), ended.stdout
+
+
 @pytest.mark.parametrize("page", [*PAGES, *FOR_WHO_CARRIES_ON], ids=lambda page: page.stem)
 def test_every_link_leads_somewhere(page: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
@@ -196,7 +213,16 @@ def test_the_variables_and_their_defaults_are_those_of_the_shop() -> None:
     assert f"| `{DATABASE}` | `{DEFAULT_DATABASE_URL}` |" in text
     assert f"| `{REDIS}` | `{DEFAULT_REDIS_URL}` |" in text
     named = {name for page in PAGES for name in re.findall(r"COORD_[A-Z_]+", page.read_text())}
-    assert named == {DATABASE, REDIS, ADMIN_TOKEN, CONSOLE_TOKEN, CONSOLE_READ_TOKEN, METRICS_PORT, "COORD_DEVELOPMENT"}
+    assert named == {
+        DATABASE,
+        REDIS,
+        ADMIN_TOKEN,
+        CONSOLE_TOKEN,
+        CONSOLE_READ_TOKEN,
+        METRICS_PORT,
+        "COORD_DEVELOPMENT",
+        *SUITE,
+    }
 
 
 def startups() -> list[tuple[str, str]]:

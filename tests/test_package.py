@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("coord", "worker", "api")
 """Each may import those before it, and itself."""
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+PLUGIN = ROOT / "pytest_coord.py"
 LONGEST_FILE, LONGEST_BODY = 300, 40
 SHIPPED = {".py", ".typed", ".html", ".css", ".js", ".svg"}
 
@@ -95,7 +96,7 @@ def foreign_private_names(tree: ast.AST, own: set[str], here: set[str]) -> set[s
 
 
 def test_no_private_name_of_another_library_is_used_but_those_that_are_listed() -> None:
-    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "coord").rglob("*.py"))]
+    trees = [ast.parse(path.read_text()) for path in (*sorted((ROOT / "coord").rglob("*.py")), PLUGIN)]
     own = set().union(*map(defined_in, trees))
     found = set().union(*(foreign_private_names(tree, own, defined_in(tree)) for tree in trees))
     assert found == set(PRIVATE_NAMES)
@@ -140,7 +141,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(built) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         metadata = next(wheel.read(name).decode() for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    expected = {name_of(path) for path in (ROOT / "coord").rglob("*") if path.suffix in SHIPPED}
+    expected = {name_of(path) for path in (ROOT / "coord").rglob("*") if path.suffix in SHIPPED} | {"pytest_coord.py"}
     assert names == expected
     assert "coord/py.typed" in names
     assert metadata.endswith((ROOT / "README.md").read_text())
@@ -163,7 +164,7 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
 PARTS = [
     *("errors", "durations", "retryable", "cancellation", "database", "timings", "telemetry", "observation", "session"),
     *("locks", "notify", "jobs", "blocking", "fleet", "queue"),
-    *("waiting", "coordinator", "worker", "http", "metrics", "console", "dev", "cli"),
+    *("waiting", "coordinator", "worker", "http", "metrics", "console", "dev", "cli", "testing"),
 ]
 """Of coord, bottom first: each imports only what comes before it, for type checking too."""
 
@@ -179,14 +180,16 @@ def test_packages_import_in_one_order_without_circles(path: Path) -> None:
             assert all(PARTS.index(name) <= PARTS.index(part) for name in names), f"line {node.lineno}"
 
 
-@pytest.mark.parametrize("modules", [["coord"], ["worker.settings"], ["api"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "modules", [["coord"], ["worker.settings"], ["api"], ["pytest_coord", "coord.testing"]], ids=" ".join
+)
 def test_an_import_connects_nothing_and_starts_nothing(modules: list[str]) -> None:
     command = [sys.executable, "-c", CONNECTS_NOTHING, *modules]
     ended = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+@pytest.mark.parametrize("path", [*SOURCES, PLUGIN], ids=name_of)
 def test_no_file_and_no_function_is_long(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= LONGEST_FILE

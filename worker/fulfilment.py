@@ -22,7 +22,7 @@ async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
         found = (await session.execute(_statement.where(Order.id == order_id))).one_or_none()
         if found is None or found.Order.status is not OrderStatus.PENDING:
             return
-        order, stock, last_invoice = found.t
+        order, stock, last_invoice = found
         if stock is None or stock.quantity < order.quantity:
             order.status = OrderStatus.REJECTED
             return

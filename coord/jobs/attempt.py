@@ -41,6 +41,8 @@ class Attempt:
     """Whether that has claimed the job: what fails before has done nothing."""
     failure: BaseException | None = None
     """What has rolled it back, whether or not the task lets it through."""
+    error: BaseException | None = None
+    """What its executor has made of that, or of what the task has raised."""
     applied: bool = False
     """Whether its transaction has committed."""
     reason: str | None = None

@@ -44,6 +44,12 @@ class Executor:
         self._said: set[tuple[str, str]] = set()
 
     def start(self, message: Message, *, queued: float = 0.0) -> None:
+        running = self.admit(message, queued=queued)
+        running.task = asyncio.create_task(self.run(running), name=f"coord job {message.id}")
+        running.task.add_done_callback(lambda _task: self._running.remove(running))  # also if it never began
+
+    def admit(self, message: Message, *, queued: float = 0.0) -> RunningJob:
+        """Give it a slot, for `run`."""
         attempt = Attempt(
             job_id=message.id,
             task=message.task,
@@ -56,12 +62,10 @@ class Executor:
             idle_limit=self._config.idle_limit,
             queued=queued,
         )
-        running = self._running.add(message, attempt)
-        running.task = asyncio.create_task(self._run(running), name=f"coord job {message.id}")
-        running.task.add_done_callback(lambda _task: self._running.remove(running))  # also if it never began
+        return self._running.add(message, attempt)
 
-    async def _run(self, running: RunningJob) -> None:
-        """The whole of an attempt; whatever happens its slot is free afterwards."""
+    async def run(self, running: RunningJob) -> str:
+        """The whole of an attempt, and its outcome; whatever happens its slot is free afterwards."""
         outcome = "lost"
         try:
             refusal = self._refusal(running.message)
@@ -75,6 +79,7 @@ class Executor:
         finally:
             self._running.remove(running)
             attempt_ended(running.message, outcome, running.attempt.timings, running.attempt.reason)
+        return outcome
 
     def _refusal(self, message: Message) -> Exception | None:
         """Why the attempt cannot be made here, and perhaps by another worker, or by this one after its deployment."""
@@ -90,6 +95,7 @@ class Executor:
     async def _refused(self, running: RunningJob, error: Exception) -> str:
         running.may_cancel = False
         attempt, what = running.attempt, (running.message.task, str(error))
+        attempt.error = error
         if what not in self._said:
             self._said.add(what)
             logger.warning("%s; job %s and others like it go back and stay queued", error, attempt.job_id)
@@ -153,6 +159,7 @@ class Executor:
 
     async def _raised(self, running: RunningJob, error: BaseException) -> str | None:
         attempt = running.attempt
+        attempt.error = error
         if attempt.applied:
             if not isinstance(error, asyncio.CancelledError):
                 logger.error("%s has failed after its effect was applied", attempt.task, exc_info=printable(error))
@@ -164,7 +171,7 @@ class Executor:
         if isinstance(error, asyncio.CancelledError):
             if running.stopping or _is_being_cancelled():
                 return await self._finalizer.handed_back(attempt) and "handed back"
-            error = RuntimeError("the task has cancelled itself")
+            attempt.error = error = RuntimeError("the task has cancelled itself")
         return await self._failed(attempt, error)
 
     async def _failed(self, attempt: Attempt, error: BaseException) -> str | None:
