@@ -163,7 +163,7 @@ def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
 PARTS = [
     *("errors", "durations", "retryable", "cancellation", "database", "timings", "telemetry", "observation", "session"),
     *("locks", "notify", "jobs", "blocking", "fleet", "queue"),
-    *("waiting", "coordinator", "worker", "http", "metrics", "console", "dev", "cli"),
+    *("waiting", "coordinator", "worker", "http", "metrics", "console", "dev", "testing", "cli"),
 ]
 """Of coord, bottom first: each imports only what comes before it, for type checking too."""
 
