@@ -57,24 +57,11 @@ class Visit:
         self._is_calm = is_calm
         self._tell = tell
 
-    async def ask(
-        self,
-        method: str,
-        path: str,
-        *,
-        effect: str | None = None,
-        deadline: float | None = None,
-        shows: Callable[[httpx.Response], Shown | None] | None = None,
-        **options: Any,
-    ) -> httpx.Response:
-        """Send it, with httpx's options, again and again until the answer is a success, or `GaveUp` is raised.
-
-        `effect` names what is asked for, if it is one: a 202 promises it, any other success claims that it has landed.
-        `deadline` is in how many seconds the answer is due. `shows` is called with every answer below 500.
-        """
+    async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        """`send` it again and again until the answer is a success, or raise `GaveUp`, which is in the history."""
         until = self._recorder.now() + GIVE_UP_SECONDS
         while True:
-            response = await self._once(method, path, effect, deadline, shows, options)
+            response = await self.send(method, path, **options)
             if response is not None and response.is_success:
                 return response
             if self._recorder.now() > until:
@@ -84,15 +71,21 @@ class Visit:
                 raise GaveUp(text)
             await asyncio.sleep(PAUSE_SECONDS)
 
-    async def _once(
+    async def send(
         self,
         method: str,
         path: str,
-        effect: str | None,
-        deadline: float | None,
-        shows: Callable[[httpx.Response], Shown | None] | None,
-        options: dict[str, Any],
+        *,
+        effect: str | None = None,
+        deadline: float | None = None,
+        shows: Callable[[httpx.Response], Shown | None] | None = None,
+        **options: Any,
     ) -> httpx.Response | None:
+        """Send a request once, with httpx's options; None if it was not answered.
+
+        `effect` names what is asked for, if it is one: a 202 promises it, any other success claims that it has landed.
+        `deadline` is in how many seconds the answer is due. `shows` is called with every answer below 500.
+        """
         began, calm, response = self._recorder.now(), self._is_calm(), None
         shown, outcome = Shown(), Outcome.UNKNOWN
 
