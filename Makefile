@@ -7,7 +7,7 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast test-matrix coverage chaos bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
+.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -25,13 +25,16 @@ test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not alone" || \
 		{ echo "== Again by itself: what has failed"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone"; }
-	@$(BIN)/python -m pytest -m alone
+	@$(BIN)/python -m pytest -m "alone and not planted"
 
 test-fast: $(READY) ## the suite without its slow tests
 	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
 
 test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; LEGS="oldest newest" picks, PART=core is quicker
 	@$(BIN)/python -m tests.matrix $(if $(LEGS),--only $(LEGS) --required) $(if $(PART),--part $(PART))
+
+planted: $(READY) ## plant bugs in copies of the library, and see that the checker finds each; five minutes
+	@$(BIN)/python -m pytest tests/test_planted.py
 
 coverage: $(READY) ## the suite, then how much of each package it ran and which lines not; TESTS="tests/test_locks.py" picks
 	@rm -rf .coverage

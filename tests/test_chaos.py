@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from coord.testing.proof import Fault
+from coord.testing.proof.faults import forecast
 from tests.chaos.__main__ import run
-from tests.chaos.faults import TO_NETWORKS, TO_SERVERS, TO_WORKERS, forecast
 from tests.shop import ROOT
 
 SECONDS = 40
@@ -22,15 +23,22 @@ SECONDS = 40
 @pytest.mark.alone
 @pytest.mark.timeout(300)
 async def test_no_fault_loses_an_order_or_deals_with_it_twice() -> None:
-    seed = random.SystemRandom().randrange(2**32)
     with tempfile.TemporaryDirectory(prefix="coord-chaos-", ignore_cleanup_errors=True) as directory:
-        report = await run(Path(directory), SECONDS, seed)
-    assert not report.broken, f"make chaos SECONDS={SECONDS} SEED={seed}\n{report}"
+        proof = await run(SECONDS, directory=Path(directory))
+    assert proof.holds, f"make chaos SECONDS={SECONDS} SEED={proof.seed}\n{proof}"
 
 
 def test_a_seed_is_a_storm_in_which_everything_happens() -> None:
-    assert forecast(60, 1) == forecast(60, 1) != forecast(60, 2)
-    assert {fault.kind for fault in forecast(SECONDS, 3)} == {*TO_WORKERS, *TO_SERVERS, *TO_NETWORKS}
+    first, again, other = ([*forecast(60, seed, Fault)] for seed in (1, 1, 2))
+    assert first == again != other
+    assert first == sorted(first)
+    assert {strike.kind for strike in forecast(SECONDS, 3, Fault)} == {*Fault}
+    assert {strike.kind for strike in forecast(SECONDS, 3, [Fault.API_KILLED])} == {Fault.API_KILLED}
+    assert [*forecast(SECONDS, 3, [])] == []
+
+
+def test_a_storm_may_last_for_days() -> None:
+    assert len([*islice(forecast(10.0**6, 1, Fault), 1000)]) == 1000
 
 
 @pytest.mark.parametrize("seconds", [600, -600])

@@ -38,6 +38,7 @@ def spawn(
     stdout: int | IO[bytes],
     env: Mapping[str, str] | None = None,
     owner: Owner | None = None,
+    directory: Path | None = None,
     at_parent_death: signal.Signals = signal.SIGKILL,
 ) -> subprocess.Popen[bytes]:
     """Start `command`, named by its absolute path, in a session of its own: a terminal's Ctrl-C does not reach it.
@@ -56,6 +57,7 @@ def spawn(
                 stdout=stdout,
                 stderr=subprocess.STDOUT,
                 env=env,
+                cwd=directory,
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:

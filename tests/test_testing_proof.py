@@ -1,0 +1,102 @@
+"""A proof as a user runs it: from a test suite of their own, with the page's files, and what it says when it fails."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as NotConnectedError
+
+from coord.testing.history import RULES, HistoryFile
+from coord.testing.proof import Application, prove
+from coord.testing.proof.links import Link
+from coord.testing.proof.prove import LATE_SECONDS
+from tests.pages import FILE, blocks
+from tests.shop import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+PAGE = ROOT / "docs" / "proof.md"
+BOOKING = ROOT / "tests" / "booking" / "booking.py"
+
+
+def project(directory: Path) -> str:
+    """The page's files, and the application that they are for; the test's name."""
+    [text] = [block.text for block in blocks(PAGE, "python") if FILE.match(block.text)]
+    name = FILE.match(text)
+    assert name is not None
+    (directory / name[1]).write_text(text)
+    shutil.copy(BOOKING, directory)
+    return name[1]
+
+
+def tested(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--rootdir", str(directory), name]
+    return subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.timeout(200)
+def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None:
+    ended = tested(tmp_path, project(tmp_path))
+    assert ended.returncode == 0, ended.stdout
+    assert "everything holds; seed " in ended.stdout
+    assert re.search(r"faults +\d+ × ", ended.stdout)
+    for rule in RULES:
+        assert f"✓ {rule} " in ended.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.timeout(200)
+def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp_path: Path) -> None:
+    name = project(tmp_path)
+    application = tmp_path / BOOKING.name
+    application.write_text(application.read_text().replace(", lock_tables(session, [Booking]):", ":"))
+    test = tmp_path / name
+    test.write_text(test.read_text().replace("seconds=20", "seconds=3, pace=40, faults=[]"))
+    ended = tested(tmp_path, name)
+    assert ended.returncode == 1, ended.stdout
+    assert re.search(r"BROKEN: .*; seed \d+ repeats it, the history is /", ended.stdout)
+
+
+def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
+    alone = Application(api=["uvicorn", "booking:app"], workers=[["arq", "booking.Settings"]])
+
+    async def nothing(*_: object) -> None: ...
+
+    proof = prove(alone, nothing, effect_of=lambda *_: None, read=nothing, directory=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a proof needs two workers"):
+        proof.send(None)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_page_has_every_rule_as_the_checker_says_it() -> None:
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
+    assert rows == RULES
+    assert f"late={LATE_SECONDS}" in PAGE.read_text()
+
+
+async def test_a_link_that_is_cut_ends_connections_and_refuses_new_ones(redis_url: str) -> None:
+    async with Link(redis_url).opened() as link, Redis.from_url(link.url, retry=None) as client:
+        assert await client.ping()
+        await link.cut(0)
+        assert link.up
+        link.up = False
+        with pytest.raises(NotConnectedError):
+            await client.ping()
+        link.up = True
+        assert await client.ping()
+
+
+def test_a_history_is_iterated_from_its_beginning(tmp_path: Path) -> None:
+    (tmp_path / "history").write_text("")
+    history = HistoryFile(tmp_path / "history")
+    assert [*history] == [*history] == []
