@@ -71,7 +71,7 @@ def broken(crowd: list[Customer], stock: dict[str, int], final: float, found: Fo
         yield f"a job was not final {FINAL_SECONDS:g} s after the last fault, or after it was enqueued"
     yield from _answers(crowd, found)
     yield from _jobs(crowd, found)
-    yield from _effects(stock, found)
+    yield from effects(stock, found)
 
 
 def answered_in_the_calm(crowd: list[Customer]) -> tuple[int, int]:
@@ -111,7 +111,7 @@ def _jobs(crowd: list[Customer], found: Found) -> Iterator[str]:
         yield f"orders {sorted(map(str, missing))[:5]} were promised, but have no job"
 
 
-def _effects(stock: dict[str, int], found: Found) -> Iterator[str]:
+def effects(stock: dict[str, int], found: Found) -> Iterator[str]:
     for job in found.jobs:
         order = found.orders[job["order_id"]]
         if order["status"] == "pending" or order["version"] != 2:
