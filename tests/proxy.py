@@ -133,6 +133,8 @@ class Proxy:
                 await asyncio.gather(self._pump(reader, wire, asks=True), self._pump(there, wire, asks=False))
         finally:
             self.wires.discard(wire)
+            writer.close()
+            back.close()
 
     async def _pump(self, reader: asyncio.StreamReader, wire: Wire, *, asks: bool) -> None:
         writer, trap = (wire.server, "on_request") if asks else (wire.client, "on_answer")

@@ -52,15 +52,21 @@ async def reset(link: Network) -> AsyncIterator[None]:
     yield
 
 
-def at_commit(link: Proxy, then: Callable[[Wire], None], *, arrives: bool, port: int | None = None) -> asyncio.Event:
+def at_commit(
+    link: Proxy, then: Callable[[Wire], None], *, arrives: bool, port: int | None = None, after: bytes = b""
+) -> asyncio.Event:
     """Have that called as the next COMMIT passes, of this connection if one is given; the event says that it has.
 
-    `arrives`: it is called right after PostgreSQL was sent the COMMIT; else right before, and it never is.
+    `arrives`: it is called right after PostgreSQL was sent the COMMIT; else right before, and it never is. `after`:
+    what that connection must have been sent before.
     """
     passed = asyncio.Event()
+    sent: set[Wire] = set()
 
     def on_request(wire: Wire, data: bytes) -> bool:
-        if b"COMMIT" not in data or port not in (None, wire.port):
+        if after in data:
+            sent.add(wire)
+        if b"COMMIT" not in data or port not in (None, wire.port) or wire not in sent:
             return False
         link.on_request = None
         if arrives:
