@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
-ALL_REPLAYED = "SELECT pg_last_wal_replay_lsn() >= $1::pg_lsn"
+ALL_REPLAYED = "SELECT pg_last_wal_replay_lsn() >= $1::text::pg_lsn"
 ORDERS = "SELECT id, invoice_number FROM orders WHERE status = 'fulfilled' ORDER BY invoice_number"
 
 
