@@ -66,7 +66,7 @@ ASKED_AGAIN = (
 TABLE: dict[str, dict[str, Cell]] = {
     "kill": {
         API: yes(
-            "The connection ends. What was committed is done; asked again with its key, the client gets that job's end.",
+            "The connection ends. What was committed is done; asked again with its key, the client gets that job.",
             f"{P}what_an_api_was_asked_before_it_was_killed_is_done_once",
             "test_api_death.py::test_what_was_asked_for_is_done_once_wherever_the_api_died[running-True]",
         ),
@@ -94,7 +94,7 @@ TABLE: dict[str, dict[str, Cell]] = {
             "The same, and another leads within 4 s.", f"{P}the_jobs_of_a_worker_that_is_frozen_run_elsewhere[leader]"
         ),
         POSTGRESQL: yes(
-            "What needs it waits, and is 503 2 s after its time is up. Nobody is taken for dead; jobs go on afterwards.",
+            "What needs it waits, and is 503 2 s after its time is up. Nobody is taken for dead; jobs go on later.",
             f"{S}a_server_that_stands_still_delays_and_robs_nobody[longer]",
         ),
         REDIS: yes(POLLED, f"{OUT}[frozen]"),
@@ -190,7 +190,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     "half-open": of_links(
         "half_open",
         {
-            API_POSTGRESQL: "What needs it hangs, and is 503 2 s after its time is up; a wait is 202 within a second of it."
+            API_POSTGRESQL: "What needs it hangs, and is 503 2 s after its time is up; a wait is 202 in time."
             " Each dead connection of the pool may cost one request more.",
             API_REDIS: "200, by polling; found out within 2 s by who publishes, within 10 s by who subscribes.",
             WORKER_POSTGRESQL: f"{ELSEWHERE} The dead connection's locks are freed with it.",
@@ -330,7 +330,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     },
     "clock ±1 h": {
         part: yes(
-            "Nothing: what is due is PostgreSQL's to say, who lives is told by no clock but the watcher's monotonic one.",
+            "Nothing: what is due is PostgreSQL's to say, and who lives that of what others have seen.",
             *each(
                 f"{P}a_wrong_clock_hurries_nothing_and_delays_nothing", f"{name}-an hour fast", f"{name}-an hour slow"
             ),

@@ -19,7 +19,7 @@ PARTS = {
     "worker–PostgreSQL": "work–PG",
     "worker–Redis": "work–R",
 }
-"""What may fail, and its name above a narrow column. The leader is the worker that leads maintenance, with its links."""
+"""What may fail, and its name above a narrow column. The leader is the worker that leads maintenance."""
 API, WORKER, LEADER, POSTGRESQL, REDIS, API_POSTGRESQL, API_REDIS, WORKER_POSTGRESQL, WORKER_REDIS = PARTS
 PROCESSES, SERVERS = (API, WORKER, LEADER), (POSTGRESQL, REDIS)
 LINKS = (API_POSTGRESQL, API_REDIS, WORKER_POSTGRESQL, WORKER_REDIS)
@@ -30,8 +30,6 @@ FAULTS = (
     *("maxmemory", "too few replicas", "old file restored", "read-only replica", "MISCONF", "ACL", "Sentinel failover"),
     "clock ±1 h",
 )
-SAME = "→"
-"""In the printed table: a cell that another cell stands for."""
 
 
 @dataclass(frozen=True, slots=True)
