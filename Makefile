@@ -7,7 +7,10 @@ BENCH := .venv/.bench
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
-.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
+# Each process of the tests would compile all of it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos faults bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -22,13 +25,13 @@ serve: $(READY) ## start the stack and keep it up
 
 # What failed beside other tests is run again by itself, and fails if it fails then: two cores may be too busy for it.
 test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
-	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not alone" || \
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not alone and not faults" || \
 		{ echo "== Again by itself: what has failed"; \
-		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone"; }
-	@$(BIN)/python -m pytest -m "alone and not planted"
+		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone and not faults"; }
+	@$(BIN)/python -m pytest -m "alone and not planted and not faults"
 
 test-fast: $(READY) ## the suite without its slow tests
-	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow and not faults"
 
 test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; LEGS="oldest newest" picks, PART=core is quicker
 	@$(BIN)/python -m tests.matrix $(if $(LEGS),--only $(LEGS) --required) $(if $(PART),--part $(PART))
@@ -43,6 +46,9 @@ coverage: $(READY) ## the suite, then how much of each package it ran and which 
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
 	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
+
+faults: $(READY) ## every part under every fault, in under fifteen minutes, and the matrix of what held
+	@$(BIN)/python -m tests.faults -n 2 --dist loadfile
 
 bench-waiting: $(BENCH) ## measure how waits scale, in five minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting

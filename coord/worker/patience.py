@@ -73,8 +73,12 @@ class Patience(Retry):
         return self
 
     async def takes_over(self, redis: Any) -> None:
-        """Have the client make its connections anew, and `greet` on each."""
+        """Have the client make its connections anew, and `greet` on each.
+
+        By Sentinel arq makes a client that knows nothing of its settings' retries.
+        """
         pool = redis.connection_pool
+        pool.connection_kwargs |= {"retry": self, "retry_on_timeout": True, "retry_on_error": list(WAITED_OUT)}
         pool.connection_kwargs["redis_connect_func"] = self.greet
         await pool.disconnect()
         pool.reset()
