@@ -64,6 +64,7 @@ class Looks:
 @pytest.fixture
 def looks(office: Office, engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> Looks:
     monkeypatch.setattr(coord.worker.maintenance.reconciler, "MISSING_SECONDS", MISSING)
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "LOOK_SECONDS", 30.0)
     return Looks(office, engine)
 
 
@@ -232,26 +233,36 @@ async def test_a_round_is_short_however_much_is_due(
     assert len(await looks.waiting()) == 5_001
 
 
-@pytest.mark.parametrize("statement", range(3))
+@pytest.mark.parametrize("step", range(6))
 async def test_what_ends_while_the_numbers_are_compared_is_not_missed(
-    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch, statement: int
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """A look at everything would be begun every few seconds, for as long as a backlog drains."""
     waiting = [await looks.aged(await script.enqueue(a_task), 60) for _ in range(20)]
     for job in waiting:
         await looks.office.put(Message.of(job).text(), fresh() - 60_000)
-    numbers = iter(range(1_000))
-    read = WorkerState.read
+    steps = iter(range(1_000))
 
-    async def reads(state: WorkerState, asked: Any) -> Any:
-        if next(numbers) == statement:
-            await looks.office.redis.delete(KEYS.feed)
+    read = WorkerState.read
+    execute: Any = looks.state.redis.execute_command
+
+    async def all_end() -> None:
+        if next(steps) == step:
+            await execute("DEL", KEYS.feed)
             async with looks.engine.connect() as connection:
                 await connection.execute(update(jobs).values(state="done"))
-        return await read(state, asked)
 
-    monkeypatch.setattr(WorkerState, "read", reads)
+    async def reads(state: WorkerState, statement: Any) -> Any:
+        await all_end()
+        return await read(state, statement)
+
+    async def executes(*command: Any, **options: Any) -> Any:
+        await all_end()
+        return await execute(*command, **options)
+
     looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    monkeypatch.setattr(WorkerState, "read", reads)
+    monkeypatch.setattr(looks.state.redis, "execute_command", executes)
     with executed(looks.state.engine) as statements:
         await looks.reconciler.round()
     assert not any("now() AS now_" in statement for statement in statements), "begins a look at everything"
@@ -295,10 +306,7 @@ async def test_a_look_at_everything_ends_while_more_becomes_due(looks: Looks) ->
     assert await looks.waiting()
 
 
-async def test_thousands_are_back_after_two_looks_and_are_read_in_batches(
-    looks: Looks, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(coord.worker.maintenance.reconciler, "LOOK_SECONDS", 10.0)
+async def test_thousands_are_back_after_two_looks_and_are_read_in_batches(looks: Looks) -> None:
     async with looks.engine.connect() as connection:
         await connection.execute(FILL, {"jobs": 3_000})
     await looks()
