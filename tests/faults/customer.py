@@ -54,6 +54,8 @@ class Shop:
         self.stack = stack
         self._stock: dict[str, int] = {}
         self._keys = 0
+        self._told: set[str] = set()
+        """What earlier cells were blamed for."""
 
     async def call(self, method: str, path: str, **options: Any) -> Answer:
         """One request on a connection of its own."""
@@ -124,7 +126,38 @@ class Shop:
             doubled = [f"order {order} has {count} jobs" for order, count in asked.items() if count > 1]
             return [*effects(self._stock, found), *doubled, *(str(job) for job in found.jobs if job["state"] != "done")]
 
-        await eventually(lambda: _empty(broken), within=5.0)
+        async def nothing_new() -> bool:
+            lines = {*await broken()} - self._told
+            lasting = sorted(line for line in lines if "held" not in line)
+            self._told |= {*lasting}
+            assert not lasting, lasting
+            return not lines
+
+        await eventually(nothing_new, within=5.0, message="table locks are still held")
+
+
+class Held:
+    """Orders that are asked for while the stock is held."""
+
+    def __init__(self, shop: Shop, orders: Iterator[int]) -> None:
+        self._shop = shop
+        self._orders = orders
+        self.asking: list[asyncio.Task[list[Answer]]] = []
+
+    async def run_by(self, *members: Member) -> None:
+        """Ask for one after the other until each of these workers has a job that waits for the stock."""
+        stack = self._shop.stack
+        wanted = {member.name for member in members}
+        for order in self._orders:
+            self.asking.append(self._shop.asked(order))
+            await eventually(self._all_wait, within=10)
+            if wanted <= set(await stack.locking()):
+                return
+        raise AssertionError(f"of {wanted} not all have taken a job")
+
+    async def _all_wait(self) -> bool:
+        found = await self._shop.stack.locking()
+        return sum(map(len, found.values())) >= len(self.asking)
 
 
 class Held:

@@ -21,6 +21,7 @@ from tests.shop import dsn_of, waiting_for_locks
 from worker.database import POOL_SIZE
 
 if TYPE_CHECKING:
+    from coord.dev.server import StopMode
     from tests.faults.customer import Shop
     from tests.faults.stack import Member, Stack
 
@@ -40,7 +41,7 @@ def backends(stack: Stack) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["immediate", "fast"], ids=["killed", "restarted"])
-async def test_a_server_that_ends_and_starts_is_got_over(shop: Shop, stack: Stack, mode: str) -> None:
+async def test_a_server_that_ends_and_starts_is_got_over(shop: Shop, stack: Stack, mode: StopMode) -> None:
     async with shop.holding() as held:
         await held.run_by(*stack.workers)
         await asyncio.to_thread(stack.postgresql.stop, mode)
@@ -149,7 +150,7 @@ async def _named(stack: Stack, who: str) -> Member:
 
 async def _all_taken(stack: Stack, exits: AsyncExitStack) -> list[asyncpg.Connection]:
     """Connections, until there are no more."""
-    taken = []
+    taken: list[asyncpg.Connection] = []
     while True:
         try:
             connection = await asyncpg.connect(dsn_of(stack.postgresql.url))
