@@ -160,36 +160,6 @@ class Held:
         return sum(map(len, found.values())) >= len(self.asking)
 
 
-class Held:
-    """Orders that are asked for while the stock is held."""
-
-    def __init__(self, shop: Shop, orders: Iterator[int]) -> None:
-        self._shop = shop
-        self._orders = orders
-        self.asking: list[asyncio.Task[list[Answer]]] = []
-
-    async def run_by(self, *members: Member) -> None:
-        """Ask for one after the other until each of these workers has a job that waits for the stock."""
-        stack = self._shop.stack
-        wanted = {member.name for member in members}
-        for order in self._orders:
-            self.asking.append(self._shop.asked(order))
-            await eventually(self._all_wait, within=10)
-            if wanted <= set(await stack.locking()):
-                return
-        raise AssertionError(f"of {wanted} not all have taken a job")
-
-    async def _all_wait(self) -> bool:
-        found = await self._shop.stack.locking()
-        return sum(map(len, found.values())) >= len(self.asking)
-
-
-async def _empty(broken: Any) -> bool:
-    lines = await broken()
-    assert not [line for line in lines if "held" not in line], lines
-    return not lines
-
-
 async def answered(*asking: asyncio.Task[list[Answer]]) -> list[list[Answer]]:
     return [*await asyncio.gather(*asking)]
 
