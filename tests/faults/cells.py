@@ -55,6 +55,10 @@ KILLED = f"{P}the_jobs_of_a_worker_that_was_killed_run_elsewhere"
 ELSEWHERE = (
     "The wait goes on: 200, at most 10 s later; the job runs elsewhere, its attempt counted. Nothing is doubled."
 )
+HANGS = (
+    "A known defect: if new connections work again before the worker is given up, the job hangs on its dead one until"
+    " its time limit, and fails."
+)
 OUT = f"{R}what_redis_does_not_do_is_waited_out"
 POLLED = (
     "200: under way at once, new ones within 5 s or when Redis serves again, by polling. No job and no attempt lost."
@@ -193,9 +197,9 @@ TABLE: dict[str, dict[str, Cell]] = {
             API_POSTGRESQL: "What needs it hangs, and is 503 2 s after its time is up; a wait is 202 in time."
             " Each dead connection of the pool may cost one request more.",
             API_REDIS: "200, by polling; found out within 2 s by who publishes, within 10 s by who subscribes.",
-            WORKER_POSTGRESQL: f"{ELSEWHERE} The dead connection's locks are freed with it.",
+            WORKER_POSTGRESQL: f"{ELSEWHERE} {HANGS}",
             WORKER_REDIS: "200: what it runs ends; others take what comes.",
-            LEADER: "Another leads within 4 s.",
+            LEADER: f"Another leads within 4 s. {HANGS}",
         },
     )
     | no("A process or a server whose packets vanish is its links, each of which is tried.", API, WORKER, *SERVERS),

@@ -77,8 +77,7 @@ async def fail_over(database_url: str, directory: Path) -> None:
     ):
         addresses = [("127.0.0.1", sentinel.port)]
         settings = RedisSettings(host=addresses, sentinel=True, sentinel_master=MASTER)
-        make: Any = Sentinel
-        manager = make(addresses)
+        manager: Any = Sentinel(addresses)  # type: ignore[no-untyped-call]
         redis = manager.master_for(MASTER)
         async with Coordinator(script.session_maker, redis=redis), working(script, [task], redis=settings) as worker:
             assert (await script.final(await script.enqueue(task))).state == "done"

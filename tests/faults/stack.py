@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 WORKERS = 2
 CONNECTIONS = 80
 """`max_connections`: an API and two workers have up to 49."""
+LOST = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError)
+"""What a look past the links may meet when the server ends it."""
 LEADER = """
     SELECT worker.pid FROM coord_queues AS queue JOIN coord_workers AS worker ON worker.id = queue.leader
     WHERE queue.leader_until > clock_timestamp()
@@ -197,7 +199,7 @@ class Stack:
             try:
                 yield connection
             finally:
-                with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                with contextlib.suppress(*LOST):
                     await transaction.rollback()
 
     async def locking(self) -> dict[str, list[int]]:

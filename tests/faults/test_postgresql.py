@@ -9,7 +9,7 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import asyncpg
 import pytest
@@ -21,6 +21,7 @@ from tests.shop import dsn_of, waiting_for_locks
 from worker.database import POOL_SIZE
 
 if TYPE_CHECKING:
+    from coord.dev.server import StopMode
     from tests.faults.customer import Shop
     from tests.faults.stack import Member, Stack
 
@@ -40,9 +41,7 @@ def backends(stack: Stack) -> list[int]:
 
 
 @pytest.mark.parametrize("mode", ["immediate", "fast"], ids=["killed", "restarted"])
-async def test_a_server_that_ends_and_starts_is_got_over(
-    shop: Shop, stack: Stack, mode: Literal["immediate", "fast"]
-) -> None:
+async def test_a_server_that_ends_and_starts_is_got_over(shop: Shop, stack: Stack, mode: StopMode) -> None:
     async with shop.holding() as held:
         await held.run_by(*stack.workers)
         await asyncio.to_thread(stack.postgresql.stop, mode)
