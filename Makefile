@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 BENCH := .venv/.bench
+SITE := .venv/.docs
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
 # Each process of the tests would compile all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos faults bench-waiting bench-roundtrip bench-scaling bench-backlog check format pin clean
+.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos faults bench-waiting bench-roundtrip bench-scaling bench-backlog docs check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +63,9 @@ bench-scaling: $(BENCH) ## measure more processes, in six minutes, and write doc
 bench-backlog: $(BENCH) ## measure a million jobs for later and 100,000 due at once, in ten minutes, and write docs/backlog.md
 	@$(BIN)/python -m benchmarks.backlog
 
+docs: $(SITE) ## build the site into site/, strictly: a link that leads nowhere fails
+	@$(BIN)/zensical build --strict --clean
+
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -71,12 +75,12 @@ format: $(READY) ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-pin: $(BENCH) ## write what is installed to constraints.txt
+pin: $(BENCH) $(SITE) ## write what is installed to constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable > constraints.txt
-	@touch $(READY) $(BENCH)
+	@touch $(READY) $(BENCH) $(SITE)
 
 clean: ## delete the virtual environments, the caches and the data of coord dev
-	@rm -rf .venv .venv-matrix .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist
+	@rm -rf .venv .venv-matrix .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist site .cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip comes first: the one that Python 3.11 brings knows no dependency groups.
@@ -92,3 +96,8 @@ $(READY): pyproject.toml constraints.txt
 $(BENCH): $(READY)
 	@$(PIP) install --constraint constraints.txt --group bench
 	@touch $(BENCH)
+
+# What only the site needs.
+$(SITE): $(READY)
+	@$(PIP) install --constraint constraints.txt --group docs
+	@touch $(SITE)
