@@ -36,7 +36,7 @@ def project(directory: Path) -> str:
     return name[1]
 
 
-def tested(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
+def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--rootdir", str(directory), name]
     return subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
 
@@ -45,7 +45,7 @@ def tested(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None:
-    ended = tested(tmp_path, project(tmp_path))
+    ended = run_by_its_user(tmp_path, project(tmp_path))
     assert ended.returncode == 0, ended.stdout
     assert "everything holds; seed " in ended.stdout
     assert re.search(r"faults +\d+ × ", ended.stdout)
@@ -62,7 +62,7 @@ def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp
     application.write_text(application.read_text().replace(", lock_tables(session, [Booking]):", ":"))
     test = tmp_path / name
     test.write_text(test.read_text().replace("seconds=20", "seconds=3, pace=40, faults=[]"))
-    ended = tested(tmp_path, name)
+    ended = run_by_its_user(tmp_path, name)
     assert ended.returncode == 1, ended.stdout
     assert re.search(r"BROKEN: .*; seed \d+ repeats it, the history is /", ended.stdout)
 

@@ -20,6 +20,7 @@ class Link:
     def __init__(self, url: str) -> None:
         self._target = make_url(url)
         self._writers: set[asyncio.StreamWriter] = set()
+        self._leading: set[asyncio.Task[None]] = set()
         self.up = True
         self.url = ""
 
@@ -33,6 +34,10 @@ class Link:
         finally:
             server.close()
             self._cut()
+            for task in self._leading:
+                task.cancel()
+            if self._leading:
+                await asyncio.wait(self._leading)
 
     async def cut(self, seconds: float) -> None:
         self._cut()
@@ -47,13 +52,17 @@ class Link:
             writer.transport.abort()
 
     async def _lead(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        ends = {writer}
+        ends, task = {writer}, asyncio.current_task()
+        assert task is not None
+        self._leading.add(task)
+        task.add_done_callback(self._leading.discard)
         try:
             if self.up:
                 there, back = await asyncio.open_connection(self._target.host, self._target.port)
                 ends.add(back)
                 self._writers |= ends
-                await asyncio.gather(_pump(reader, back), _pump(there, writer))
+                if self.up:  # or it was cut meanwhile
+                    await asyncio.gather(_pump(reader, back), _pump(there, writer))
         except (OSError, asyncio.CancelledError):
             pass  # the server is away, or this program ends
         finally:

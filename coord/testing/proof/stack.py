@@ -89,14 +89,12 @@ class Stack:
         """The workers that live, reach both servers, and have said so to the ledger; none if nobody can tell."""
         try:
             connection = await self.connect()
-        except (OSError, asyncpg.PostgresError):
-            return []
-        try:
-            known = {row["pid"] for row in await connection.fetch(WORKERS)}
-        except asyncpg.UndefinedTableError:
-            return []
-        finally:
-            await connection.close()
+            try:
+                known = {row["pid"] for row in await connection.fetch(WORKERS)}
+            finally:
+                await connection.close()
+        except (OSError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            return []  # it restarts, or there is no ledger yet
         linked = ((worker, self.link_of(worker)) for worker in self.workers)
         return [one for one, link in linked if one.is_alive and one.pid in known and (link is None or link.up)]
 
