@@ -29,20 +29,20 @@ test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not alone and not faults" || \
 		{ echo "== Again by itself: what has failed"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone and not faults"; }
-	@$(BIN)/python -m pytest -m "alone and not planted and not faults"
+	@$(BIN)/python -m pytest -m "alone and not planted"
 
 test-fast: $(READY) ## the suite without its slow tests
-	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow and not faults"
+	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
 
 test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; LEGS="oldest newest" picks, PART=core is quicker
 	@$(BIN)/python -m tests.matrix $(if $(LEGS),--only $(LEGS) --required) $(if $(PART),--part $(PART))
 
-planted: $(READY) ## plant bugs in copies of the library, and see that the checker finds each; five minutes
+planted: $(READY) ## plant bugs in copies of the library, and see that the checker finds each; about twelve minutes
 	@$(BIN)/python -m pytest tests/test_planted.py
 
 coverage: $(READY) ## the suite, then how much of each package it ran and which lines not; TESTS="tests/test_locks.py" picks
 	@rm -rf .coverage
-	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile -m "not alone" $(TESTS); status=$$?; \
+	@$(BIN)/coverage run -m pytest -n 3 --dist loadfile -m "not alone and not faults" $(TESTS); status=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/python -m tests.coverage && exit $$status
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run

@@ -204,6 +204,22 @@ async def test_what_would_be_first_is_found_behind_a_wave_that_became_due_just_n
     assert (await looks.waiting())[0] == str(urgent.id)
 
 
+async def test_a_higher_priority_is_found_although_a_wave_seems_older_than_the_feeds_first(
+    looks: Looks, script: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More of it than is read at once; and it is neither recent nor among the part of the rest that a look compares."""
+    monkeypatch.setattr(QueuedJobs.ids, "__kwdefaults__", {"limit": 5, "after": None})
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "REST", 1)
+    for _ in range(10):
+        job = await looks.aged(await script.enqueue(a_task), 30)
+        await looks.office.put(Message.of(job).text(), fresh() - 25_000)
+    urgent = await looks.aged(await script.enqueue(task_options(a_task, priority=1)), 20)
+    looks.reconciler._epoch = int(await looks.office.redis.incr(KEYS.epoch))
+    looks.reconciler._counted_at = time.monotonic()
+    await looks(2)
+    assert (await looks.waiting())[0] == str(urgent.id)
+
+
 FILL = text("""
     INSERT INTO coord_jobs (id, task, queue, arguments)
     SELECT gen_random_uuid(), 'a_task', 'default', '[[],{}]' FROM generate_series(1, :jobs) AS n
@@ -285,6 +301,20 @@ async def test_more_that_is_due_than_redis_knows_of_is_noticed(looks: Looks, scr
     await asyncio.sleep(MISSING + 0.05)  # time is what it goes by
     await looks()
     assert len(await looks.waiting()) == 2
+
+
+async def test_a_look_at_everything_waits_until_what_is_missing_is_handed_over(
+    looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is missing is remembered, which takes memory."""
+    monkeypatch.setattr(coord.worker.maintenance.reconciler, "MAX_MISSING", PAGE)
+    async with looks.engine.connect() as connection:
+        await connection.execute(FILL, {"jobs": 3 * PAGE})
+    with executed(looks.state.engine) as statements:
+        await looks()
+    assert len(statements) < 2 * PAGE / MAX_ROWS + 10, len(statements)
+    await looks(7)
+    assert len(await looks.waiting()) == 3 * PAGE
 
 
 async def test_a_look_at_everything_ends_while_more_becomes_due(looks: Looks) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import asyncpg
 
+from tests.chaos.shop import HELD
 from tests.shop import dsn_of
 
 if TYPE_CHECKING:
@@ -13,10 +14,6 @@ if TYPE_CHECKING:
 
 ORDERS = "SELECT id, sku, quantity, status, invoice_number, version FROM orders"
 JOBS = "SELECT id, state, attempt, error, (arguments->0->>0)::bigint AS order_id FROM coord_jobs"
-HELD = """
-    SELECT count(*) FROM pg_locks AS held JOIN pg_class AS class ON class.oid = held.relation
-    WHERE class.relname IN ('orders', 'stock') AND held.mode = 'ShareRowExclusiveLock'
-"""
 
 
 class Found(NamedTuple):
