@@ -357,6 +357,10 @@ OF_REDIS = (
     "Sentinel failover",
 )
 
+LOST = f"{L}an_answer_of_redis_that_is_lost_loses_no_job"
+for part, role in {API_REDIS: "api", WORKER_REDIS: "worker", LEADER: "leader"}.items():
+    cell = TABLE["reset mid-statement"][part]
+    TABLE["reset mid-statement"][part] = yes(cell.observed, *cell.tests, f"{LOST}[{role}]")
 for fault in OF_REDIS:
     TABLE[fault] = no(NO_KEY, *PARTS) | TABLE[fault]
 CELLS: dict[Key, Cell] = {(part, fault): cell for fault, row in TABLE.items() for part, cell in row.items()}
