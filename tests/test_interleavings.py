@@ -180,7 +180,6 @@ async def test_no_wait_misses_a_change_ends_late_or_leaves_anything(
     engine: AsyncEngine,
     session_maker: SessionMaker,
     redis_url: str,
-    schema: None,
     read_settings: dict[str, str] | None,
 ) -> None:
     async with engine.begin() as connection:
