@@ -86,7 +86,7 @@ class World:
 
     def visit(self) -> Visit:
         """A client that asks one thing at a time."""
-        return Visit(next(self._numbers), 0, self.http, self.recorder, lambda: True, lambda _: None)
+        return Visit(next(self._numbers), 0, self.http, self.recorder, lambda: 0, lambda _: None)
 
     async def post(self, name: str, *, wait: float = 10.0, **plan: Any) -> None:
         """Have a parcel labelled; `wait` is a whole number, as RFC 7240 has it."""

@@ -48,7 +48,7 @@ class Operation:
     job: str | None = None
     """The job that the answer named."""
     calm: bool = True
-    """Whether everything that the application needs was up when it was sent."""
+    """Whether the API and all that it needs were up, from when it was sent until it was answered."""
 
     def __str__(self) -> str:
         shown = [] if self.saw is None else [f"saw {self.saw!r}"]
@@ -141,7 +141,7 @@ class Bounds:
     final: float = 30.0
     """In which a job is final, after it was enqueued or the last fault was over."""
     served: float = 0.8
-    """The part of the requests sent in the calm that are answered with their effect."""
+    """The part of the requests in the calm that are answered with their effect."""
     may_fail: bool = False
     """Whether a job may come to an end without its effect: tasks that raise on purpose, cancelled jobs."""
 

@@ -188,11 +188,9 @@ def of_sequence(sequence: str, numbers: Sequence[int], owners: Callable[[int], s
 
 
 def of_all(in_the_calm: int, with_effect: int, bounds: Bounds) -> Iterator[Violation]:
-    """Of the requests for an effect that were sent while everything was up."""
+    """Of the requests for an effect, while everything was up."""
     if with_effect < bounds.served * in_the_calm:
-        message = (
-            f"of {in_the_calm} requests sent while everything was up, {with_effect} were answered with their effect"
-        )
+        message = f"of {in_the_calm} requests while everything was up, {with_effect} were answered with their effect"
         yield Violation("served", message)
 
 

@@ -46,7 +46,7 @@ class Visit:
         seed: int,
         http: httpx.AsyncClient,
         recorder: Recorder,
-        is_calm: Callable[[], bool],
+        calm: Callable[[], int | None],
         tell: Callable[[Operation], None],
     ) -> None:
         self.number = number
@@ -54,7 +54,7 @@ class Visit:
         self.random = Random(f"{seed} {number}")
         self._http = http
         self._recorder = recorder
-        self._is_calm = is_calm
+        self._calm = calm
         self._tell = tell
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
@@ -86,13 +86,13 @@ class Visit:
         `effect` names what is asked for, if it is one: a 202 promises it, any other success claims that it has landed.
         `deadline` is in how many seconds the answer is due. `shows` is called with every answer below 500.
         """
-        began, calm, response = self._recorder.now(), self._is_calm(), None
+        began, calm, response = self._recorder.now(), self._calm(), None
         shown, outcome = Shown(), Outcome.UNKNOWN
 
         async def trace(event: str, _info: object) -> None:
             nonlocal began, calm
             if event == SENT:  # all clients are one process, which may have to wait for a processor before
-                began, calm = self._recorder.now(), self._is_calm()
+                began, calm = self._recorder.now(), self._calm()
 
         try:
             response = await self._http.request(method, path, extensions={"trace": trace}, **options)
@@ -114,7 +114,7 @@ class Visit:
             row=shown.row,
             version=shown.version,
             job=shown.job,
-            calm=calm,
+            calm=calm is not None and calm == self._calm(),
         )
         self._tell(operation)
         return response

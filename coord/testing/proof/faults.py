@@ -85,14 +85,14 @@ class Storm:
         self._stack = stack
         self._recorder = recorder
         self._chance = random.Random(seed)
-        self._away = 0
+        self._away = self._outages = 0
         self.done: Counter[str] = Counter()
         self.last = ""
 
     @property
-    def is_calm(self) -> bool:
-        """Whether the API and both servers are up."""
-        return not self._away
+    def calm(self) -> int | None:
+        """While the API and both servers are up, the same number until one of them is not; else None."""
+        return None if self._away else self._outages
 
     async def rage(self, strikes: Iterator[Strike]) -> None:
         """All of them in turn; returns when the last is over."""
@@ -157,6 +157,7 @@ class Storm:
     @contextmanager
     def _without(self) -> Iterator[None]:
         self._away += 1
+        self._outages += 1
         try:
             yield
         finally:

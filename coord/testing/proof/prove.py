@@ -82,7 +82,7 @@ class Load:
             for number in range(round(pace * seconds)):
                 await asyncio.sleep(self._began + number / pace - self._recorder.now())
                 await places.acquire()
-                visit = Visit(number, seed, http, self._recorder, lambda: self._storm.is_calm, self._note)
+                visit = Visit(number, seed, http, self._recorder, lambda: self._storm.calm, self._note)
                 visits.create_task(_served(client, visit)).add_done_callback(lambda _: places.release())
                 self.clients += 1
 
