@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
@@ -35,14 +36,19 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
     `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
     """
     task = asyncio.create_task(work)
-    task.add_done_callback(_retrieve)
+    ended = asyncio.get_running_loop().create_future()  # a cancellation of the caller's ends this, and not the work
+    task.add_done_callback(partial(_tell, ended))
+    timer = None if limit is None else asyncio.get_running_loop().call_later(limit, _tell, ended)
     try:
-        done, _ = await asyncio.wait([task], timeout=limit)
+        await ended
     except asyncio.CancelledError:
         task.cancel()
         await _seen_to_end(task)
         raise
-    if not done:
+    finally:
+        if timer is not None:
+            timer.cancel()
+    if not task.done():
         task.cancel()
         await _seen_to_end(task, STOP_TIMEOUT_SECONDS)
         raise TimeoutError
@@ -111,6 +117,14 @@ async def leaving(block: AbstractAsyncContextManager[Any]) -> AsyncIterator[None
 async def _limited(work: Coroutine[Any, Any, T]) -> T:
     async with asyncio.timeout(CLEANUP_TIMEOUT_SECONDS):
         return await work
+
+
+def _tell(ended: asyncio.Future[None], task: asyncio.Task[Any] | None = None) -> None:
+    """Of its end, or of the end of its time."""
+    if task is not None:
+        _retrieve(task)
+    if not ended.done():
+        ended.set_result(None)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:

@@ -19,6 +19,7 @@ ATTEMPT_TIMINGS, WAIT_TIMINGS = "coord.attempt_timings", "coord.wait_timings"
 MAX_SUBJECT_CHARACTERS = 200
 MAX_BYTES = 1_000
 """Of what comes with the bell."""
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _NOT_IN_A_HEADER = re.compile(r"[^\x20\x21\x23-\x5b\x5d-\x7e]")
 
 
@@ -52,7 +53,7 @@ class AttemptTimings:
     def payload(self) -> bytes:
         seconds = (round(each, 4) for each in (self.queue, self.lock, self.task))
         told = [self.job_id, self.number, *seconds, self.locked]
-        return json.dumps(told, separators=(",", ":")).encode()
+        return _ENCODER.encode(told).encode()
 
     @classmethod
     def read(cls, payload: bytes) -> AttemptTimings | None:

@@ -89,8 +89,8 @@ async def enqueue(session: AnySession, task: Any, /, *args: Any, **kwargs: Any) 
     session = session_of(session)
     ledger_engine(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
-    text, arguments = as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
     values = values_of(options)
+    text, arguments = as_it_arrives(f"{values['task']}: the arguments", [[*args], kwargs])
     with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
         given = values | due_of(options) | {"text": text}
         async with connection_mutex(session):

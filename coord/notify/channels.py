@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Table
 
-from coord.database.schemas import schemas_for, schemas_in_use
+from coord.database.schemas import is_untranslated, schemas_for, schemas_in_use
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -36,7 +36,7 @@ class Channels:
 
     def table(self, mapper: Mapper[Any], schemas: Schemas) -> bytes:
         """The channel of the table; classes that inherit share their base's, and with it the meaning of a key."""
-        return _table(self.namespace, self.database, mapper, schemas_for(mapper, schemas))
+        return _table(self.namespace, self.database, mapper, schemas)
 
     def row(self, mapper: Mapper[Any], schemas: Schemas, key: Key) -> bytes:
         parts = (str(value).replace("\\", "\\\\").replace("/", "\\/") for value in key)
@@ -50,7 +50,7 @@ class Channels:
         return [
             self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
             for mapper, key in changes
-            for schemas in [schemas_in_use(session, mapper=mapper)]
+            for schemas in [() if is_untranslated(mapper) else schemas_in_use(session, mapper=mapper)]
         ]
 
 
@@ -58,7 +58,7 @@ class Channels:
 def _table(namespace: str, database: str, mapper: Mapper[Any], schemas: Schemas) -> bytes:
     table = mapper.base_mapper.local_table
     schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
-    schema = dict(schemas).get(schema, schema)
+    schema = dict(schemas_for(mapper, schemas)).get(schema, schema)
     return f"{namespace}:{database}:{schema or ''}.{name}".encode()
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from redis.asyncio.connection import Connection
 
     Command = tuple[str | bytes | int | float, ...]
-    """As redis-py's `execute_command` takes it."""
+    """As redis-py's `execute_command` takes it; the command's name is one word."""
     Commands = Sequence[Command]
 
 ANSWER_TIMEOUT_SECONDS = 2.0
@@ -52,7 +52,7 @@ async def exchange(connection: Connection, commands: Commands) -> list[Any]:
     try:
         async with asyncio.timeout(ANSWER_TIMEOUT_SECONDS):
             await connection.connect()  # type: ignore[no-untyped-call]  # unless it is
-            await connection.send_packed_command(connection.pack_commands(commands))
+            await connection.send_packed_command(packed(commands))
             return [await _answer(connection) for _ in commands]
     except TimeoutError:
         await connection.disconnect(nowait=True)
@@ -60,6 +60,17 @@ async def exchange(connection: Connection, commands: Commands) -> list[Any]:
     except BaseException:
         await connection.disconnect(nowait=True)
         raise
+
+
+def packed(commands: Commands) -> bytes:
+    """As Redis reads them (RESP, arrays of bulk strings); redis-py's own packing takes ten times as many calls."""
+    parts = []
+    for command in commands:
+        parts.append(b"*%d\r\n" % len(command))
+        for each in command:
+            value = each if isinstance(each, bytes) else str(each).encode()
+            parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
+    return b"".join(parts)
 
 
 async def _answer(connection: Connection) -> Any:

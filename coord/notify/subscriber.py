@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from redis.exceptions import RedisError
 
+from coord.notify.client import packed
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
 
     from redis.asyncio import Redis
-    from redis.asyncio.client import PubSub
+    from redis.asyncio.connection import Connection
 
 logger = logging.getLogger("coord.bell")
 
@@ -25,6 +27,8 @@ CONFIRM_TIMEOUT_SECONDS = 0.05
 """After which a listener is called although Redis has not confirmed the subscription."""
 RECONNECT_PAUSE_SECONDS = (0.1, 2.0)
 """Before the first attempt to connect again, and before any later one at most."""
+LEAVE_SECONDS = 0.1
+"""Until a channel that nobody listens to is unsubscribed from, if there is nothing else to be said before."""
 MAX_CHANNELS_PER_COMMAND = 1_000
 MAX_MESSAGES_PER_STEP = 100
 """After which the event loop runs other tasks."""
@@ -97,8 +101,11 @@ class Subscriber:
     def _change(self, channel: bytes, wanted: bool) -> None:
         if not self.connected:
             return  # whatever is in _listeners by then is subscribed to on connecting
+        if not wanted and not self._changes:
+            asyncio.get_running_loop().call_later(LEAVE_SECONDS, self._wanted.set)
         self._changes[channel] = wanted
-        self._wanted.set()
+        if wanted:
+            self._wanted.set()
 
     async def _run(self) -> None:
         while True:
@@ -113,14 +120,14 @@ class Subscriber:
 
     async def _serve(self) -> None:
         """By one connection until it is lost, which is an error; the next one subscribes to everything again."""
-        pubsub = self._redis.pubsub()
+        connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         reader = None
         try:
-            await _bounded(pubsub.connect())  # type: ignore[no-untyped-call]
+            await _bounded(connection.connect())  # type: ignore[no-untyped-call]
             self._begin()
-            reader = asyncio.create_task(self._read(pubsub), name="coord subscriber reads")
+            reader = asyncio.create_task(self._read(connection), name="coord subscriber reads")
             reader.add_done_callback(lambda _: self._wanted.set())
-            await self._write(pubsub, reader)
+            await self._write(connection, reader)
         finally:
             self.connected = False
             self._confirm([*self._unconfirmed])
@@ -128,7 +135,7 @@ class Subscriber:
                 reader.cancel()
                 await asyncio.wait([reader])
             with suppress(RedisError, OSError):
-                await pubsub.aclose()  # type: ignore[no-untyped-call]
+                await connection.disconnect(nowait=True)
 
     def _begin(self) -> None:
         self._unconfirmed = dict.fromkeys(self._listeners)
@@ -137,15 +144,15 @@ class Subscriber:
         self._pinged_at = 0.0
         self.connected = True
 
-    async def _write(self, pubsub: PubSub, reader: asyncio.Task[None]) -> None:
+    async def _write(self, connection: Connection, reader: asyncio.Task[None]) -> None:
         """Whatever is to be written, until the reader ends."""
-        await self._subscribe(pubsub)
-        await self._ping(pubsub)  # its answer shows that all of the subscriptions were allowed
+        await self._subscribe(connection)
+        await self._ping(connection)  # its answer shows that all of the subscriptions were allowed
         while not reader.done():
             await self._wait_until(max(self._received_at, self._pinged_at) + PING_INTERVAL_SECONDS)
             if not reader.done():
-                await self._subscribe(pubsub)
-                await self._check(pubsub)
+                await self._subscribe(connection)
+                await self._check(connection)
         reader.result()
 
     async def _wait_until(self, until: float) -> None:
@@ -157,47 +164,47 @@ class Subscriber:
             timer.cancel()
         self._wanted.clear()
 
-    async def _subscribe(self, pubsub: PubSub) -> None:
+    async def _subscribe(self, connection: Connection) -> None:
         """Send the changes that have gathered since the last time."""
         changes, self._changes = self._changes, {}
-        for send, wanted in ((pubsub.subscribe, True), (pubsub.unsubscribe, False)):
+        for name, wanted in (("SUBSCRIBE", True), ("UNSUBSCRIBE", False)):
             channels = [channel for channel, is_wanted in changes.items() if is_wanted is wanted]
             for start in range(0, len(channels), MAX_CHANNELS_PER_COMMAND):
-                await _bounded(send(*channels[start : start + MAX_CHANNELS_PER_COMMAND]))
+                await _say(connection, name, *channels[start : start + MAX_CHANNELS_PER_COMMAND])
         if any(changes.values()):
             asyncio.get_running_loop().call_later(CONFIRM_TIMEOUT_SECONDS, self._confirm, [*changes])
 
-    async def _check(self, pubsub: PubSub) -> None:
+    async def _check(self, connection: Connection) -> None:
         """Send a PING after an interval without a message; `TimeoutError` if the last one was not answered."""
         if asyncio.get_running_loop().time() < max(self._received_at, self._pinged_at) + PING_INTERVAL_SECONDS:
             return
         if self._pinged_at > self._received_at:
             raise _no_answer()
-        await self._ping(pubsub)
+        await self._ping(connection)
 
-    async def _ping(self, pubsub: PubSub) -> None:
+    async def _ping(self, connection: Connection) -> None:
         self._pinged_at = asyncio.get_running_loop().time()
-        await _bounded(pubsub.ping())
+        await _say(connection, "PING")
 
-    async def _read(self, pubsub: PubSub) -> None:
+    async def _read(self, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         while True:
             for _ in range(MAX_MESSAGES_PER_STEP):
-                message = await pubsub.get_message(timeout=None)
+                answer = await connection.read_response()
                 self._received_at = loop.time()
-                if message is not None:
-                    self._on_message(message)
+                self._on_answer(answer)
             await asyncio.sleep(0)  # redis-py does not wait for what has already come
 
-    def _on_message(self, message: dict[str, Any]) -> None:
-        match message["type"]:
-            case "message":
-                self._told[message["channel"]] = message["data"], monotonic()
-                for listener in self._listeners.get(message["channel"], ()):
-                    _notify(listener.on_message)
-            case "subscribe":
-                self._confirm([message["channel"]])
-            case "pong":
+    def _on_answer(self, answer: Any) -> None:
+        match answer:
+            case [b"message", channel, payload]:
+                if listeners := self._listeners.get(channel):
+                    self._told[channel] = payload, monotonic()
+                    for listener in listeners:
+                        _notify(listener.on_message)
+            case [b"subscribe", channel, _]:
+                self._confirm([channel])
+            case [b"pong", _] | b"PONG":  # with a subscription, and without one
                 self._pause = RECONNECT_PAUSE_SECONDS[0]
                 self._on_result(None)
 
@@ -215,6 +222,10 @@ def _notify(method: Callable[[], None]) -> None:
         method()
     except Exception:
         logger.exception("A listener has failed; the others are still notified")
+
+
+async def _say(connection: Connection, *command: str | bytes) -> None:
+    await _bounded(connection.send_packed_command(packed([command])))
 
 
 async def _bounded(exchange: Any) -> None:

@@ -42,6 +42,7 @@ class _Listener(NamedTuple):
 
     poller: Poller
     key: Key | None
+    channel: bytes
 
     def subscribed(self) -> None:
         if self.key is not None:
@@ -58,6 +59,7 @@ class Poller:
     wait that has just begun, is at its deadline, or had a message. A read counts only for waits that were registered
     before it began, so that none is given a row older than what its caller has seen.
 
+    It outlives its last waiter until it is closed, so that a class that is waited for now and then costs no new ones.
     The loop runs in an empty `contextvars.Context`: a hook of the application finds no caller's values there.
     """
 
@@ -71,6 +73,7 @@ class Poller:
         self._watcher = watcher
         self._bell: Bell | None = None
         self._channels: Channels | None = None
+        self._listeners: dict[Key | None, _Listener] = {}
         self._intervals: Counter[float] = Counter()
         self._due: set[Key] = set()
         self._changed: set[Key] = set()
@@ -78,6 +81,7 @@ class Poller:
         self._deferred: set[Key] = set()
         """Those to be read after `DEFERRED_READ_SECONDS`."""
         self._awake = asyncio.Event()
+        self._closed = False
         self.task: asyncio.Task[None] | None = None
 
     def add(self, waiter: Waiter[Any]) -> None:
@@ -85,6 +89,8 @@ class Poller:
         tell_waiters(waiter.counts)
         key = waiter.target.key
         if not self.waiters:
+            self._awake.set()
+        if None not in self._listeners:
             self._listen(None)
         others = self.waiters.setdefault(key, [])
         others.append(waiter)
@@ -112,38 +118,41 @@ class Poller:
         if not self._intervals[waiter.interval]:
             del self._intervals[waiter.interval]
         if not self.waiters:
-            self._leave(None)
             self._awake.set()
         self._watcher.on_leave(self, waiter)
 
+    def close(self) -> None:
+        """It has no waiters, and is given none any more."""
+        self._closed = True
+        self._leave(None)
+        self._awake.set()
+
     def subscribe(self, bell: Bell | None, channels: Channels | None) -> None:
         """Have messages of this bell from now on, or none."""
-        keys = [None, *self.waiters] if self.waiters else []
-        for key in keys:
+        for key in [*self._listeners]:
             self._leave(key)
         self._bell, self._channels = bell, channels
-        for key in keys:
+        for key in [None, *self.waiters] if self.waiters else []:
             self._listen(key)
 
     def _listen(self, key: Key | None) -> bool:
         """Whether `on_subscribed` will be called on confirmation."""
-        if self._bell is None:
+        if self._bell is None or self._channels is None:
             return False
-        self._bell.listen(self._channel(key), _Listener(self, key))
+        place = self.reader.mapper, self.reader.schemas
+        channel = self._channels.table(*place) if key is None else self._channels.row(*place, key)
+        self._listeners[key] = _Listener(self, key, channel)
+        self._bell.listen(channel, self._listeners[key])
         return self._bell.connected
 
     def _leave(self, key: Key | None) -> None:
-        if self._bell is not None:
-            self._bell.leave(self._channel(key), _Listener(self, key))
-
-    def _channel(self, key: Key | None) -> bytes:
-        assert self._channels is not None
-        mapper, schemas = self.reader.mapper, self.reader.schemas
-        return self._channels.table(mapper, schemas) if key is None else self._channels.row(mapper, schemas, key)
+        if (listener := self._listeners.pop(key, None)) is not None and self._bell is not None:
+            self._bell.leave(listener.channel, listener)
 
     def last_message(self, key: Key) -> tuple[bytes, float] | None:
         """The payload of the last message about the row, and when it came."""
-        return None if self._bell is None else self._bell.last_message(self._channel(key))
+        listener = self._listeners.get(key)
+        return None if listener is None or self._bell is None else self._bell.last_message(listener.channel)
 
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""
@@ -185,6 +194,13 @@ class Poller:
                 waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
 
     async def _run(self) -> None:
+        while not self._closed:
+            await self._serve()
+            while not self.waiters and not self._closed:
+                self._awake.clear()
+                await self._awake.wait()
+
+    async def _serve(self) -> None:
         loop = asyncio.get_running_loop()
         tick = loop.time() - random.uniform(0, self._interval)  # so that processes do not read in step
         while self.waiters:

@@ -83,6 +83,8 @@ async def wait_for_row_change(
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
     interval_seconds = _interval(interval)
+    if job is not None:
+        await asyncio.sleep(0)  # its message goes out first, and a worker begins while this wait is registered
     if until is not None and iscoroutinefunction(until):
         raise ValueError("until is a plain function; an asynchronous one would always seem to be true")
     target, job_id = Target.of(model, pk_value, columns), None if job is None else job_id_of(job)

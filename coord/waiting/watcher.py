@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | None
 """`read_settings`: what the rows that a session reads depend on."""
 MAX_WAITERS = 20_000
+LINGER_SECONDS = 1.0
+"""How long a class is still subscribed to, and its loop kept, that nobody waits for any more."""
 MAX_OWN_READS = 4
 """Sessions that read by themselves at a time: the pool's connections are for others as well."""
 
@@ -76,7 +78,9 @@ class Watcher:
         self._coordinations: list[_Coordination] = []
         self._pollers: dict[tuple[Mapper[Any], Schemas, Settings | None], Poller] = {}
         self._idle_tasks: set[asyncio.Task[None]] = set()
-        """Tasks of pollers whose last waiter has left."""
+        """Tasks of pollers that are closed."""
+        self._lingering: set[Poller] = set()
+        """Pollers that may have no waiters any more, until it is looked again."""
         self._draining = False
 
     @classmethod
@@ -120,14 +124,26 @@ class Watcher:
     def on_leave(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
         tell_waiters(-waiter.counts)
-        if not poller.waiters:
-            self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
-            if poller.task is not None and not poller.task.done():
-                self._idle_tasks.add(poller.task)
-                poller.task.add_done_callback(self._idle_tasks.discard)
-                if self._draining:
-                    poller.task.cancel()
-            self._forget_if_idle()
+        if poller.waiters or poller in self._lingering:
+            return
+        if self._coordinations:
+            self._lingering.add(poller)
+            asyncio.get_running_loop().call_later(LINGER_SECONDS, self._close_idle, poller)
+        else:
+            self._close_idle(poller)
+
+    def _close_idle(self, poller: Poller) -> None:
+        self._lingering.discard(poller)
+        if poller.waiters or poller not in self._pollers.values():
+            return
+        self._pollers = {kind: other for kind, other in self._pollers.items() if other is not poller}
+        poller.close()
+        if poller.task is not None and not poller.task.done():
+            self._idle_tasks.add(poller.task)
+            poller.task.add_done_callback(self._idle_tasks.discard)
+            if self._draining:
+                poller.task.cancel()
+        self._forget_if_idle()
 
     @contextmanager
     def coordinate(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels) -> Iterator[None]:
@@ -144,6 +160,8 @@ class Watcher:
         finally:
             self._coordinations.remove(own)
             self._resubscribe()
+            for poller in () if self._coordinations else [*self._lingering]:
+                self._close_idle(poller)
             self._forget_if_idle()
 
     async def drain(self) -> None:

@@ -128,6 +128,8 @@ class Fetcher:
             return
         for message, raw, score in checked:
             self._start(message, raw, score)
+        if checked:
+            await asyncio.sleep(0)  # they claim first, and then the next pop is made
 
     def _put_back(self, popped: Popped, asked: float) -> None:
         """What came too late to be begun goes back; or, if others may have it by now, is left to the reconciler."""
