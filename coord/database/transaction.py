@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, event, text
-from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
+
+from coord.database.engine import bind_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -98,12 +99,7 @@ def connections_in_use(session: Session) -> Mapping[Connection, int | None]:
 def connection_in_use(session: Session, **bind_arguments: Any) -> Connection | None:
     """The one of the bind that SQLAlchemy gives for these arguments (`mapper=`, `clause=`)."""
     begun = connections_in_use(session)
-    if not begun:
-        return None
-    try:
-        bind = session.get_bind(**bind_arguments)
-    except UnboundExecutionError:
-        return None
+    bind = bind_of(session, **bind_arguments) if begun else None
     return next((each for each in begun if bind is each or bind is each.engine), None)
 
 
