@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from coord.database.place import ledger_options
 from coord.jobs.ids import new_id
 from coord.notify.outage import Outage
+from coord.queue.handover import push
 from coord.worker.freshness import RedisClock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from uuid import UUID
 
     from redis.asyncio import Redis
@@ -70,6 +72,14 @@ class WorkerState:
     def may_take(self) -> bool:
         """Others must know that this worker lives, or they would give away what it takes."""
         return not self.is_paused and time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
+
+    async def hand_over(
+        self, rows: Iterable[Row[Any]], *, keys: QueueKeys | None = None, least: float = -math.inf
+    ) -> None:
+        """Jobs that are due in their `remaining` seconds, or in the least; of another queue by its keys."""
+        command = push(keys or self.keys, [(row, max(float(row.remaining), least)) for row in rows])
+        if command is not None:
+            await self.redis.execute_command(*command)
 
     async def execute(self, statement: Executable) -> CursorResult[Any]:
         """Committed; its rows are gone with its connection."""

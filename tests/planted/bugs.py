@@ -171,7 +171,7 @@ BUGS = {
         (
             NOT_FENCED,
             Edit(RECONCILER, " or (at is not None and at > recent)", ""),
-            Edit(RECONCILER, "        return await self._held()\n\n", "        return set()\n\n"),
+            Edit(RECONCILER, "self._note_found(absent, await self._held())", "pass"),
         ),
     ),
     "a reply forgets how long its client waits": Bug(

@@ -16,7 +16,6 @@ from coord.database.place import ledger_options
 from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
-from coord.queue.handover import push
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.registry import named
@@ -60,7 +59,6 @@ class Rescuer(Loop):
 
     def __init__(self, state: WorkerState, registry: WorkerRegistry, publish: Publish) -> None:
         super().__init__(state)
-        self._redis: Any = state.redis
         self._registry = registry
         self._publish = publish
 
@@ -88,10 +86,7 @@ class Rescuer(Loop):
             "Worker %s is dead; its jobs: %s", worker, dict(Counter(str(row.state) for row in after)) or "none"
         )
         tell_rescued(after)
-        again = [(row, float(row.remaining)) for row in after if row.state is JobState.QUEUED]
-        command = push(self._state.keys, again)
-        if command is not None:
-            await self._redis.execute_command(*command)
+        await self._state.hand_over([row for row in after if row.state is JobState.QUEUED])
         self._publish(job_mapper, [row.id for row in after if row.state is not JobState.QUEUED])
 
     async def _judge(

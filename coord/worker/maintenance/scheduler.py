@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import func, literal, select
 
 from coord.jobs.model import jobs
-from coord.queue.handover import push
 from coord.queue.scripts import MOVE, NEAR_SECONDS
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.rows import QueuedJobs
@@ -80,9 +79,7 @@ class Scheduler(Loop):
         in_time = jobs.c.scheduled_at > since, jobs.c.scheduled_at <= self._reads_until
         page = await self._queued.ids(*in_time, after=self._after)
         async for rows in self._queued.rows(page):
-            command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
-            if command is not None:
-                await self._redis.execute_command(*command)
+            await self._state.hand_over(rows, least=0.001)
         self._after = page[-1] if page else None
         if self._after is None:
             self._until, self._read_at = self._reads_until, time.monotonic() + READ_SECONDS
