@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import column, delete, func, select, table, text, tuple_, update
+from sqlalchemy import delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
@@ -16,6 +15,7 @@ from coord.database.place import ledger_options
 from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
 from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
+from coord.worker.failure import backoff
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.registry import named
@@ -43,12 +43,11 @@ DEATH_PAUSE_SECONDS = (1.0, 60.0)
 TERMINATE_MILLISECONDS = 2_000
 """For a backend to end."""
 
-_locks = table(
-    "pg_locks",
-    *map(column, ("pid", "locktype", "classid", "objid", "objsubid", "database")),
-    schema="pg_catalog",
-)
-_databases = table("pg_database", column("oid"), column("datname"), schema="pg_catalog")
+_end_backends = text("""
+    SELECT pg_terminate_backend(pid, :milliseconds) FROM pg_locks
+    WHERE locktype = 'advisory' AND (classid, objid, objsubid) = (:class, :worker, 2)
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+""")
 
 
 class Rescuer(Loop):
@@ -116,8 +115,8 @@ class Rescuer(Loop):
         used, limit = row.attempt - row.uncounted, row.max_attempts or self._state.config.attempts_of(row.task)
         if used >= limit:
             return _end(JobState.FAILED, f"{DIED} (attempt {used} of {limit})") | {"deaths": deaths}
-        pause = min(DEATH_PAUSE_SECONDS[0] * 2 ** min(deaths - 2, 30), DEATH_PAUSE_SECONDS[1]) if deaths > 1 else 0.0
-        return _next(row, pause * random.uniform(0.5, 1.0)) | {"deaths": deaths}
+        pause = backoff(deaths - 1, DEATH_PAUSE_SECONDS) if deaths > 1 else 0.0
+        return _next(row, pause) | {"deaths": deaths}
 
 
 async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
@@ -154,17 +153,11 @@ async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
     A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
     transactions end when they have been idle for too long.
     """
-    here = select(_databases.c.oid).where(_databases.c.datname == func.current_database()).scalar_subquery()
-    statement = select(func.pg_terminate_backend(_locks.c.pid, TERMINATE_MILLISECONDS)).where(
-        _locks.c.locktype == "advisory",
-        _locks.c.classid == WORKER_LOCK_CLASS,
-        _locks.c.objid == worker_lock_key(worker) % 2**32,
-        _locks.c.objsubid == 2,
-        _locks.c.database == here,
-    )
+    which = {"class": WORKER_LOCK_CLASS, "worker": worker_lock_key(worker) % 2**32}
     try:
         async with connection.begin_nested():
-            ended = list(await connection.scalars(statement))
+            parameters = which | {"milliseconds": TERMINATE_MILLISECONDS}
+            ended = (await connection.scalars(_end_backends, parameters)).all()
     except DBAPIError as error:
         logger.warning("The transactions of worker %s cannot be ended: %s", worker, error.orig)
     else:
