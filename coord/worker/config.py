@@ -6,8 +6,6 @@ import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coord.durations import seconds
-
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
 
@@ -51,22 +49,3 @@ class WorkerConfig:
         """How many a job of that task has, unless it says something else."""
         known = self.tasks.get(task)
         return (known and known.max_tries) or self.max_attempts
-
-
-def whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number, 1 or more, not {value!r}")
-    return value
-
-
-def text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is a text, not {value!r}")
-    return value
-
-
-def positive(name: str, value: object) -> float:
-    number = seconds(name, value)
-    if number == 0:
-        raise ValueError(f"{name} is more than 0 seconds")
-    return number

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from arq.worker import Worker, func
 
-from coord.durations import seconds
+from coord.durations import positive, seconds, whole
 from coord.jobs.model import ledger_engine
-from coord.jobs.options import DEFAULT_QUEUE
+from coord.jobs.options import DEFAULT_QUEUE, checked_text
 from coord.jobs.periodic import Periodic
 from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
-from coord.worker.config import WorkerConfig, positive, text, whole
+from coord.worker.config import WorkerConfig
 from coord.worker.lifecycle import Lifecycle
 from coord.worker.maintenance.heartbeat import another
 from coord.worker.patience import Patience
@@ -86,7 +86,7 @@ def worker_settings(
     """
     ledger_engine(session_maker)
     _check(arq_settings)
-    keys = QueueKeys(text("namespace", namespace), text("queue", queue))
+    keys = QueueKeys(checked_text("namespace", namespace), checked_text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
     address, patience = Address(redis), Patience()
     hooks = {name: _guarded(arq_settings.get(name)) for name in HOOKS}
