@@ -118,8 +118,8 @@ BUGS = {
         (
             Edit(
                 "coord/jobs/queries.py",
-                "jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES)).values",
-                "jobs.c.id == job_id).values",
+                "run_again(session, jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))",
+                "run_again(session, jobs.c.id == job_id)",
             ),
         ),
     ),
