@@ -9,6 +9,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, overload
 from zoneinfo import ZoneInfo
 
+from cronsim import CronSim, CronSimError
+
 from coord.jobs.bulk import Call
 from coord.jobs.bulk import call as call_of
 
@@ -56,8 +58,6 @@ class Periodic:
 
     def _slots(self, after: datetime) -> Iterator[datetime]:
         """Later than `after`, in UTC. Where clocks change as in Debian's cron, but no time comes twice."""
-        from cronsim import CronSim
-
         for slot in CronSim(self.cron, after.astimezone(ZoneInfo(self.timezone))):
             if (moment := slot.astimezone(UTC)) > after:
                 after = moment
@@ -110,8 +110,6 @@ def periodic(
 
     `ctx["enqueue_time"]` is the slot. `ValueError` or `TypeError` here, at once, for what makes no sense.
     """
-    from cronsim import CronSimError
-
     try:
         ZoneInfo(timezone)
     except (KeyError, OSError, ValueError) as error:
