@@ -10,7 +10,7 @@ import logging
 import re
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from coord import telemetry
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError, WaitTimeoutError
@@ -96,16 +96,6 @@ def tell_committed(made: Iterable[Any]) -> None:
                 log(jobs, logging.DEBUG, f"job {job.state}", **fields, **telemetry.ids_of(job.trace))
 
 
-class Awaited(Protocol):
-    """A waiter as far as its messages are concerned."""
-
-    target: Any
-    job: Any
-
-    def last_message(self) -> tuple[bytes, float] | None:
-        """The payload of the last message about its row, and when it came."""
-
-
 @contextmanager
 def lock_wait(session: Any, acquisition: Any) -> Iterator[None]:
     """The block takes a lock; `session` is SQLAlchemy's own."""
@@ -125,11 +115,14 @@ def lock_wait(session: Any, acquisition: Any) -> Iterator[None]:
 
 
 class ObservedWait:
-    """The block is the wait; at its end the session's `info` has its timings. No generator: thousands are open."""
+    """The block is the wait; at its end the session's `info` has its timings. No generator: thousands are open.
+
+    `waiter` is a `Waiter` of `coord/waiting/`, and `session` SQLAlchemy's own.
+    """
 
     __slots__ = ("_began", "_job", "_scope", "_session", "_span", "_waiter")
 
-    def __init__(self, session: Any, waiter: Awaited, job: Any) -> None:
+    def __init__(self, session: Any, waiter: Any, job: Any) -> None:
         self._session, self._waiter, self._job = session, waiter, job
         self._scope = telemetry.internal(f"wait {waiter.target.mapper.class_.__name__}")
 
