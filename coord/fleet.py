@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Float, cast, func, select, union
+from sqlalchemy import Float, cast, func, select
 
 from coord.jobs.model import execute, is_in_feed, is_queued, jobs, queues, workers
 from coord.jobs.queries import heartbeats
@@ -92,11 +92,9 @@ async def queue_depths(
     rows: Sequence[Any] = (await session.run_sync(execute, depths)).all()
     counted = {name: (number, every - number) for name, number, every in rows}
     exact = most is None or sum(row[2] for row in rows) <= most
-    known = union(select(queues.c.name), select(workers.c.queue))
-    names = {*(await session.run_sync(execute, known)).scalars(), *counted}
     paused = {row.name: row.paused_at for row in await session.run_sync(execute, select(queues))}
     found = []
-    for name in sorted(names):
+    for name in sorted({*paused, *counted, *(worker.queue for worker in living)}):
         # By the index on what is due, which has its first entry: cheap however many there are.
         first = select(func.min(jobs.c.scheduled_at)).where(is_in_feed, jobs.c.queue == name, jobs.c.id.not_in(beats))
         age = cast(func.extract("epoch", now - first.scalar_subquery()), Float)
