@@ -13,7 +13,6 @@ from coord.database.place import ledger_options
 from coord.jobs.ids import new_id
 from coord.notify.outage import Outage
 from coord.queue.handover import push
-from coord.worker.freshness import RedisClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -35,6 +34,30 @@ MAX_CONNECTIONS = 4
 """That maintenance uses at a time; a rescue and the heartbeat have one more each."""
 CREDIBLE_SECONDS = 5.0
 """Since the last heartbeat, after which others may soon take this worker for dead."""
+DRIFT = 0.01
+"""Seconds a second by which an answer may be worse than the last one: it may have come to a busy loop."""
+
+
+class RedisClock:
+    """Redis' time, reckoned from its last answer by this process's monotonic clock; before that the process's own."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+        self._error = self._set_at = 0.0
+        """By how much it may be wrong, half the round trip, and since when."""
+        self.is_set = False
+
+    def set(self, seconds: float, microseconds: float, asked: float) -> None:
+        """As TIME has answered; `asked` is when it was, on the monotonic clock."""
+        now = time.monotonic()
+        error = (now - asked) / 2
+        if not self.is_set or error <= self._error + DRIFT * (now - self._set_at):
+            self._offset, self._error, self._set_at = seconds + microseconds / 1e6 - (asked + now) / 2, error, now
+        self.is_set = True
+
+    def now(self) -> int:
+        """Milliseconds since 1970."""
+        return round((time.monotonic() + self._offset) * 1000)
 
 
 @dataclass(slots=True, kw_only=True)
