@@ -71,8 +71,6 @@ class TableLock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobAboard:
-    """The job whose transaction it is."""
-
     id: UUID
     task: str
     queue: str

@@ -24,8 +24,6 @@ MAX_EXACT_JOBS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A count, exact or about."""
-
     value: int
     exact: bool = True
 

@@ -54,8 +54,6 @@ VIOLATIONS = {"23505", "23P01"}
 
 
 class Kind(NamedTuple):
-    """A problem type."""
-
     name: str
     """The last part of its URN."""
     status: int

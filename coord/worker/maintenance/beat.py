@@ -47,8 +47,6 @@ _FREE = bytes(16)
 
 
 class Named(NamedTuple):
-    """A job as the board has it."""
-
     id: UUID
     attempt: int
     task: int
@@ -89,7 +87,6 @@ class Board:
 
     @property
     def free(self) -> int:
-        """How many slots are."""
         return len(self._free)
 
     def add(self, job: UUID, attempt: int, task: int) -> int:
@@ -130,7 +127,6 @@ class Beats:
         self._healthy_at = 0.0
 
     async def run(self, stopped: Callable[[], bool]) -> None:
-        """Beat until told otherwise."""
         while not stopped():
             try:
                 async with asyncio.timeout(BEAT_TIMEOUT_SECONDS):

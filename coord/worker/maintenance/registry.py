@@ -34,8 +34,6 @@ LONG_AGO = float("-inf")
 
 @dataclass(slots=True)
 class Seen:
-    """A worker as it was last seen."""
-
     beats: int
     since: float
     """When this heartbeat was first seen."""
