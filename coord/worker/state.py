@@ -102,7 +102,7 @@ class WorkerState:
         """Jobs that are due in their `remaining` seconds, or in the least; of another queue by its keys."""
         command = push(keys or self.keys, [(row, max(float(row.remaining), least)) for row in rows])
         if command is not None:
-            await self.redis.execute_command(*command)
+            await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def execute(self, statement: Executable) -> CursorResult[Any]:
         """Committed; its rows are gone with its connection."""
