@@ -39,11 +39,7 @@ class Target(Generic[M]):
         return cls(mapper, key_of(mapper, pk_value), _columns(mapper, columns))
 
     def __str__(self) -> str:
-        return describe(self.mapper, self.key)
-
-
-def describe(mapper: Mapper[Any], key: Key) -> str:
-    return f"{mapper.class_.__name__}({', '.join(map(repr, key))})"
+        return f"{_name(self.mapper)}({', '.join(map(repr, self.key))})"
 
 
 def mapper_of(model: type[M]) -> Mapper[M]:
