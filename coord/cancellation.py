@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeVar
 
 import anyio
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
-    from contextlib import AbstractAsyncContextManager
 
 T = TypeVar("T")
 

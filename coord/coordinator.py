@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Mapper, Session
 
-from coord.database.engine import engine_of, engines_of, prepare, session_of
+from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
 from coord.database.target import key_of, mapper_of
 from coord.durations import whole
 from coord.jobs.model import ledger_engine
@@ -19,22 +23,14 @@ from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
+from coord.notify.subscriber import Listener
 from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import attempt_payload
-from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
+from coord.waiting.watcher import MAX_WAITERS, Declared, Watcher, checked_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-    from types import TracebackType
-
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Mapper, Session
-
-    from coord.database.engine import AnySession
     from coord.notify.changes import Changed
-    from coord.notify.subscriber import Listener
-    from coord.waiting.watcher import Declared
 
 logger = logging.getLogger("coord.bell")
 

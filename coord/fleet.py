@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Float, cast, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.jobs.model import execute, is_in_feed, is_queued, jobs, queues, workers
 from coord.jobs.queries import heartbeats
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import datetime
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession
-
 
 MAX_EXACT_JOBS = 50_000
 """More of a kind are estimated."""

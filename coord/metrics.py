@@ -18,6 +18,8 @@ import contextlib
 import logging
 import os
 import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
@@ -34,19 +36,15 @@ from prometheus_client import (
 )
 from prometheus_client.core import GaugeMetricFamily
 from sqlalchemy import event, func, literal_column, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats, held_by
 from coord.observation import PUT_OFF, Observer, observers
+from coord.timings import AttemptTimings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
-    from pathlib import Path
-
     from fastapi import APIRouter
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-
-    from coord.timings import AttemptTimings
 
 logger = logging.getLogger("coord.metrics")
 

@@ -8,19 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
 
 from coord import telemetry
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError, WaitTimeoutError
-from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, wait_timings_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from types import TracebackType
-
-    from coord.timings import AttemptTimings, WaitTimings
+from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, AttemptTimings, WaitTimings, wait_timings_of
 
 waits, jobs = logging.getLogger("coord.waiting"), logging.getLogger("arq.coord")
 _PLAIN = re.compile(r"[^\s\"=]+")

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextvars import copy_context
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import asyncpg
-from sqlalchemy import Connection, TableClause, event, table, update
+from sqlalchemy import Connection, Engine, TableClause, event, table, update
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Engine
-    from sqlalchemy.engine import Dialect, ExceptionContext
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-    from sqlalchemy.orm import Mapper, SessionTransaction
 
 AnySession = AsyncSession | async_scoped_session[AsyncSession]
 

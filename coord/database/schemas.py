@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from sqlalchemy import Table, event
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Engine, Table, event
+from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
 from coord.database.engine import bind_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Connection, Engine
-    from sqlalchemy.orm import Mapper, SessionTransaction
 
 Schemas = tuple[tuple[str | None, str | None], ...]
 

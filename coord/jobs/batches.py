@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Text, bindparam, cast, exists, func, literal, select
+from sqlalchemy import ColumnElement, Text, bindparam, cast, exists, func, literal, select
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
-from coord.durations import seconds, whole
+from coord.database.engine import AnySession, session_of
+from coord.durations import Seconds, seconds, whole
 from coord.jobs.model import JobState, jobs
 from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, held_by, run_again
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sqlalchemy import ColumnElement
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
-    from coord.durations import Seconds
 
 MAX_CONFLICTS = 5
 """With jobs that are enqueued meanwhile under the unique keys of those that are to run again."""

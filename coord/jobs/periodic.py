@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 from zoneinfo import ZoneInfo
 
+from arq.worker import Function
 from cronsim import CronSim, CronSimError
 
 from coord.jobs.bulk import Call
 from coord.jobs.bulk import call as call_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from arq.worker import Function
-
-    from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.options import P, Task, TaskOptions
 
 ON_TIME_SECONDS = 300.0
 """After a slot in which its job is made anyway: a deploy, a restart or a blocked worker takes that long."""

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence  # noqa: TC003 - FastAPI reads the annotations of a report
+from collections.abc import (
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import bindparam, case, delete, exists, func, insert, inspect, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    inspect,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
+from coord.database.engine import AnySession, session_of
 from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
@@ -31,14 +49,6 @@ from coord.jobs.model import (
     workers,
 )
 from coord.notify.changes import collect
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from sqlalchemy import ColumnElement, Select
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
 
 MAX_LISTED_JOBS = 1_000
 """In one answer of `list_jobs`."""

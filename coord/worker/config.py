@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+from arq.worker import Function
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-    from arq.worker import Function
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from coord.jobs.periodic import Periodic
+from coord.queue.keys import QueueKeys
+from coord.worker.address import Address
 
-    from coord.jobs.periodic import Periodic
-    from coord.queue.keys import QueueKeys
-    from coord.worker.address import Address
-
-    Hook = Callable[[dict[Any, Any]], Awaitable[None]]
+Hook = Callable[[dict[Any, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

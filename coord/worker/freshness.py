@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from uuid import UUID
 
 from sqlalchemy import select, tuple_
 
 from coord.jobs.model import is_queued, jobs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from uuid import UUID
-
-    from coord.queue.message import Message
-    from coord.worker.maintenance.registry import WorkerRegistry
-    from coord.worker.state import WorkerState
+from coord.queue.message import Message
+from coord.worker.maintenance.registry import WorkerRegistry
+from coord.worker.state import WorkerState
 
 LATE_SECONDS = 0.75
 """After which a popped job is not begun: it was on nobody's list meanwhile, and is handed over to another."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.jobs.model import Cancellation, jobs, ledger_engine
+from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
@@ -31,9 +32,6 @@ from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
 from coord.worker.turns import Turns
-
-if TYPE_CHECKING:
-    from coord.worker.config import WorkerConfig
 
 logger = logging.getLogger("arq.coord")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from arq.worker import Worker, async_check_health
 from redis.asyncio.retry import Retry
@@ -23,10 +24,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from coord.notify.outage import Outage
 from coord.worker.failure import backoff
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    T = TypeVar("T")
+T = TypeVar("T")
 
 logger = logging.getLogger("arq.coord")
 

@@ -6,26 +6,23 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
+
+from redis.asyncio import Redis
+from sqlalchemy import CursorResult, Executable, Row
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coord.database.place import ledger_options
 from coord.jobs.ids import new_id
 from coord.notify.outage import Outage
 from coord.queue.handover import push
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from uuid import UUID
-
-    from redis.asyncio import Redis
-    from sqlalchemy import CursorResult, Executable, Row
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from coord.queue.keys import QueueKeys
-    from coord.worker.config import WorkerConfig
-    from coord.worker.maintenance.beat import Board
-    from coord.worker.running import RunningJobs
+from coord.queue.keys import QueueKeys
+from coord.worker.config import WorkerConfig
+from coord.worker.maintenance.beat import Board
+from coord.worker.running import RunningJobs
 
 logger = logging.getLogger("arq.coord")
 

@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy import and_, case, exists, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import FromClause, and_, case, exists, func, literal_column, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from coord.jobs.model import is_queued, jobs
 from coord.queue.keys import QueueKeys
+from coord.queue.message import Message
 from coord.worker.maintenance.rows import message_columns, remaining
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from uuid import UUID
-
-    from sqlalchemy import FromClause
-
-    from coord.queue.message import Message
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 

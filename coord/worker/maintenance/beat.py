@@ -18,12 +18,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.25

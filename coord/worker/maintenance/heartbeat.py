@@ -11,8 +11,9 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from itertools import count
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from sqlalchemy import delete, event, insert, table
 from sqlalchemy.dialects import postgresql
@@ -27,11 +28,7 @@ from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Beats, redis_of
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 

@@ -11,11 +11,13 @@ import logging
 import math
 import time
 from bisect import bisect
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from redis.exceptions import OutOfMemoryError
-from sqlalchemy import func, literal, select
+from sqlalchemy import Row, func, literal, select
 
 from coord.jobs.model import jobs, workers
 from coord.queue.keys import due_of, rank_of, soon_member, taken_member
@@ -23,17 +25,9 @@ from coord.queue.message import Message
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.registry import named
 from coord.worker.maintenance.rows import PAGE, QueuedJobs
+from coord.worker.state import WorkerState
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-    from datetime import datetime
-    from uuid import UUID
-
-    from sqlalchemy import Row
-
-    from coord.worker.state import WorkerState
-
-    Key = tuple[UUID, int]
+Key = tuple[UUID, int]
 
 logger = logging.getLogger("arq.coord")
 

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy import delete, func, select, text, tuple_, update
+from sqlalchemy import Row, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import Mapper
 
 from coord.database.place import ledger_options
 from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
-from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
+from coord.jobs.model import Job, JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
 from coord.worker.failure import backoff
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
-from coord.worker.maintenance.registry import named
+from coord.worker.maintenance.registry import WorkerRegistry, named
 from coord.worker.maintenance.rows import remaining
+from coord.worker.state import WorkerState
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from uuid import UUID
-
-    from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.orm import Mapper
-
-    from coord.jobs.model import Job
-    from coord.worker.maintenance.registry import WorkerRegistry
-    from coord.worker.state import WorkerState
-
-    Publish = Callable[[Mapper[Job], Iterable[UUID]], None]
+Publish = Callable[[Mapper[Job], Iterable[UUID]], None]
 
 logger = logging.getLogger("arq.coord")
 

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import func, literal, select
+from sqlalchemy import Row, func, literal, select
 
 from coord.jobs.model import jobs
 from coord.queue.scripts import MOVE, NEAR_SECONDS
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.rows import QueuedJobs
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from sqlalchemy import Row
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 POLL_SECONDS = 0.25
 """Between two looks whether something has come due; less if it is known to come before."""
