@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator
 from typing import Annotated
-from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, HTTPException
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from api.orders import OrderAnswer, known_order
-from api.sessions import Session  # noqa: TC001
+from api.sessions import Session
 from coord import Job
 from coord.http import EventStreams, JobStatus, finishes, problems
 from worker.database import session_maker

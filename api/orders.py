@@ -8,8 +8,8 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Request, Response
 from pydantic import BaseModel, ConfigDict
 
 from api.links import ACCEPTED, PLACED
-from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
-from api.stock import Quantity, Sku  # noqa: TC001
+from api.sessions import Session
+from api.stock import Quantity, Sku
 from coord import task_options
 from coord.http import Accepted, Idempotency, Poll, Reply, idempotency, poll, polls, problems, replies, reply
 from worker import fulfilment

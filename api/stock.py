@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.dialects.postgresql import insert
 
 from api.links import STOCKED
-from api.sessions import Session  # noqa: TC001 - FastAPI reads the annotations
+from api.sessions import Session
 from coord.http import problems
 from worker.models import Stock
 

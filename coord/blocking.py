@@ -7,20 +7,17 @@ half a second after it began.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy import Text, cast, literal_column, select, text
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.jobs.model import execute, jobs, workers
 from coord.jobs.queries import heartbeats
 from coord.telemetry import ids_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession
 
 MAX_QUERY_CHARACTERS = 200
 WEAK_MODES = {"ACCESS SHARE", "ROW SHARE", "ROW EXCLUSIVE"}
@@ -71,8 +68,6 @@ class TableLock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobAboard:
-    """The job whose transaction it is."""
-
     id: UUID
     task: str
     queue: str

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Mapper, Session
 
-from coord.database.engine import engine_of, engines_of, prepare, session_of
+from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
 from coord.database.target import key_of, mapper_of
+from coord.durations import whole
 from coord.jobs.model import ledger_engine
+from coord.jobs.options import checked_text
 from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.outage import Outage
+from coord.notify.subscriber import Listener
 from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import attempt_payload
-from coord.waiting.watcher import MAX_WAITERS, Watcher, checked_settings
+from coord.waiting.watcher import MAX_WAITERS, Declared, Watcher, checked_settings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-    from types import TracebackType
-
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Mapper, Session
-
-    from coord.database.engine import AnySession
     from coord.notify.changes import Changed
-    from coord.notify.subscriber import Listener
-    from coord.waiting.watcher import Declared
 
 logger = logging.getLogger("coord.bell")
 
@@ -68,10 +66,6 @@ class Coordinator:
         max_waiters: int = MAX_WAITERS,
         read_settings: Declared = None,
     ) -> None:
-        if not isinstance(max_waiters, int) or isinstance(max_waiters, bool) or max_waiters < 1:
-            raise ValueError(f"max_waiters is a whole number, 1 or more, not {max_waiters!r}")
-        if not isinstance(namespace, str) or not namespace:
-            raise ValueError(f"namespace is a text, not {namespace!r}")
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
         if read_settings is not None and not callable(read_settings):
@@ -80,11 +74,11 @@ class Coordinator:
         self._session_maker = session_maker
         engines_of(session_maker())  # refuses what is not PostgreSQL's; there may be none yet
         self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
-        self._namespace = namespace
+        self._namespace = checked_text("namespace", namespace)
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self._max_waiters = max_waiters
+        self._max_waiters = whole("max_waiters", max_waiters)
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
         self._loop: asyncio.AbstractEventLoop | None = None

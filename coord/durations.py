@@ -1,4 +1,4 @@
-"""Durations as the library takes them: seconds, as a number or a `timedelta`."""
+"""Numbers as the library takes them: durations in seconds, as a number or a `timedelta`, and whole numbers."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def seconds(name: str, value: object) -> float:
     if not math.isfinite(number) or number < 0:
         raise ValueError(f"{name} is a finite number of seconds, 0 or more, not {value!r}")
     return number
+
+
+def positive(name: str, value: object) -> float:
+    number = seconds(name, value)
+    if number == 0:
+        raise ValueError(f"{name} is more than 0 seconds")
+    return number
+
+
+def whole(name: str, value: object, *, least: int = 1, most: int | None = None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        limits = f"{least} or more" if most is None else f"{least} to {most}"
+        raise ValueError(f"{name} is a whole number, {limits}, not {value!r}")
+    return value
 
 
 def postgres_timeout(name: str, value: object) -> float:

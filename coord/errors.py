@@ -16,12 +16,10 @@ Misuse that no retry can mend (an unknown mode or column, a negative timeout) is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from uuid import UUID
+from typing import Any, ClassVar
+from uuid import UUID
 
 
 class CoordError(Exception):

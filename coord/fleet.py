@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy import Float, cast, func, select, union
+from sqlalchemy import Float, cast, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.jobs.model import execute, is_in_feed, is_queued, jobs, queues, workers
 from coord.jobs.queries import heartbeats
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from datetime import datetime
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession
-
 
 MAX_EXACT_JOBS = 50_000
 """More of a kind are estimated."""
@@ -24,8 +20,6 @@ MAX_EXACT_JOBS = 50_000
 
 @dataclass(frozen=True, slots=True)
 class Number:
-    """A count, exact or about."""
-
     value: int
     exact: bool = True
 
@@ -92,11 +86,9 @@ async def queue_depths(
     rows: Sequence[Any] = (await session.run_sync(execute, depths)).all()
     counted = {name: (number, every - number) for name, number, every in rows}
     exact = most is None or sum(row[2] for row in rows) <= most
-    known = union(select(queues.c.name), select(workers.c.queue))
-    names = {*(await session.run_sync(execute, known)).scalars(), *counted}
     paused = {row.name: row.paused_at for row in await session.run_sync(execute, select(queues))}
     found = []
-    for name in sorted(names):
+    for name in sorted({*paused, *counted, *(worker.queue for worker in living)}):
         # By the index on what is due, which has its first entry: cheap however many there are.
         first = select(func.min(jobs.c.scheduled_at)).where(is_in_feed, jobs.c.queue == name, jobs.c.id.not_in(beats))
         age = cast(func.extract("epoch", now - first.scalar_subquery()), Float)

@@ -4,36 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from enum import StrEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Table, func, inspect, select
-from sqlalchemy.exc import NoInspectionAvailable
-from sqlalchemy.orm import Mapper
+from sqlalchemy import Connection, Table, func, inspect, select
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.compiler import IdentifierPreparer
 
 from coord.cancellation import cleaned_up, interruptible
 from coord.database.acquisition import Acquisition, acquire, literal
-from coord.database.engine import NO_TABLE, bind_for_writes, engine_of, session_of
+from coord.database.engine import NO_TABLE, AnySession, bind_for_writes, engine_of, session_of
+from coord.database.target import mapper_of
 from coord.database.transaction import connection_in_use, connection_mutex, end_transaction, holding_lock, is_joined
-from coord.durations import postgres_timeout
+from coord.durations import Seconds, postgres_timeout
 from coord.errors import LockTimeoutError
 from coord.observation import lock_wait
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-    from contextlib import AbstractAsyncContextManager
-
-    from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Session
-    from sqlalchemy.sql.compiler import IdentifierPreparer
-
-    from coord.database.engine import AnySession
-    from coord.durations import Seconds
-
-    Plan = Callable[[Connection], Acquisition]
+Plan = Callable[[Connection], Acquisition]
 
 
 class LockMode(StrEnum):
@@ -201,17 +192,11 @@ def _binding(session: AsyncSession, tables: Sequence[type[Any] | Table]) -> Mapp
     return bindings[0]
 
 
-def _tables_of(target: object) -> Iterable[Table]:
+def _tables_of(target: type[Any] | Table) -> Iterable[Table]:
     """A mapped class may have several tables (joined inheritance)."""
     if isinstance(target, Table):
         return [target]
-    try:
-        mapper = inspect(target)
-    except NoInspectionAvailable:
-        mapper = None
-    if not isinstance(target, type) or not isinstance(mapper, Mapper):
-        raise ValueError(f"{target!r} is neither a mapped class nor a Table")  # noqa: TRY004 - an alias is refused too
-    found = [table for table in mapper.tables if isinstance(table, Table)]
+    found = [table for table in mapper_of(target).tables if isinstance(table, Table)]
     if not found:
         raise ValueError(f"{target!r} is not mapped to a table")
     return found

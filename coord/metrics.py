@@ -17,8 +17,9 @@ import atexit
 import contextlib
 import logging
 import os
-import threading
 import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
@@ -31,23 +32,19 @@ from prometheus_client import (
     generate_latest,
     multiprocess,
     start_http_server,
+    write_to_textfile,
 )
 from prometheus_client.core import GaugeMetricFamily
-from sqlalchemy import event, func, literal_column, select, tuple_
+from sqlalchemy import event, func, literal_column, select
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
 from coord.jobs.model import JobState, execute, is_queued, jobs
-from coord.jobs.queries import heartbeats
+from coord.jobs.queries import heartbeats, held_by
 from coord.observation import PUT_OFF, Observer, observers
+from coord.timings import AttemptTimings
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Sequence
-    from pathlib import Path
-
     from fastapi import APIRouter
-    from prometheus_client.registry import Collector
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-
-    from coord.timings import AttemptTimings
 
 logger = logging.getLogger("coord.metrics")
 
@@ -117,12 +114,9 @@ class Metrics(Observer):
     def rescued(self, jobs: int) -> None:
         self._rescues.inc(jobs)
 
-    def text(self, more: Iterable[Collector] = ()) -> bytes:
-        """What a scrape answers, of all processes that share `PROMETHEUS_MULTIPROC_DIR`."""
-        extra = CollectorRegistry()
-        for collector in more:
-            extra.register(collector)
-        return generate_latest(self._served()) + generate_latest(extra)
+    def text(self) -> bytes:
+        """What a scrape answers, of all processes that share `PROMETHEUS_MULTIPROC_DIR`, without the ledger's."""
+        return generate_latest(self._served())
 
     def routes(self, session_maker: async_sessionmaker[AsyncSession], *, path: str = "/metrics") -> APIRouter:
         """`GET /metrics`, with the ledger's figures, for which it opens a session of its own; not for everybody."""
@@ -133,7 +127,7 @@ class Metrics(Observer):
         @router.get(path)
         async def metrics() -> Any:
             await self._ledger.read(session_maker)
-            return Response(self.text([self._ledger]), media_type=CONTENT_TYPE_LATEST)
+            return Response(self.text() + generate_latest(self._ledger), media_type=CONTENT_TYPE_LATEST)
 
         return router
 
@@ -157,20 +151,15 @@ class Metrics(Observer):
         finally:
             task.cancel()
             await asyncio.wait([task])
-            self._write(path)
+            write_to_textfile(str(path), self._served())
 
     async def _write_on(self, path: Path, interval: float) -> None:
         while True:
             try:
-                self._write(path)
+                write_to_textfile(str(path), self._served())
             except OSError as error:
                 logger.error("The metrics cannot be written to %s: %s", path, error)
             await asyncio.sleep(interval)
-
-    def _write(self, path: Path) -> None:
-        part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
-        part.write_bytes(self.text())
-        part.replace(path)
 
 
 class _Ledger:
@@ -196,8 +185,7 @@ class _Ledger:
             self._expires = time.monotonic() + LEDGER_SECONDS
 
     async def _look(self, session: AsyncSession) -> None:
-        beats = await heartbeats(session)
-        held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+        held = held_by(await heartbeats(session))
         for state, condition in (
             (JobState.RUNNING, is_queued & held),
             (JobState.QUEUED, is_queued & ~held),

@@ -8,19 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Protocol
+from types import TracebackType
+from typing import Any
 
 from coord import telemetry
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError, WaitTimeoutError
-from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, wait_timings_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
-    from types import TracebackType
-
-    from coord.timings import AttemptTimings, WaitTimings
+from coord.timings import ATTEMPT_TIMINGS, WAIT_TIMINGS, AttemptTimings, WaitTimings, wait_timings_of
 
 waits, jobs = logging.getLogger("coord.waiting"), logging.getLogger("arq.coord")
 _PLAIN = re.compile(r"[^\s\"=]+")
@@ -96,16 +92,6 @@ def tell_committed(made: Iterable[Any]) -> None:
                 log(jobs, logging.DEBUG, f"job {job.state}", **fields, **telemetry.ids_of(job.trace))
 
 
-class Awaited(Protocol):
-    """A waiter as far as its messages are concerned."""
-
-    target: Any
-    job: Any
-
-    def last_message(self) -> tuple[bytes, float] | None:
-        """The payload of the last message about its row, and when it came."""
-
-
 @contextmanager
 def lock_wait(session: Any, acquisition: Any) -> Iterator[None]:
     """The block takes a lock; `session` is SQLAlchemy's own."""
@@ -125,11 +111,14 @@ def lock_wait(session: Any, acquisition: Any) -> Iterator[None]:
 
 
 class ObservedWait:
-    """The block is the wait; at its end the session's `info` has its timings. No generator: thousands are open."""
+    """The block is the wait; at its end the session's `info` has its timings. No generator: thousands are open.
+
+    `waiter` is a `Waiter` of `coord/waiting/`, and `session` SQLAlchemy's own.
+    """
 
     __slots__ = ("_began", "_job", "_scope", "_session", "_span", "_waiter")
 
-    def __init__(self, session: Any, waiter: Awaited, job: Any) -> None:
+    def __init__(self, session: Any, waiter: Any, job: Any) -> None:
         self._session, self._waiter, self._job = session, waiter, job
         self._scope = telemetry.internal(f"wait {waiter.target.mapper.class_.__name__}")
 

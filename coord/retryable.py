@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import errno
 import socket
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import asyncpg
 from sqlalchemy.exc import DBAPIError, NotSupportedError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from coord.errors import CoordError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 CONTENTION_STATES = {"40001", "40P01", "55P03"}
 """Serialization failure, deadlock, lock not available (appendix A of PostgreSQL's manual)."""

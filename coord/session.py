@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from starlette.requests import HTTPConnection  # noqa: TC002 - FastAPI reads the annotation
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from starlette.requests import HTTPConnection
 
 from coord.cancellation import cleaned_up, interruptible, settled
-from coord.database.engine import engine_of, engines_of, prepare, session_of
+from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
 from coord.database.transaction import connections_in_use, is_owned, own
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, MutableMapping
-
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-    from coord.database.engine import AnySession
-
-    SessionMaker = async_sessionmaker[AsyncSession]
+SessionMaker = async_sessionmaker[AsyncSession]
 
 _BARE: Any = None  # FastAPI injects a parameter annotated exactly HTTPConnection; a union with None it would refuse
 _SESSIONS = "coord.sessions"

@@ -8,13 +8,10 @@ own that is linked to it.
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractContextManager
+from typing import Any
 
 request_id: ContextVar[str | None] = ContextVar("coord.request_id", default=None)
 """Of the request that is handled, as its client or its proxy calls it."""

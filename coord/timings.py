@@ -7,12 +7,11 @@ import math
 import re
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session
 
-    from coord.database.engine import AnySession
+from coord.database.engine import AnySession
 
 ATTEMPT_TIMINGS, WAIT_TIMINGS = "coord.attempt_timings", "coord.wait_timings"
 """Where they are in a session's `info`: of the attempt whose transaction it is, and of its last wait."""

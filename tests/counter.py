@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator  # noqa: TC003 - FastAPI reads the annotations
+from collections.abc import AsyncIterable, AsyncIterator
 from typing import TYPE_CHECKING, Any
-from uuid import UUID  # noqa: TC003
+from uuid import UUID
 
 import httpx
 import pytest
@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import select, text, update
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import Job, JobState, create_db_dependency, job_transaction
 from coord.http import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from uuid import UUID  # noqa: TC003 - SQLAlchemy reads the annotations
+from uuid import UUID
 
 from sqlalchemy import ForeignKey, Table
 from sqlalchemy.dialects.postgresql import JSONB

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotation
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import Coordinator, create_db_dependency, enqueue, job_transaction, lock_tables, wait_for_row_change
 from tests.models import User

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi import BackgroundTasks, Depends, FastAPI
 from fastapi.responses import StreamingResponse
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import create_db_context, create_db_dependency, enqueue, get_transaction
 from tests.counter import jobs_of

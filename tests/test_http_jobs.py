@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi import Depends, FastAPI
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import JobState, create_db_dependency, enqueue
 from coord.http import (

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import delete, text
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002 - FastAPI reads the annotations
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import create_db_dependency
 from coord.http import Poll, poll

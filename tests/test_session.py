@@ -19,7 +19,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
-from starlette.responses import Response  # noqa: TC002 - FastAPI reads the annotation
+from starlette.responses import Response
 
 from coord import advisory_lock, create_db_context, create_db_dependency, get_transaction, lock_tables
 from tests.models import Item, User

@@ -220,7 +220,7 @@ class Working:
 
     @property
     def running(self) -> RunningJobs:
-        found: RunningJobs = self.worker.ctx["coord.lifecycle"].running
+        found: RunningJobs = self.worker.ctx["coord.lifecycle"].state.running
         return found
 
     async def started(self, within: float = 10.0) -> None:

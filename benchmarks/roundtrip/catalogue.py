@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path  # noqa: TC003 - a default is one
+from pathlib import Path
 
 from benchmarks.machine import ROOT
 

@@ -12,9 +12,8 @@ from sqlalchemy import delete, func, literal, select
 
 from coord.cli.output import say_json, show
 from coord.cli.servers import asynchronous, json_option, session_of, url_option
-from coord.jobs.history import list_attempts
 from coord.jobs.model import JobState, attempts, execute, jobs
-from coord.jobs.queries import cancel_job, get_job, list_jobs, retry_job
+from coord.jobs.queries import cancel_job, get_job, list_attempts, list_jobs, retry_job
 
 FINAL = [str(state) for state in JobState if state.is_final]
 PRUNED_ROWS = 5_000

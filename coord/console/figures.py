@@ -11,7 +11,7 @@ from sqlalchemy import Float, Integer, cast, func, literal_column, select, tuple
 
 from coord.fleet import MAX_EXACT_JOBS, Number
 from coord.jobs.model import JobState, execute, is_queued, jobs
-from coord.jobs.queries import heartbeats
+from coord.jobs.queries import heartbeats, held_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,8 +69,7 @@ Kinds = Counter[tuple[str, JobState]]
 
 async def count_jobs(session: AsyncSession) -> Counts:
     """By state and task. A kind of more than 50,000 is estimated, from a sample of the table's pages."""
-    beats = await heartbeats(session)
-    held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+    held = held_by(await heartbeats(session))
     running, queued = is_queued & held, is_queued & ~held
     found, whole = await _first(session)
     exact = dict.fromkeys(JobState, whole)

@@ -11,9 +11,8 @@ from sqlalchemy import Float, Text, cast, func, select
 
 from coord.blocking import blocking
 from coord.http.problem import public_reason
-from coord.jobs.history import list_attempts
 from coord.jobs.model import JobState, execute, jobs, workers
-from coord.jobs.queries import RETRYABLE_STATES, get_job
+from coord.jobs.queries import RETRYABLE_STATES, get_job, list_attempts
 from coord.telemetry import ids_of
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 
     from coord.blocking import Backend
     from coord.console.timings import Spent
-    from coord.jobs.history import AttemptReport
-    from coord.jobs.queries import JobReport
+    from coord.jobs.queries import AttemptReport, JobReport
 
 MAX_SHOWN_CHARACTERS = 20_000
 """Of arguments, a result, a progress."""

@@ -7,13 +7,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from sqlalchemy import Float, bindparam, cast, func, literal, select, tuple_
+from sqlalchemy import Float, bindparam, cast, func, literal, select
 
 from coord.console.figures import sample_of, sample_percent
 from coord.fleet import MAX_EXACT_JOBS, Number
 from coord.jobs.batches import conditions_of
 from coord.jobs.model import JobState, execute, is_queued, jobs
-from coord.jobs.queries import heartbeats
+from coord.jobs.queries import heartbeats, held_by
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -160,13 +160,12 @@ async def count_page(session: AsyncSession, wanted: Filter) -> Number:
 
 
 def _conditions(wanted: Filter, beats: Sequence[Beat]) -> list[ColumnElement[bool]]:
-    held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
     found = conditions_of(wanted.task, wanted.queue, wanted.ages.get("older_than"), wanted.ages.get("newer_than"))
     match wanted.state:
         case JobState.RUNNING:
-            found += [is_queued, held]
+            found += [is_queued, held_by(beats)]
         case JobState.QUEUED:
-            found += [is_queued, ~held]
+            found += [is_queued, ~held_by(beats)]
         case JobState():  # written out, as in is_queued
             found.append(jobs.c.state == bindparam(None, wanted.state, literal_execute=True))
     return found

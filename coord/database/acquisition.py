@@ -7,23 +7,19 @@ SELECT would take the snapshot before the lock, and where it is not installed, t
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import bindparam, text
+from sqlalchemy import ClauseElement, Connection, bindparam, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
 
 from coord.database.lock_function import call_lock, lock_function
 from coord.errors import DeadlockError, LockHolder, LockTimeoutError
 from coord.retryable import sqlstate_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from sqlalchemy import ClauseElement, Connection
 
 LOCK_NOT_AVAILABLE, DEADLOCK, NO_ACTIVE_TRANSACTION = "55P03", "40P01", "25P01"
 ACTIVE_TRANSACTION = "25001"

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextvars import copy_context
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
 import asyncpg
-from sqlalchemy import Connection, TableClause, event, table, update
+from sqlalchemy import Connection, Engine, TableClause, event, table, update
+from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Engine
-    from sqlalchemy.engine import Dialect, ExceptionContext
-    from sqlalchemy.ext.asyncio import async_sessionmaker
-    from sqlalchemy.orm import Mapper, SessionTransaction
 
 AnySession = AsyncSession | async_scoped_session[AsyncSession]
 
@@ -61,7 +55,7 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
     """
     session = source if isinstance(source, AsyncSession) else source()
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
-    found = _bind_of(session, bind_arguments or NO_TABLE)
+    found = bind_of(session.sync_session, **(bind_arguments or NO_TABLE))
     if found is None:
         raise ValueError("coord needs sessions bound to one asynchronous engine here: async_sessionmaker(bind=engine)")
     if isinstance(found, Connection) and own_connection(session) is None:
@@ -70,10 +64,10 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
     return bind if isinstance(bind, AsyncEngine) and bind.sync_engine is found else AsyncEngine(found.engine)
 
 
-def _bind_of(session: AsyncSession, bind_arguments: Mapping[str, Any]) -> Engine | Connection | None:
+def bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:
     """Asked in a context of its own, where a `get_bind` that remembers in one what it was asked for may note it."""
     try:
-        return copy_context().run(session.sync_session.get_bind, **bind_arguments)
+        return copy_context().run(session.get_bind, **bind_arguments)
     except UnboundExecutionError:
         return None
 
@@ -83,7 +77,7 @@ def engines_of(session: AsyncSession) -> list[AsyncEngine]:
     given = [getattr(session, "bind", None), *(getattr(session, "binds", None) or {}).values()]
     known = [each.engine if isinstance(each, AsyncConnection) else each for each in given if each is not None]
     engines = {each.sync_engine: each for each in known}
-    found = _bind_of(session, NO_TABLE)
+    found = bind_of(session.sync_session, **NO_TABLE)
     if found is not None and found.engine not in engines:
         require_asyncpg(found.dialect)
         engines[found.engine] = AsyncEngine(found.engine)

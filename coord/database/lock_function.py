@@ -6,21 +6,17 @@ two of them while the table is locked. It runs with the caller's rights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import ARRAY, DDL, Float, Text, bindparam, func, quoted_name, select, text
+from sqlalchemy import ARRAY, DDL, Connection, Float, Select, Text, bindparam, func, quoted_name, select, text
+from sqlalchemy.engine import Dialect
 from sqlalchemy.exc import ProgrammingError
 
 from coord.database.place import ledger_schema
 from coord.retryable import sqlstate_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sqlalchemy import Connection, Select
-    from sqlalchemy.engine import Dialect
 
 RECHECK_SECONDS = 10.0
 """After which a database that did not have the function is searched for it again."""

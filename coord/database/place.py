@@ -5,14 +5,11 @@ In a schema of its own it is found under any `search_path`, too: by its table of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import text
-
-if TYPE_CHECKING:
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import Dialect
+from sqlalchemy import Connection, text
+from sqlalchemy.engine import Dialect
 
 _SCHEMAS = text("""
     SELECT nspname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from sqlalchemy import Table, event
-from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Engine, Table, event
+from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy import Connection, Engine
-    from sqlalchemy.orm import Mapper, SessionTransaction
+from coord.database.engine import bind_of
 
 Schemas = tuple[tuple[str | None, str | None], ...]
 
@@ -34,14 +30,14 @@ def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:
     """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
     options: Mapping[str, Any] = getattr(session, "execution_options", {})
     if "schema_translate_map" not in options:
-        bind = _bind_of(session, **bind_arguments)
+        bind = bind_of(session, **bind_arguments)
         options = {} if bind is None else bind.get_execution_options()
     return _schemas(options)
 
 
 def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
     """Those of the session's transaction, or of its last one; before its first statement `schemas_of` it."""
-    bind = _bind_of(session, **bind_arguments)
+    bind = bind_of(session, **bind_arguments)
     known: dict[Engine, Schemas] = session.info.get(_SCHEMAS, {})
     found = None if bind is None else known.get(bind.engine)
     return schemas_of(session, **bind_arguments) if found is None else found
@@ -56,13 +52,6 @@ def is_untranslated(mapper: Mapper[Any]) -> bool:
 def schemas_for(mapper: Mapper[Any], schemas: Schemas) -> Schemas:
     """Those under which the class's table is."""
     return () if is_untranslated(mapper) else schemas
-
-
-def _bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:
-    try:
-        return session.get_bind(**bind_arguments)
-    except UnboundExecutionError:
-        return None
 
 
 def _schemas(options: Mapping[str, Any]) -> Schemas:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from sqlalchemy import Column, Uuid, inspect
 from sqlalchemy.exc import NoInspectionAvailable
 from sqlalchemy.orm import Mapper, QueryableAttribute
 from sqlalchemy.orm.exc import UnmappedColumnError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 M = TypeVar("M")
 
@@ -39,11 +36,7 @@ class Target(Generic[M]):
         return cls(mapper, key_of(mapper, pk_value), _columns(mapper, columns))
 
     def __str__(self) -> str:
-        return describe(self.mapper, self.key)
-
-
-def describe(mapper: Mapper[Any], key: Key) -> str:
-    return f"{mapper.class_.__name__}({', '.join(map(repr, key))})"
+        return f"{_name(self.mapper)}({', '.join(map(repr, self.key))})"
 
 
 def mapper_of(model: type[M]) -> Mapper[M]:

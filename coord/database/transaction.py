@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, event, text
-from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from contextlib import AbstractAsyncContextManager
-
-    from sqlalchemy.ext.asyncio import AsyncSession
+from coord.database.engine import bind_of
 
 logger = logging.getLogger("coord.session")
 
@@ -98,12 +95,7 @@ def connections_in_use(session: Session) -> Mapping[Connection, int | None]:
 def connection_in_use(session: Session, **bind_arguments: Any) -> Connection | None:
     """The one of the bind that SQLAlchemy gives for these arguments (`mapper=`, `clause=`)."""
     begun = connections_in_use(session)
-    if not begun:
-        return None
-    try:
-        bind = session.get_bind(**bind_arguments)
-    except UnboundExecutionError:
-        return None
+    bind = bind_of(session, **bind_arguments) if begun else None
     return next((each for each in begun if bind is each or bind is each.engine), None)
 
 

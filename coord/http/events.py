@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import Depends, Header, HTTPException
 from sqlalchemy import inspect
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord.cancellation import uninterrupted
 from coord.database.engine import engines_of, prepare
-from coord.durations import seconds
+from coord.durations import Seconds, seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.interruption import ended, stop_observed
 from coord.http.jobs import JobStatus
@@ -20,15 +23,7 @@ from coord.jobs.model import Job, JobState
 from coord.jobs.queries import heartbeats
 from coord.waiting.wait import watch_row
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-    from coord.durations import Seconds
-
-    Dependency = Callable[..., AsyncGenerator[AsyncIterator[Any], None]]
+Dependency = Callable[..., AsyncGenerator[AsyncIterator[Any], None]]
 
 logger = logging.getLogger("coord.http")
 

@@ -7,34 +7,26 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, overload
+from typing import Annotated, Any, overload
 from weakref import WeakValueDictionary
 
 from fastapi import Header, Request
-from sqlalchemy import func, literal, select, update
+from sqlalchemy import CursorResult, Executable, func, literal, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.exceptions import HTTPException
 
 from coord.cancellation import interruptible, settled
-from coord.database.engine import bind_for_writes, session_of
+from coord.database.engine import AnySession, bind_for_writes, session_of
 from coord.database.transaction import end_transaction, has_written, holds_lock, is_explicit
-from coord.durations import seconds
-from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY
+from coord.durations import Seconds, seconds
+from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY, Kind
 from coord.jobs.enqueue import enqueue
 from coord.jobs.model import Job, execute, job_mapper, jobs, keys
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from sqlalchemy import CursorResult, Executable
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from coord.database.engine import AnySession
-    from coord.durations import Seconds
-    from coord.http.problem import Kind
-    from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.options import P, Task, TaskOptions
 
 EXPIRY_SECONDS = 86_400
 MAX_KEY_LENGTH = 255

@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from fastapi import Request
 from starlette.requests import ClientDisconnect
 
 from coord.cancellation import uninterrupted
 
-if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
-
-    from fastapi import Request
-
-    Stopped = asyncio.Future[None]
+Stopped = asyncio.Future[None]
 
 T = TypeVar("T")
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any
+from uuid import UUID
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import AfterValidator, BaseModel, ConfigDict
-from sqlalchemy.ext.asyncio import AsyncSession  # noqa: TC002
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.http.problem import problems, public_reason
 from coord.jobs import queries
-from coord.jobs.model import JobState  # noqa: TC001
-from coord.jobs.queries import JobReport  # noqa: TC001
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+from coord.jobs.model import JobState
+from coord.jobs.queries import JobReport
 
 MIN_TOKEN_LENGTH = 16
 _bearer = HTTPBearer(auto_error=False)

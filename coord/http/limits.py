@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import re
 from inspect import isawaitable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coord.http.interruption import stop_observed
 from coord.http.prefer import Preference
 from coord.http.problem import OUT_OF_TIME, problem, problem_of
 from coord.telemetry import request_id
-
-if TYPE_CHECKING:
-    from starlette.responses import Response
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ARRIVAL = "coord.arrival"
 """Where in its scope a request's `Arrival` is."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
 from sqlalchemy import inspect
+from sqlalchemy.orm import Mapper
 
+from coord.database.engine import AnySession
+from coord.database.target import M
 from coord.http.reply import PREFERENCE_APPLIED, Reply, reply
-
-if TYPE_CHECKING:
-    from sqlalchemy.orm import Mapper
-
-    from coord.database.engine import AnySession
-    from coord.database.target import M
 
 _TAGS = re.compile(r'(?:^|,)[ \t]*(?:W/)?"([\x21\x23-\x7e\x80-\xff]*)"[ \t]*(?=,|$)')
 IF_NONE_MATCH = Header(alias="If-None-Match", description="The tags of what the client has, or `*`.")

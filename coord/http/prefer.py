@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"
 _STRING = r'"(?:[^"\\]|\\.)*+'  # and its end, which may be missing

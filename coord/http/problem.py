@@ -8,11 +8,13 @@ from __future__ import annotations
 import http.client
 import logging
 import re
+from collections.abc import Callable, Mapping
 from functools import partial
 from traceback import walk_tb
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import asyncpg
+from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from sqlalchemy.exc import DBAPIError
@@ -33,11 +35,6 @@ from coord.errors import (
 from coord.http.methods import allowed
 from coord.retryable import CONTENTION_STATES, is_retryable, sqlstate_of
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from fastapi import Request
-
 logger = logging.getLogger("coord.http")
 
 MEDIA_TYPE = "application/problem+json"
@@ -54,8 +51,6 @@ VIOLATIONS = {"23505", "23P01"}
 
 
 class Kind(NamedTuple):
-    """A problem type."""
-
     name: str
     """The last part of its URN."""
     status: int

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import Header, Request, Response
 from fastapi.responses import JSONResponse
+from sqlalchemy.ext.asyncio import AsyncSession
 
-from coord.database.engine import session_of
+from coord.database.engine import AnySession, session_of
+from coord.database.target import M
 from coord.database.transaction import end_transaction
+from coord.durations import Seconds
 from coord.errors import WaitTimeoutError
 from coord.http.interruption import while_connected
 from coord.http.jobs import Accepted, AcceptedJob
 from coord.http.limits import ARRIVAL, MAX_WAIT_SECONDS, Arrival
 from coord.http.prefer import Preference
 from coord.http.problem import RETRY_AFTER_SECONDS
+from coord.jobs.model import Job, JobState
 from coord.jobs.queries import get_job
 from coord.retryable import is_retryable
 from coord.timings import wait_timings
 from coord.waiting.job_wait import job_id_of
 from coord.waiting.wait import wait_for_row_change
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from coord.database.engine import AnySession
-    from coord.database.target import M
-    from coord.durations import Seconds
-    from coord.jobs.model import Job, JobState
 
 STATE_TIMEOUT_SECONDS = 0.5
 """For reading a job's state, when the client has waited long enough."""

@@ -10,8 +10,7 @@ bulk.py             enqueue_many: any number of them in one statement
 periodic.py         schedules, and the slots that they have
 attempt.py          one attempt, as a task's ctx carries it
 job_transaction.py  claim, fence, effect and completion in one commit
-queries.py          looking at jobs, cancelling and retrying them
+queries.py          looking at jobs and their attempts, cancelling and retrying one
 batches.py          cancelling and retrying many
 pauses.py           pausing a queue
-history.py          the attempts that did not succeed
 """

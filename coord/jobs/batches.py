@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import Text, bindparam, cast, exists, func, insert, inspect, literal, select, tuple_, update
+from sqlalchemy import ColumnElement, Text, bindparam, cast, exists, func, literal, select
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
-from coord.durations import seconds
-from coord.jobs.model import (
-    Cancellation,
-    Job,
-    JobState,
-    cancellations,
-    execute,
-    is_queued,
-    job_mapper,
-    jobs,
-    ledger_connection,
-)
-from coord.jobs.queries import AGAIN, MAX_LISTED_JOBS, RETRYABLE_STATES, heartbeats
-from coord.notify.changes import collect
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sqlalchemy import ColumnElement, Select
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
-    from coord.durations import Seconds
-
-    Conditions = Sequence[ColumnElement[bool]]
+from coord.database.engine import AnySession, session_of
+from coord.durations import Seconds, seconds, whole
+from coord.jobs.model import JobState, jobs
+from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, held_by, run_again
 
 MAX_CONFLICTS = 5
 """With jobs that are enqueued meanwhile under the unique keys of those that are to run again."""
@@ -64,13 +44,12 @@ async def cancel_jobs(
     wanted = None if state is None else JobState(state)
     if wanted is not None and wanted.is_final:
         raise ValueError(f"only what is queued or running can be cancelled, and not what is {wanted}")
-    _check(limit)
+    whole("limit", limit, most=MAX_LISTED_JOBS)
     conditions = conditions_of(task, queue, older_than, newer_than)
     if wanted is not None:
-        beats = await heartbeats(session)
-        held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+        held = held_by(await heartbeats(session))
         conditions.append(held if wanted is JobState.RUNNING else ~held)
-    return await interruptible(session_of(session).run_sync(_cancel, conditions, limit))
+    return sum(await interruptible(session_of(session).run_sync(cancel_some, conditions, limit)))
 
 
 async def retry_jobs(
@@ -95,16 +74,11 @@ async def retry_jobs(
     states = RETRYABLE_STATES if state is None else (JobState(state),)
     if not {*states} <= {*RETRYABLE_STATES}:
         raise ValueError(f"only what has failed or was cancelled can be run again, and not what is {states[0]}")
-    _check(limit)
+    whole("limit", limit, most=MAX_LISTED_JOBS)
     conditions = conditions_of(task, queue, older_than, newer_than)
     # Written out, as in is_queued: there is an index for what has failed.
     conditions.append(jobs.c.state.in_(bindparam(None, states, expanding=True, literal_execute=True)))
     return await interruptible(session_of(session).run_sync(_retry, conditions, limit))
-
-
-def _check(limit: int) -> None:
-    if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED_JOBS:
-        raise ValueError(f"limit is a whole number, 1 to {MAX_LISTED_JOBS}, not {limit!r}")
 
 
 def conditions_of(
@@ -127,22 +101,7 @@ def _ago(name: str, span: Seconds) -> Any:
     return func.now() - literal(timedelta(seconds=seconds(name, span)))
 
 
-def _cancel(session: Session, conditions: Conditions, limit: int) -> int:
-    free = _free(select(jobs.c.id).where(is_queued, *conditions).order_by(jobs.c.id).limit(limit))
-    values = {"state": JobState.CANCELLED, "finished_at": func.now()}
-    ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
-    for row in ended:
-        collect(session, (job_mapper, (row["id"],)), Job(**row))
-    # What is unfinished still is locked: it runs, and its worker ends it.
-    wished = exists().where(cancellations.c.job_id == jobs.c.id)
-    running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
-    wish = insert(cancellations).from_select(["job_id"], running)
-    wishes = execute(session, wish).rowcount if len(ended) < limit else 0
-    collect(session, (inspect(Cancellation), None), beside=job_mapper)
-    return len(ended) + wishes
-
-
-def _retry(session: Session, conditions: Conditions, limit: int) -> int:
+def _retry(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> int:
     other = jobs.alias("other")
     same_key = (other.c.task == jobs.c.task) & (other.c.unique_key == jobs.c.unique_key)
     taken = exists().where(same_key, other.c.state == JobState.QUEUED)
@@ -150,22 +109,12 @@ def _retry(session: Session, conditions: Conditions, limit: int) -> int:
     place = func.row_number().over(partition_by=(jobs.c.task, key), order_by=jobs.c.id.desc()).label("place")
     ranked = select(jobs.c.id, place).where(*conditions, ~taken).subquery()
     newest = select(ranked.c.id).where(ranked.c.place == 1)
-    free = _free(select(jobs.c.id).where(*conditions, jobs.c.id.in_(newest)).order_by(jobs.c.id).limit(limit))
-    again = update(jobs).where(jobs.c.id.in_(free)).values(AGAIN).returning(jobs)
-    for left in reversed(range(MAX_CONFLICTS)):
+    free = free_of(select(jobs.c.id).where(*conditions, jobs.c.id.in_(newest)).order_by(jobs.c.id).limit(limit))
+    left = MAX_CONFLICTS
+    while True:
+        left -= 1
         try:
-            with ledger_connection(session).begin_nested():
-                rows = execute(session, again).mappings().all()
-            break
+            return len(run_again(session, jobs.c.id.in_(free)))
         except IntegrityError:
             if not left:
                 raise
-    execute(session, cancellations.delete().where(cancellations.c.job_id.in_([row["id"] for row in rows])))
-    for row in rows:
-        collect(session, (job_mapper, (row["id"],)), Job(**row))
-    return len(rows)
-
-
-def _free(found: Select[Any]) -> Select[Any]:
-    """Locked, without what others have locked; read once (or the plan may have the limit begin anew with each row)."""
-    return select(found.with_for_update(skip_locked=True, of=jobs).cte("found").c.id)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
+from uuid import UUID
 
+from arq.worker import Function
 from sqlalchemy import (
     JSON,
     DateTime,
     Double,
-    Integer,
     Interval,
+    Row,
     Text,
-    Uuid,
     bindparam,
     cast,
     column,
@@ -23,45 +25,25 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.postgresql import insert as insert_into
+from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
+from coord.database.engine import AnySession, session_of
 from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, is_same, to_json
-from coord.jobs.enqueue import due_of, is_unfinished, job_of, joined, stored_columns, values_of
+from coord.jobs.enqueue import due_of, is_unfinished, job_of, joined, options_given, stored_columns, values_of
 from coord.jobs.model import Job, execute, job_mapper, jobs, ledger_engine
-from coord.jobs.options import TaskOptions
+from coord.jobs.options import P, Task, TaskOptions
 from coord.notify.changes import collect, warn_if_uncoordinated
 from coord.telemetry import sending
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
-    from uuid import UUID
-
-    from arq.worker import Function
-    from sqlalchemy import Row
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
-    from coord.jobs.options import P, Task
-
-    Key = int | tuple[str, str]
+Key = int | tuple[str, str]
 
 SLICE = 200
 """Calls that are prepared, and jobs that are noted, without a pause for the event loop."""
 
-_types: dict[str, Any] = {
-    "id": Uuid,
-    "task": Text,
-    "queue": Text,
-    "max_attempts": Integer,
-    "timeout": Double,
-    "unique_key": Text,
-    "priority": Integer,
-    "one_at_a_time": Text,
-    "trace": JSON,
-}
+_types: dict[str, Any] = {name: jobs.c[name].type for name in options_given} | {"trace": JSON}
 _more: dict[str, Any] = {"arguments": Text, "moment": DateTime(timezone=True), "delay": Double}
 _given = (
     func.json_to_recordset(cast(bindparam("rows", type_=Text), JSON))

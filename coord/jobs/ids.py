@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from typing import TYPE_CHECKING
+from datetime import datetime
 from uuid import UUID
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 
 def new_id() -> UUID:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy import JSON, Integer, Text, bindparam, cast, event, exists, func, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError
-from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from coord.cancellation import cleaned_up, interruptible, leaving
-from coord.database.engine import last_failure, session_of
+from coord.database.engine import AnySession, last_failure, session_of
 from coord.database.transaction import connections_in_use
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
@@ -20,14 +22,6 @@ from coord.notify.changes import collect
 from coord.retryable import sqlstate_of
 from coord.session import closed
 from coord.timings import ATTEMPT_TIMINGS
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Mapping
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
-
-    from coord.database.engine import AnySession
 
 WORKER_LOCK_CLASS = 0x636F6F72
 """The first half of the advisory lock that a job's transaction shares with the others of its worker; spells "coor"."""

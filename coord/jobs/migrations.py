@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sqlalchemy import (
     Column,
@@ -18,17 +19,12 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.schema import CreateSchema
 
 from coord.database.lock_function import create_lock_function
 from coord.database.place import ledger_schema, place_ledger
 from coord.jobs.model import Ledger
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
 
 versions = Table("coord_schema", Ledger.metadata, Column("version", Integer, primary_key=True, autoincrement=False))
 # Rows change once and go by the thousand: vacuum by their number and not by the table's size (section 24.1.6).

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime  # noqa: TC003 - SQLAlchemy reads the annotations
+from collections.abc import Callable
+from datetime import datetime
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
-from uuid import UUID  # noqa: TC003 - SQLAlchemy reads it
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy import (
     JSON,
     CheckConstraint,
+    ColumnElement,
+    Connection,
+    CursorResult,
     DateTime,
     Double,
     Enum,
+    Executable,
     Index,
     MetaData,
     Text,
@@ -27,20 +32,14 @@ from sqlalchemy import (
     type_coerce,
 )
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, mapped_column
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import DeclarativeBase, Mapped, Mapper, Session, mapped_column
 
 from coord.database.engine import bind_for_writes, engine_of
 from coord.database.place import ledger_options
 from coord.database.schemas import UNTRANSLATED
 from coord.jobs.arguments import to_json
 from coord.retryable import sqlstate_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from sqlalchemy import ColumnElement, Connection, CursorResult, Executable
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-    from sqlalchemy.orm import Session
 
 
 class JobState(StrEnum):

@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Generic, ParamSpec, overload
 
 from arq.worker import Function
 
-from coord.durations import Seconds, seconds
+from coord.durations import Seconds, positive, seconds, whole
 
 P = ParamSpec("P")
 
@@ -92,27 +92,16 @@ def task_options(
     Raises `ValueError` or `TypeError` here, at once, for what makes no sense.
     """
     name_of(task)
-    limit = None if timeout is None else _span("timeout", timeout)
-    if limit == 0:
-        raise ValueError("timeout is more than 0 seconds")
-    if max_attempts is not None and not _is_whole(max_attempts, 1, MAX_ATTEMPTS):
-        raise ValueError(f"max_attempts is a whole number, 1 to {MAX_ATTEMPTS}, not {max_attempts!r}")
-    if not _is_whole(priority, -MAX_PRIORITY, MAX_PRIORITY):
-        raise ValueError(f"priority is a whole number, -{MAX_PRIORITY} to {MAX_PRIORITY}, not {priority!r}")
     return TaskOptions(
         task,
-        None if unique_key is None else _text("unique_key", unique_key, MAX_UNIQUE_KEY_BYTES),
+        None if unique_key is None else checked_text("unique_key", unique_key, MAX_UNIQUE_KEY_BYTES),
         None if delay is None else _delay(delay),
-        None if queue is None else _text("queue", queue, MAX_NAME_BYTES),
-        max_attempts,
-        priority,
-        limit,
-        None if one_at_a_time is None else _text("one_at_a_time", one_at_a_time, MAX_UNIQUE_KEY_BYTES),
+        None if queue is None else checked_text("queue", queue),
+        None if max_attempts is None else whole("max_attempts", max_attempts, most=MAX_ATTEMPTS),
+        whole("priority", priority, least=-MAX_PRIORITY, most=MAX_PRIORITY),
+        None if timeout is None else _span("timeout", positive("timeout", timeout)),
+        None if one_at_a_time is None else checked_text("one_at_a_time", one_at_a_time, MAX_UNIQUE_KEY_BYTES),
     )
-
-
-def _is_whole(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def name_of(task: object) -> str:
@@ -121,10 +110,10 @@ def name_of(task: object) -> str:
         name = getattr(task, "__qualname__", None)
     if not isinstance(name, str) or name.endswith("<lambda>"):
         raise TypeError(f"task is a function with a name, what arq's func makes of one, or a task's name; not {task!r}")
-    return _text("task", name, MAX_NAME_BYTES)
+    return checked_text("task", name)
 
 
-def _text(what: str, value: object, longest: int) -> str:
+def checked_text(what: str, value: object, longest: int = MAX_NAME_BYTES) -> str:
     """`value` if PostgreSQL and Redis can keep it."""
     if not isinstance(value, str):
         raise TypeError(f"{what} is a text, not {value!r}")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sqlalchemy import func, update
 from sqlalchemy.dialects.postgresql import insert
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
+from coord.database.engine import AnySession, session_of
 from coord.jobs.model import execute, queues
 from coord.jobs.options import DEFAULT_QUEUE
-
-if TYPE_CHECKING:
-    from coord.database.engine import AnySession
 
 
 async def pause_queue(session: AnySession, queue: str = DEFAULT_QUEUE) -> None:

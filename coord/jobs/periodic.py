@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 from zoneinfo import ZoneInfo
+
+from arq.worker import Function
+from cronsim import CronSim, CronSimError
 
 from coord.jobs.bulk import Call
 from coord.jobs.bulk import call as call_of
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from arq.worker import Function
-
-    from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.options import P, Task, TaskOptions
 
 ON_TIME_SECONDS = 300.0
 """After a slot in which its job is made anyway: a deploy, a restart or a blocked worker takes that long."""
@@ -56,8 +54,6 @@ class Periodic:
 
     def _slots(self, after: datetime) -> Iterator[datetime]:
         """Later than `after`, in UTC. Where clocks change as in Debian's cron, but no time comes twice."""
-        from cronsim import CronSim
-
         for slot in CronSim(self.cron, after.astimezone(ZoneInfo(self.timezone))):
             if (moment := slot.astimezone(UTC)) > after:
                 after = moment
@@ -110,8 +106,6 @@ def periodic(
 
     `ctx["enqueue_time"]` is the slot. `ValueError` or `TypeError` here, at once, for what makes no sense.
     """
-    from cronsim import CronSimError
-
     try:
         ZoneInfo(timezone)
     except (KeyError, OSError, ValueError) as error:

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence  # noqa: TC003 - FastAPI reads the annotations of a report
+from collections.abc import (
+    Iterable,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import bindparam, case, delete, func, insert, inspect, literal, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    insert,
+    inspect,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
-from coord.database.engine import session_of
+from coord.cancellation import interruptible
+from coord.database.engine import AnySession, session_of
+from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
@@ -19,6 +39,7 @@ from coord.jobs.model import (
     Cancellation,
     Job,
     JobState,
+    attempts,
     cancellations,
     execute,
     is_queued,
@@ -29,20 +50,13 @@ from coord.jobs.model import (
 )
 from coord.notify.changes import collect
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
-
 MAX_LISTED_JOBS = 1_000
 """In one answer of `list_jobs`."""
 HEARTBEAT_EXPIRY_SECONDS = 10.0
 """Since a worker's last heartbeat, after which it is ignored: its jobs run elsewhere by then."""
 RETRYABLE_STATES = (JobState.FAILED, JobState.CANCELLED)
 _used = jobs.c.attempt - jobs.c.uncounted
-AGAIN: Mapping[str, Any] = {
+_AGAIN: Mapping[str, Any] = {
     "state": JobState.QUEUED,
     "attempt": jobs.c.attempt + 1,
     "max_attempts": case((jobs.c.max_attempts <= _used, _used + 1), else_=jobs.c.max_attempts),
@@ -89,6 +103,24 @@ class JobReport:
     worker: UUID | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptReport:
+    """An attempt that did not succeed."""
+
+    number: int
+    outcome: str
+    """`retried`, `failed`, `cancelled`, or `died` with its worker."""
+    worker: UUID | None
+    host: str | None
+    pid: int | None
+    began: datetime | None
+    """By the worker's clock; None of one that died, whose worker has not said."""
+    ended: datetime
+    error: str | None
+    """In one line."""
+    traceback: str | None
+
+
 async def get_job(session: AnySession, job_id: UUID) -> JobReport:
     """The job; `RowNotFoundError` if the ledger does not have it, or not any more. Joins the session's transaction."""
     found = (await session_of(session).run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
@@ -110,17 +142,15 @@ async def list_jobs(
     `state` is that of the reports, "running" among them. Raises `ValueError` for an unknown one, or a `limit` that is
     not 1 to 1,000.
     """
-    if not isinstance(limit, int) or not 1 <= limit <= MAX_LISTED_JOBS:
-        raise ValueError(f"limit is a whole number, 1 to {MAX_LISTED_JOBS}, not {limit!r}")
+    whole("limit", limit, most=MAX_LISTED_JOBS)
     wanted = None if state is None else JobState(state)
     beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
     statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    held = tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
     match wanted:
         case JobState.RUNNING:
-            statement = statement.where(is_queued, held)
+            statement = statement.where(is_queued, held_by(beats))
         case JobState.QUEUED:
-            statement = statement.where(is_queued, ~held)
+            statement = statement.where(is_queued, ~held_by(beats))
         case JobState():  # written out, as in is_queued
             statement = statement.where(jobs.c.state == bindparam(None, wanted, literal_execute=True))
     if task is not None:
@@ -129,6 +159,17 @@ async def list_jobs(
         statement = statement.where(jobs.c.id < before)
     found = (await session_of(session).run_sync(execute, statement)).all()
     return [_report(row, beats) for row in found]
+
+
+async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport]:
+    """The attempts at a job that did not succeed, in order; none of a job that the ledger does not have.
+
+    Joins the session's transaction. They leave the ledger with their job.
+    """
+    names = AttemptReport.__slots__
+    found = select(*(attempts.c[name] for name in names)).where(attempts.c.job_id == job_id)
+    rows = await interruptible(session_of(session).run_sync(execute, found.order_by(attempts.c.number)))
+    return [AttemptReport(**row) for row in rows.mappings()]
 
 
 async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
@@ -162,24 +203,30 @@ def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
 
 
 def _cancel(session: Session, job_id: UUID) -> JobState:
-    free = select(jobs.c.id).where(jobs.c.id == job_id, is_queued).with_for_update(skip_locked=True)
+    ended, _ = cancel_some(session, [jobs.c.id == job_id], 1)
+    if ended:
+        return JobState.CANCELLED
+    state = execute(session, select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
+    if state is None:
+        raise _not_found(job_id)
+    return JobState.RUNNING if state is JobState.QUEUED else JobState(state)
+
+
+def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
+    """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
+    free = free_of(select(jobs.c.id).where(is_queued, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
-    end = update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)
-    ended = execute(session, end).mappings().one_or_none()
-    running = ended is None
-    if running:
-        state = execute(session, select(jobs.c.state).where(jobs.c.id == job_id)).scalar_one_or_none()
-        if state is None:
-            raise _not_found(job_id)
-        if state is not JobState.QUEUED:
-            return JobState(state)
-        # Until its worker has ended it. A row of its own for each who wishes it, so that none waits for another.
-        wished = select(cancellations.c.job_id).where(cancellations.c.job_id == job_id).exists()
-        wish = select(literal(job_id, cancellations.c.job_id.type)).where(~wished)
-        execute(session, insert(cancellations).from_select(["job_id"], wish))
-    collect(session, (job_mapper, (job_id,)), None if ended is None else Job(**ended))
+    ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
+    for row in ended:
+        collect(session, (job_mapper, (row["id"],)), Job(**row))
+    # What is unfinished still is locked: it runs, and its worker ends it. A row of its own for each who wishes it, so
+    # that none waits for another.
+    wished = exists().where(cancellations.c.job_id == jobs.c.id)
+    running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
+    wish = insert(cancellations).from_select(["job_id"], running)
+    wishes = execute(session, wish).rowcount if len(ended) < limit else 0
     collect(session, (inspect(Cancellation), None), beside=job_mapper)
-    return JobState.RUNNING if running else JobState.CANCELLED
+    return len(ended), wishes
 
 
 def _retry(session: Session, job_id: UUID) -> Job:
@@ -195,18 +242,29 @@ def _retry(session: Session, job_id: UUID) -> Job:
         and execute(session, same_key).first() is not None
     ):
         raise conflict
-    retried = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES)).values(AGAIN)
     try:
-        with ledger_connection(session).begin_nested():
-            row = execute(session, retried.returning(jobs)).mappings().one_or_none()
+        retried = run_again(session, jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))
     except IntegrityError as error:
         raise conflict from error
-    if row is None:
+    if not retried:
         raise ValueError(f"Job {job_id} is {found.state}; only a failed or cancelled one can be run again")
-    execute(session, delete(cancellations).where(cancellations.c.job_id == job_id))
-    job = Job(**row)
-    collect(session, (job_mapper, (job_id,)), job)
-    return job
+    return retried[0]
+
+
+def run_again(session: Session, *conditions: ColumnElement[bool]) -> Sequence[Job]:
+    """The jobs as they are then. `IntegrityError`, and all is as before, if another has a unique key of theirs."""
+    again = update(jobs).where(*conditions).values(_AGAIN).returning(jobs)
+    with ledger_connection(session).begin_nested():
+        found = [Job(**row) for row in execute(session, again).mappings()]
+    execute(session, delete(cancellations).where(cancellations.c.job_id.in_([job.id for job in found])))
+    for job in found:
+        collect(session, (job_mapper, (job.id,)), job)
+    return found
+
+
+def free_of(found: Select[Any]) -> Select[Any]:
+    """Locked, without what others have locked; read once (or the plan may have the limit begin anew with each row)."""
+    return select(found.with_for_update(skip_locked=True, of=jobs).cte("found").c.id)
 
 
 def _not_found(job_id: UUID) -> RowNotFoundError:
@@ -223,14 +281,15 @@ async def heartbeats(session: AnySession) -> list[Beat]:
     ]
 
 
+def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
+    """Whether a queued job runs."""
+    return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+
+
 def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
     queued = row.state is JobState.QUEUED
     beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
-    own = ("id", "task", "queue", "attempt", "arguments", "unique_key", "created_at", "scheduled_at", "started_at")
-    rest = ("finished_at", "error", "traceback", "result")
-    return JobReport(
-        **{name: getattr(row, name) for name in own + rest},
-        state=row.state if beat is None else JobState.RUNNING,
-        progress=None if beat is None else beat.progress,
-        worker=None if beat is None else beat.worker,
-    )
+    stored = {name: getattr(row, name) for name in JobReport.__slots__ if name in jobs.c}
+    if beat is None:
+        return JobReport(**stored, progress=None, worker=None)
+    return JobReport(**stored | {"state": JobState.RUNNING}, progress=beat.progress, worker=beat.worker)

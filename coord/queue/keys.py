@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from uuid import UUID
 
 from coord.jobs.options import DEFAULT_QUEUE
-
-if TYPE_CHECKING:
-    from uuid import UUID
 
 NAMESPACE = "coord"
 TOP_PRIORITY = 100

@@ -5,16 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
+from sqlalchemy import Row
+
 from coord.jobs.arguments import MAX_DEPTH, depth_of, to_json
+from coord.jobs.model import Job
 from coord.jobs.options import MAX_SPAN_SECONDS, name_of
-
-if TYPE_CHECKING:
-    from sqlalchemy import Row
-
-    from coord.jobs.model import Job
 
 SHOWN_CHARACTERS = 80
 """Of a message that is none, in the log."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 from arq.connections import RedisSettings
+from redis.asyncio import Redis
 
 from coord.worker.maintenance.beat import redis_of
-from coord.worker.patience import WAITED_OUT
-
-if TYPE_CHECKING:
-    from redis.asyncio import Redis
-
-    from coord.worker.patience import Patience
+from coord.worker.patience import WAITED_OUT, Patience
 
 REDIS_TIMEOUT_SECONDS = 2.0
 """Until a connection, or an answer, counts as lost."""

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coord.durations import seconds
+from arq.worker import Function
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+from coord.jobs.periodic import Periodic
+from coord.queue.keys import QueueKeys
+from coord.worker.address import Address
 
-    from arq.worker import Function
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-    from coord.jobs.periodic import Periodic
-    from coord.queue.keys import QueueKeys
-    from coord.worker.address import Address
-
-    Hook = Callable[[dict[Any, Any]], Awaitable[None]]
+Hook = Callable[[dict[Any, Any]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,22 +47,3 @@ class WorkerConfig:
         """How many a job of that task has, unless it says something else."""
         known = self.tasks.get(task)
         return (known and known.max_tries) or self.max_attempts
-
-
-def whole(name: str, value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is a whole number, 1 or more, not {value!r}")
-    return value
-
-
-def text(name: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"{name} is a text, not {value!r}")
-    return value
-
-
-def positive(name: str, value: object) -> float:
-    number = seconds(name, value)
-    if number == 0:
-        raise ValueError(f"{name} is more than 0 seconds")
-    return number

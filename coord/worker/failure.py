@@ -15,9 +15,10 @@ class AttemptTimeoutError(Exception):
     """The attempt took longer than it may."""
 
 
-def backoff(attempt: int) -> float:
+def backoff(attempt: int, pauses: tuple[float, float] = PAUSE_SECONDS) -> float:
     """Seconds, doubling, with a jitter that keeps what failed together from failing together again."""
-    return float(min(PAUSE_SECONDS[0] * 2 ** min(attempt - 1, 30), PAUSE_SECONDS[1]) * random.uniform(0.5, 1.0))
+    first, most = pauses
+    return float(min(first * 2 ** min(attempt - 1, 30), most) * random.uniform(0.5, 1.0))
 
 
 def one_line(error: BaseException) -> str:

@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from uuid import UUID
 
 from sqlalchemy import select, tuple_
 
 from coord.jobs.model import is_queued, jobs
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from uuid import UUID
-
-    from coord.queue.message import Message
-    from coord.worker.maintenance.registry import WorkerRegistry
-    from coord.worker.state import WorkerState
+from coord.queue.message import Message
+from coord.worker.maintenance.registry import WorkerRegistry
+from coord.worker.state import WorkerState
 
 LATE_SECONDS = 0.75
 """After which a popped job is not begun: it was on nobody's list meanwhile, and is handed over to another."""
 OLD_SECONDS = 10.0
 """After which the ledger is asked whether a message still holds."""
 TICK_SECONDS = 0.25
-DRIFT = 0.01
-"""Seconds a second by which an answer may be worse than the last one: it may have come to a busy loop."""
-
-
-class RedisClock:
-    """Redis' time, reckoned from its last answer by this process's monotonic clock; before that the process's own."""
-
-    def __init__(self) -> None:
-        self._offset = time.time() - time.monotonic()
-        self._error = self._set_at = 0.0
-        """By how much it may be wrong, half the round trip, and since when."""
-        self.is_set = False
-
-    def set(self, seconds: float, microseconds: float, asked: float) -> None:
-        """As TIME has answered; `asked` is when it was, on the monotonic clock."""
-        now = time.monotonic()
-        error = (now - asked) / 2
-        if not self.is_set or error <= self._error + DRIFT * (now - self._set_at):
-            self._offset, self._error, self._set_at = seconds + microseconds / 1e6 - (asked + now) / 2, error, now
-        self.is_set = True
-
-    def now(self) -> int:
-        """Milliseconds since 1970."""
-        return round((time.monotonic() + self._offset) * 1000)
 
 
 class Freshness:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
 from coord.jobs.model import Cancellation, jobs, ledger_engine
+from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
@@ -31,9 +32,6 @@ from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
 from coord.worker.turns import Turns
-
-if TYPE_CHECKING:
-    from coord.worker.config import WorkerConfig
 
 logger = logging.getLogger("arq.coord")
 
@@ -59,10 +57,6 @@ class Lifecycle:
         self._stack = AsyncExitStack()
         self._hurry = asyncio.Event()
 
-    @property
-    def running(self) -> RunningJobs:
-        return self.state.running
-
     async def start(self) -> None:
         """Return when jobs are taken; what has been opened is closed if that fails."""
         _warn_of_small_pool(ledger_engine(self._config.session_maker).pool, self._config.max_jobs)
@@ -84,11 +78,11 @@ class Lifecycle:
             await self._run_what_is_due()
         self.state.board.stopping = True
         self.fetcher.drain()
-        logger.info("This worker stops, leaving %d running jobs %g s", len(self.running), self._config.grace)
+        logger.info("This worker stops, leaving %d running jobs %g s", len(self.state.running), self._config.grace)
         await self._ended(self._config.grace, hurry=True)
-        self.running.stop()
+        self.state.running.stop()
         await self._ended(CANCELLED_SECONDS, hurry=False)
-        await self.running.abandon(ABANDONED_SECONDS)
+        await self.state.running.abandon(ABANDONED_SECONDS)
         await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
@@ -132,7 +126,7 @@ class Lifecycle:
     async def _ended(self, limit: float, *, hurry: bool) -> None:
         """Return when no job runs any more, or the time is up, or somebody is in a hurry."""
         deadline = asyncio.get_running_loop().time() + limit
-        while len(self.running) and asyncio.get_running_loop().time() < deadline:
+        while len(self.state.running) and asyncio.get_running_loop().time() < deadline:
             if hurry and self._hurry.is_set():
                 return
             await asyncio.sleep(0.02)
@@ -143,7 +137,7 @@ class Lifecycle:
         while not self._hurry.is_set():
             found = {row.id for row in await QueuedJobs(self.state).ids(*due)}
             found -= {job_id for job_id, _ in self.registry.held_elsewhere}
-            if not found and not len(self.running):
+            if not found and not len(self.state.running):
                 return
             await asyncio.sleep(BURST_SECONDS)
 

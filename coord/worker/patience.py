@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from arq.worker import Worker, async_check_health
 from redis.asyncio.retry import Retry
@@ -22,11 +22,9 @@ from redis.exceptions import (
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from coord.notify.outage import Outage
+from coord.worker.failure import backoff
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    T = TypeVar("T")
+T = TypeVar("T")
 
 logger = logging.getLogger("arq.coord")
 
@@ -105,9 +103,10 @@ class Patience(Retry):
 
     async def call_with_retry(self, do: Callable[[], Awaitable[T]], fail: Callable[[RedisError], Any]) -> T:
         """`fail` would give a watched transaction up, which arq does not survive; redis-py reconnects without it."""
-        pause = RETRY_PAUSE_SECONDS[0]
         self._begin()
+        attempt = 0
         while True:
+            attempt += 1
             try:
                 answer = await do()
             except WAITED_OUT as error:
@@ -125,8 +124,7 @@ class Patience(Retry):
                 return answer
             if not self.has_started:
                 await self.meanwhile()
-            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-            pause = min(2 * pause, RETRY_PAUSE_SECONDS[1])
+            await asyncio.sleep(backoff(attempt, RETRY_PAUSE_SECONDS))
 
     async def _gave_up(self) -> None:
         """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""

@@ -6,33 +6,26 @@ import asyncio
 import inspect
 import logging
 import socket
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from arq.worker import Worker, func
+from arq.connections import RedisSettings
+from arq.worker import Function, Worker, func
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from coord.durations import seconds
+from coord.durations import Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
-from coord.jobs.options import DEFAULT_QUEUE
+from coord.jobs.options import DEFAULT_QUEUE, checked_text
 from coord.jobs.periodic import Periodic
 from coord.notify.outage import Outage
 from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
-from coord.worker.config import WorkerConfig, positive, text, whole
+from coord.worker.config import Hook, WorkerConfig
 from coord.worker.lifecycle import Lifecycle
 from coord.worker.maintenance.heartbeat import another
 from coord.worker.patience import Patience
 from coord.worker.stopping import also_on_signal, guard_forks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from arq.connections import RedisSettings
-    from arq.worker import Function
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-
-    from coord.durations import Seconds
-    from coord.worker.config import Hook
 
 logger = logging.getLogger("arq.coord")
 
@@ -86,7 +79,7 @@ def worker_settings(
     """
     ledger_engine(session_maker)
     _check(arq_settings)
-    keys = QueueKeys(text("namespace", namespace), text("queue", queue))
+    keys = QueueKeys(checked_text("namespace", namespace), checked_text("queue", queue))
     tasks = _by_name([func(function) for function in functions])
     address, patience = Address(redis), Patience()
     hooks = {name: _guarded(arq_settings.get(name)) for name in HOOKS}

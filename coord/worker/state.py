@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
+
+from redis.asyncio import Redis
+from sqlalchemy import CursorResult, Executable, Row
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from coord.database.place import ledger_options
 from coord.jobs.ids import new_id
 from coord.notify.outage import Outage
-from coord.worker.freshness import RedisClock
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from uuid import UUID
-
-    from redis.asyncio import Redis
-    from sqlalchemy import CursorResult, Executable, Row
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from coord.queue.keys import QueueKeys
-    from coord.worker.config import WorkerConfig
-    from coord.worker.maintenance.beat import Board
-    from coord.worker.running import RunningJobs
+from coord.queue.handover import push
+from coord.queue.keys import QueueKeys
+from coord.worker.config import WorkerConfig
+from coord.worker.maintenance.beat import Board
+from coord.worker.running import RunningJobs
 
 logger = logging.getLogger("arq.coord")
 
@@ -33,6 +31,30 @@ MAX_CONNECTIONS = 4
 """That maintenance uses at a time; a rescue and the heartbeat have one more each."""
 CREDIBLE_SECONDS = 5.0
 """Since the last heartbeat, after which others may soon take this worker for dead."""
+DRIFT = 0.01
+"""Seconds a second by which an answer may be worse than the last one: it may have come to a busy loop."""
+
+
+class RedisClock:
+    """Redis' time, reckoned from its last answer by this process's monotonic clock; before that the process's own."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+        self._error = self._set_at = 0.0
+        """By how much it may be wrong, half the round trip, and since when."""
+        self.is_set = False
+
+    def set(self, seconds: float, microseconds: float, asked: float) -> None:
+        """As TIME has answered; `asked` is when it was, on the monotonic clock."""
+        now = time.monotonic()
+        error = (now - asked) / 2
+        if not self.is_set or error <= self._error + DRIFT * (now - self._set_at):
+            self._offset, self._error, self._set_at = seconds + microseconds / 1e6 - (asked + now) / 2, error, now
+        self.is_set = True
+
+    def now(self) -> int:
+        """Milliseconds since 1970."""
+        return round((time.monotonic() + self._offset) * 1000)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,6 +92,14 @@ class WorkerState:
     def may_take(self) -> bool:
         """Others must know that this worker lives, or they would give away what it takes."""
         return not self.is_paused and time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
+
+    async def hand_over(
+        self, rows: Iterable[Row[Any]], *, keys: QueueKeys | None = None, least: float = -math.inf
+    ) -> None:
+        """Jobs that are due in their `remaining` seconds, or in the least; of another queue by its keys."""
+        command = push(keys or self.keys, [(row, max(float(row.remaining), least)) for row in rows])
+        if command is not None:
+            await self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def execute(self, statement: Executable) -> CursorResult[Any]:
         """Committed; its rows are gone with its connection."""

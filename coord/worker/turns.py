@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy import and_, case, exists, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import FromClause, and_, case, exists, func, literal_column, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from coord.jobs.model import is_queued, jobs
-from coord.queue.handover import push
 from coord.queue.keys import QueueKeys
+from coord.queue.message import Message
 from coord.worker.maintenance.rows import message_columns, remaining
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-    from uuid import UUID
-
-    from sqlalchemy import FromClause
-
-    from coord.queue.message import Message
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -58,9 +52,7 @@ class Turns:
     """One statement is under way at a time: they share a connection."""
 
     def __init__(self, state: WorkerState) -> None:
-        self._read = state.read
-        self._redis: Any = state.redis
-        self._namespace = state.keys.namespace
+        self._state = state
         self._mutex = asyncio.Lock()
 
     async def admitted(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
@@ -93,13 +85,11 @@ class Turns:
         except IntegrityError:
             return  # somebody else has
         for row in rows:
-            command = push(QueueKeys(self._namespace, row.queue), [(row, float(row.remaining))])
-            if command is not None:
-                await self._redis.execute_command(*command)
+            await self._state.hand_over([row], keys=QueueKeys(self._state.keys.namespace, row.queue))
 
     async def _all(self, statement: Any) -> Sequence[Any]:
         async with self._mutex:
-            return await self._read(statement)
+            return await self._state.read(statement)
 
 
 def _take(keys: Sequence[tuple[UUID, int]]) -> Any:

@@ -118,8 +118,8 @@ BUGS = {
         (
             Edit(
                 "coord/jobs/queries.py",
-                "jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES)).values",
-                "jobs.c.id == job_id).values",
+                "run_again(session, jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))",
+                "run_again(session, jobs.c.id == job_id)",
             ),
         ),
     ),
@@ -171,7 +171,7 @@ BUGS = {
         (
             NOT_FENCED,
             Edit(RECONCILER, " or (at is not None and at > recent)", ""),
-            Edit(RECONCILER, "        return await self._held()\n\n", "        return set()\n\n"),
+            Edit(RECONCILER, "self._note_found(absent, await self._held())", "pass"),
         ),
     ),
     "a reply forgets how long its client waits": Bug(

@@ -7,7 +7,7 @@ import os
 from contextlib import asynccontextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID  # noqa: TC003 - FastAPI reads the annotations
+from uuid import UUID
 
 from arq.worker import Retry
 from fastapi import Depends, FastAPI, HTTPException, Request

@@ -18,12 +18,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from uuid import UUID
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 BEAT_SECONDS = 2.0
 LOOK_SECONDS = 0.25
@@ -47,8 +45,6 @@ _FREE = bytes(16)
 
 
 class Named(NamedTuple):
-    """A job as the board has it."""
-
     id: UUID
     attempt: int
     task: int
@@ -89,7 +85,6 @@ class Board:
 
     @property
     def free(self) -> int:
-        """How many slots are."""
         return len(self._free)
 
     def add(self, job: UUID, attempt: int, task: int) -> int:
@@ -130,7 +125,6 @@ class Beats:
         self._healthy_at = 0.0
 
     async def run(self, stopped: Callable[[], bool]) -> None:
-        """Beat until told otherwise."""
         while not stopped():
             try:
                 async with asyncio.timeout(BEAT_TIMEOUT_SECONDS):

@@ -11,7 +11,9 @@ import socket
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable
+from itertools import count
+from typing import Any, Self
 
 from sqlalchemy import delete, event, insert, table
 from sqlalchemy.dialects import postgresql
@@ -21,15 +23,12 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from coord.database.place import known_schema
 from coord.jobs.model import ledger_engine, workers
 from coord.retryable import sqlstate_of
+from coord.worker.failure import backoff
 from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Beats, redis_of
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -99,8 +98,7 @@ class Heartbeat(Loop):
         """Be on the list. Somebody else, started together with this worker, may only be making the tables."""
         own = {"id": self._state.id, "tasks": self._state.config.signatures, "jobs": {}}
         row = insert(workers).values(self._row | own)
-        pause = TABLES_PAUSE_SECONDS[0]
-        while True:
+        for attempt in count(1):
             began = time.monotonic()
             try:
                 await self._state.execute(row)
@@ -110,10 +108,9 @@ class Heartbeat(Loop):
             else:
                 self._state.board.beaten = began
                 return
-            if pause == TABLES_PAUSE_SECONDS[0]:
+            if attempt == 1:
                 logger.warning("The ledger's tables are missing; waiting for them: `coord schema --apply` makes them")
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, TABLES_PAUSE_SECONDS[1])
+            await asyncio.sleep(backoff(attempt, TABLES_PAUSE_SECONDS))
 
     async def _leave(self) -> None:
         event.remove(self._engine.sync_engine, "do_connect", self._note_connect)

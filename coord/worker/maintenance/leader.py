@@ -6,16 +6,14 @@ import asyncio
 import logging
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import func, literal, null, or_, update
 from sqlalchemy.dialects.postgresql import insert
 
 from coord.jobs.model import queues
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 

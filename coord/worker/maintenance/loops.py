@@ -5,15 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from redis.exceptions import RedisError, ResponseError
 
 from coord.retryable import is_retryable
-
-if TYPE_CHECKING:
-    from coord.worker.state import WorkerState
-
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import Delete, Select, delete, func, select, tuple_
 
 from coord.jobs.model import attempts, cancellations, is_queued, jobs, keys, schedules
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from sqlalchemy import Delete, Select
 
 SOON_SECONDS = 5.0
 """Until the next pruning, when there was more than one may delete."""

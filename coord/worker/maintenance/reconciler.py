@@ -11,30 +11,23 @@ import logging
 import math
 import time
 from bisect import bisect
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import AsyncIterator, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from redis.exceptions import OutOfMemoryError
-from sqlalchemy import func, literal, select
+from sqlalchemy import Row, func, literal, select
 
 from coord.jobs.model import jobs, workers
-from coord.queue.handover import push
 from coord.queue.keys import due_of, rank_of, soon_member, taken_member
 from coord.queue.message import Message
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.registry import named
 from coord.worker.maintenance.rows import PAGE, QueuedJobs
+from coord.worker.state import WorkerState
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
-    from datetime import datetime
-    from uuid import UUID
-
-    from sqlalchemy import Row
-
-    from coord.worker.state import WorkerState
-
-    Key = tuple[UUID, int]
+Key = tuple[UUID, int]
 
 logger = logging.getLogger("arq.coord")
 
@@ -185,22 +178,21 @@ class Reconciler(Loop):
         async for rows in self._queued.rows(page):
             absent = {(row.id, row.attempt): row for row in rows}
             queued.update(absent)
-            for find in (self._in_redis, self._in_heartbeats):
-                if absent:
-                    for key in await find(list(absent.values()), now) & absent.keys():
-                        del absent[key]
-                        self._missing.pop(key, None)
+            self._note_found(absent, await self._in_redis(rows, now))
+            if absent:
+                self._note_found(absent, await self._held())
             looked_at = time.monotonic()
             since = {key: self._missing.setdefault(key, looked_at) for key in absent}
             await self._hand_over([row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS])
         return queued
 
+    def _note_found(self, absent: dict[Key, Row[Any]], found: set[Key]) -> None:
+        for key in found & absent.keys():
+            del absent[key]
+            self._missing.pop(key, None)
+
     async def _hand_over(self, lost: Sequence[Row[Any]]) -> None:
-        if not lost:
-            return
-        command = push(self._keys, [(row, float(row.remaining)) for row in lost])
-        if command is not None:
-            await self._redis.execute_command(*command)
+        await self._state.hand_over(lost)
         self._handed_over += len(lost)
         for row in lost:
             del self._missing[row.id, row.attempt]
@@ -220,9 +212,6 @@ class Reconciler(Loop):
             for row, fed, near, at in places
             if fed is not None or near is not None or (at is not None and at > recent)
         }
-
-    async def _in_heartbeats(self, _rows: Sequence[Row[Any]], _now: int) -> set[Key]:
-        return await self._held()
 
     async def _held(self) -> set[Key]:
         """What any worker says it runs: of a dead one, too, as long as nobody has rescued it."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import select
@@ -17,11 +18,7 @@ from sqlalchemy import select
 from coord.jobs.model import queues, workers
 from coord.notify.outage import Outage
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 logger = logging.getLogger("arq.coord")
 
@@ -34,8 +31,6 @@ LONG_AGO = float("-inf")
 
 @dataclass(slots=True)
 class Seen:
-    """A worker as it was last seen."""
-
     beats: int
     since: float
     """When this heartbeat was first seen."""

@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
-from sqlalchemy import column, delete, func, select, table, text, tuple_, update
+from sqlalchemy import Row, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.orm import Mapper
 
 from coord.database.place import ledger_options
 from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
-from coord.jobs.model import JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
+from coord.jobs.model import Job, JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
-from coord.queue.handover import push
+from coord.worker.failure import backoff
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
 from coord.worker.maintenance.loops import Loop
-from coord.worker.maintenance.registry import named
+from coord.worker.maintenance.registry import WorkerRegistry, named
 from coord.worker.maintenance.rows import remaining
+from coord.worker.state import WorkerState
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
-    from uuid import UUID
-
-    from sqlalchemy import Row
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.orm import Mapper
-
-    from coord.jobs.model import Job
-    from coord.worker.maintenance.registry import WorkerRegistry
-    from coord.worker.state import WorkerState
-
-    Publish = Callable[[Mapper[Job], Iterable[UUID]], None]
+Publish = Callable[[Mapper[Job], Iterable[UUID]], None]
 
 logger = logging.getLogger("arq.coord")
 
@@ -44,12 +36,11 @@ DEATH_PAUSE_SECONDS = (1.0, 60.0)
 TERMINATE_MILLISECONDS = 2_000
 """For a backend to end."""
 
-_locks = table(
-    "pg_locks",
-    *map(column, ("pid", "locktype", "classid", "objid", "objsubid", "database")),
-    schema="pg_catalog",
-)
-_databases = table("pg_database", column("oid"), column("datname"), schema="pg_catalog")
+_end_backends = text("""
+    SELECT pg_terminate_backend(pid, :milliseconds) FROM pg_locks
+    WHERE locktype = 'advisory' AND (classid, objid, objsubid) = (:class, :worker, 2)
+        AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+""")
 
 
 class Rescuer(Loop):
@@ -60,7 +51,6 @@ class Rescuer(Loop):
 
     def __init__(self, state: WorkerState, registry: WorkerRegistry, publish: Publish) -> None:
         super().__init__(state)
-        self._redis: Any = state.redis
         self._registry = registry
         self._publish = publish
 
@@ -88,10 +78,7 @@ class Rescuer(Loop):
             "Worker %s is dead; its jobs: %s", worker, dict(Counter(str(row.state) for row in after)) or "none"
         )
         tell_rescued(after)
-        again = [(row, float(row.remaining)) for row in after if row.state is JobState.QUEUED]
-        command = push(self._state.keys, again)
-        if command is not None:
-            await self._redis.execute_command(*command)
+        await self._state.hand_over([row for row in after if row.state is JobState.QUEUED])
         self._publish(job_mapper, [row.id for row in after if row.state is not JobState.QUEUED])
 
     async def _judge(
@@ -121,8 +108,8 @@ class Rescuer(Loop):
         used, limit = row.attempt - row.uncounted, row.max_attempts or self._state.config.attempts_of(row.task)
         if used >= limit:
             return _end(JobState.FAILED, f"{DIED} (attempt {used} of {limit})") | {"deaths": deaths}
-        pause = min(DEATH_PAUSE_SECONDS[0] * 2 ** min(deaths - 2, 30), DEATH_PAUSE_SECONDS[1]) if deaths > 1 else 0.0
-        return _next(row, pause * random.uniform(0.5, 1.0)) | {"deaths": deaths}
+        pause = backoff(deaths - 1, DEATH_PAUSE_SECONDS) if deaths > 1 else 0.0
+        return _next(row, pause) | {"deaths": deaths}
 
 
 async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
@@ -159,17 +146,11 @@ async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
     A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
     transactions end when they have been idle for too long.
     """
-    here = select(_databases.c.oid).where(_databases.c.datname == func.current_database()).scalar_subquery()
-    statement = select(func.pg_terminate_backend(_locks.c.pid, TERMINATE_MILLISECONDS)).where(
-        _locks.c.locktype == "advisory",
-        _locks.c.classid == WORKER_LOCK_CLASS,
-        _locks.c.objid == worker_lock_key(worker) % 2**32,
-        _locks.c.objsubid == 2,
-        _locks.c.database == here,
-    )
+    which = {"class": WORKER_LOCK_CLASS, "worker": worker_lock_key(worker) % 2**32}
     try:
         async with connection.begin_nested():
-            ended = list(await connection.scalars(statement))
+            parameters = which | {"milliseconds": TERMINATE_MILLISECONDS}
+            ended = (await connection.scalars(_end_backends, parameters)).all()
     except DBAPIError as error:
         logger.warning("The transactions of worker %s cannot be ended: %s", worker, error.orig)
     else:

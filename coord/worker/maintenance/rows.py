@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
 
-from sqlalchemy import Integer, cast, func, select, tuple_
+from sqlalchemy import ColumnElement, Integer, Row, cast, func, select, tuple_
 
 from coord.jobs.model import is_in_feed, jobs
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator, Sequence
-
-    from sqlalchemy import ColumnElement, Row
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 PAGE = 1_000
 """Jobs whose ids are read at once."""

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import func, literal, select
+from sqlalchemy import Row, func, literal, select
 
 from coord.jobs.model import jobs
-from coord.queue.handover import push
 from coord.queue.scripts import MOVE, NEAR_SECONDS
 from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.rows import QueuedJobs
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from sqlalchemy import Row
-
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 POLL_SECONDS = 0.25
 """Between two looks whether something has come due; less if it is known to come before."""
@@ -80,9 +73,7 @@ class Scheduler(Loop):
         in_time = jobs.c.scheduled_at > since, jobs.c.scheduled_at <= self._reads_until
         page = await self._queued.ids(*in_time, after=self._after)
         async for rows in self._queued.rows(page):
-            command = push(self._keys, [(row, max(row.remaining, 0.001)) for row in rows])
-            if command is not None:
-                await self._redis.execute_command(*command)
+            await self._state.hand_over(rows, least=0.001)
         self._after = page[-1] if page else None
         if self._after is None:
             self._until, self._read_at = self._reads_until, time.monotonic() + READ_SECONDS

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import Any
 
 from sqlalchemy import bindparam, case, exists, func, or_, select, true, update
 from sqlalchemy.dialects.postgresql import insert as insert_into
+from sqlalchemy.orm import Session
 
 from coord.jobs.bulk import insert, note, row_of
 from coord.jobs.enqueue import job_of
 from coord.jobs.ids import slot_id
 from coord.jobs.model import execute, is_queued, jobs, schedules
+from coord.jobs.periodic import Periodic
 from coord.session import create_db_context
 from coord.worker.maintenance.loops import Loop
-
-if TYPE_CHECKING:
-    from datetime import datetime
-
-    from sqlalchemy.orm import Session
-
-    from coord.jobs.periodic import Periodic
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 LOOK_SECONDS = 30.0
 """Between two looks at most, and until the ledger is told again that the schedules are in the code."""

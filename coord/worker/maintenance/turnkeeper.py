@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import select
 
 from coord.jobs.model import jobs
 from coord.worker.maintenance.loops import Loop
-from coord.worker.turns import has_turn, is_waiting
-
-if TYPE_CHECKING:
-    from coord.worker.state import WorkerState
-    from coord.worker.turns import Turns
+from coord.worker.state import WorkerState
+from coord.worker.turns import Turns, has_turn, is_waiting
 
 
 class TurnKeeper(Loop):
