@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -278,14 +279,26 @@ async def silent_port() -> AsyncIterator[int]:
     server.close()
 
 
-async def test_importing_the_shop_connects_to_nothing(database_url: str, redis_url: str) -> None:
+SHOP_IMPORTED = """
+import logging, api, worker
+for name in ("uvicorn.error", "arq.worker", "arq.connections"):
+    logging.getLogger(name).error("said by %s", name)
+"""
+
+
+async def test_importing_the_shop_connects_to_nothing_and_holds_back_no_log(database_url: str, redis_url: str) -> None:
     async with Network(database_url).opened() as database, Network(redis_url).opened() as feed:
-        environment = {DATABASE: database.url, REDIS: feed.url}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "import api, worker; print(api.app.title)", cwd=ROOT, env=environment
+        ended = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", SHOP_IMPORTED],
+            cwd=ROOT,
+            env={DATABASE: database.url, REDIS: feed.url},
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        assert await process.wait() == 0
         assert (database.visits, feed.visits) == (0, 0)
+    assert ended.stderr.splitlines() == [f"said by {n}" for n in ("uvicorn.error", "arq.worker", "arq.connections")]
 
 
 @pytest.mark.slow
