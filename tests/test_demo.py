@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from demo.customers import Outcome, Wish, stock_for, wishes
 from demo.verify import Check, verify
+from tests.clusters import lay
 from tests.commands import started
 from tests.project import processes_in
 from tests.serving import eventually
@@ -89,6 +90,7 @@ async def test_it_holds_twice_and_leaves_no_process(tmp_path: Path) -> None:
 async def test_the_commands_it_offers_work_and_when_it_is_stopped_the_shop_stops(
     tmp_path: Path, number: signal.Signals
 ) -> None:
+    lay(tmp_path / ".coord/demo/postgresql")
     async with demo(tmp_path, "--serve", "--port", "0") as process:
         url = (await output_until(process, r"open at (http://\S+)"))[1]
         path = (await output_until(process, rf"curl -i -X POST {url}(\S+)"))[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import pytest
 
 from coord import cli
 from coord.dev.embedded import PostgreSQL, Valkey
+from tests.clusters import lay
 from tests.project import API, WORKER, Dev, processes_in, until
 
 if TYPE_CHECKING:
@@ -59,7 +61,9 @@ def starting(project: Path) -> Iterator[Start]:
 
 @pytest.fixture
 def project() -> Iterator[Path]:
+    """With a cluster."""
     with a_project() as directory:
+        lay(directory / ".coord/postgresql")
         yield directory
 
 
@@ -179,6 +183,7 @@ def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, sta
 
 @pytest.mark.slow
 def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, start: Start) -> None:
+    shutil.rmtree(project / ".coord")
     dev = start()
     until(lambda: (project / ".coord/postgresql").exists(), lambda: dev.output)
     dev.process.send_signal(signal.SIGINT)
@@ -241,6 +246,7 @@ def test_a_second_coord_dev_on_the_same_data_is_refused(start: Start) -> None:
 
 
 def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: Start) -> None:
+    shutil.rmtree(project / ".coord")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         dev = start("--port", str(port))

@@ -17,6 +17,7 @@ from sqlalchemy import make_url
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.dev.server import free_port
 from coord.jobs.model import Ledger
+from tests.clusters import lay
 from tests.raw import call
 from tests.serving import eventually
 from tests.shop import (
@@ -103,7 +104,7 @@ async def locked_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     access = directory / "hba"
     access.write_text("host all postgres 127.0.0.1/32 trust\nhost all guest 127.0.0.1/32 scram-sha-256\n")
     access.chmod(0o644)
-    with PostgreSQL(directory / "postgresql", settings={"hba_file": str(access), "fsync": "off"}) as server:
+    with PostgreSQL(lay(directory / "postgresql"), settings={"hba_file": str(access), "fsync": "off"}) as server:
         connection = await asyncpg.connect(dsn_of(server.url))
         await connection.execute("CREATE ROLE guest LOGIN PASSWORD 'right'")
         await connection.close()

@@ -30,6 +30,7 @@ from coord.worker.maintenance.beat import Board
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
 from tests import warm
+from tests.clusters import lay
 from tests.models import User, table_of
 from tests.serving import eventually
 from tests.shop import Command
@@ -191,7 +192,7 @@ def a_state(engine: AsyncEngine, redis: Any = None, **config: Any) -> WorkerStat
 def fragile_postgresql() -> Iterator[PostgreSQL]:
     """A server that a test may harm. Not in pytest's directory, which the next session closes to the server's user."""
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
-        with PostgreSQL(Path(directory) / "postgresql", settings={"fsync": "off"}) as server:
+        with PostgreSQL(lay(Path(directory) / "postgresql"), settings={"fsync": "off"}) as server:
             yield server
 
 
