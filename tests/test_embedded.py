@@ -221,11 +221,13 @@ time.sleep(600)
 def test_kill_9_of_the_parent_leaves_no_server(directory: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pids = [int(word) for word in parent.stdout.readline().split()]
-        assert len(pids) == 2
-        assert all(map(alive, pids))
-        parent.kill()
+        try:
+            assert parent.stdout is not None
+            pids = [int(word) for word in parent.stdout.readline().split()]
+            assert len(pids) == 2
+            assert all(map(alive, pids))
+        finally:
+            parent.kill()
     until(lambda: not any(map(alive, pids)), "both servers have ended")
     with PostgreSQL(directory / "postgresql"):
         """Its predecessor is out of the way."""
