@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-log = held_log("uvicorn.error")
+log = held_log("uvicorn", "uvicorn.error")
 
 
 @asynccontextmanager

@@ -22,6 +22,7 @@ from sqlalchemy.schema import CreateSchema
 import coord.waiting.watcher
 from coord.database.engine import prepare
 from coord.database.lock_function import create_lock_function
+from tests import warm
 from tests.models import Base
 from tests.pooler import create_engine
 
@@ -73,6 +74,13 @@ async def engine(database_url: str) -> AsyncIterator[AsyncEngine]:
     prepare(engine)  # as an application's is before it connects
     yield engine
     await engine.dispose()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """The server that forks the tests' commands ends with the tests, and they with it."""
+    yield
+    warm.close()
 
 
 @pytest.fixture

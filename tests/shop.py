@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import signal
-import sys
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import asyncpg
 import redis.asyncio
 from sqlalchemy import make_url
 
+from tests import warm
 from tests.proxy import Proxy
 
 if TYPE_CHECKING:
@@ -31,14 +31,13 @@ WORKING = "redis_version="
 class Command:
     """A command's process, and what it has written to stderr, line by line."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: warm.Process) -> None:
         self.process = process
         self.lines: list[str] = []
         self._news = asyncio.Condition()
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
-        assert self.process.stderr is not None
         async for line in self.process.stderr:
             async with self._news:
                 self.lines.append(line.decode().rstrip("\n"))
@@ -85,17 +84,7 @@ async def running(
 ) -> AsyncIterator[Command]:
     """The command, started; not waited for."""
     urls = {"COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url}
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        *command,
-        cwd=ROOT,
-        env={**os.environ, **urls, **environment},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    running = Command(process)
+    running = Command(await warm.start(*command, env={**os.environ, **urls, **environment}))
     try:
         yield running
     finally:

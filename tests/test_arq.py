@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from collections import Counter
 from typing import TYPE_CHECKING, Any
@@ -21,8 +20,9 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from coord import worker_settings
 from coord.dev.embedded import Valkey
 from coord.worker.settings import DEFAULTS, REFUSED
+from tests import warm
+from tests.commands import started
 from tests.serving import eventually
-from tests.shop import ROOT
 from tests.workers import Notes, Office, client, opened, process, until, working
 
 if TYPE_CHECKING:
@@ -311,27 +311,22 @@ async def test_a_hook_that_raises_ends_neither_arqs_own_job_nor_the_worker(offic
 # Health
 
 
-def check(office: Office, redis_url: str | None = None) -> subprocess.CompletedProcess[str]:
-    """`arq --check`."""
+async def check(office: Office, redis_url: str | None = None) -> int:
+    """The status of `arq --check`."""
     variables = {"COORD_DATABASE_URL": office.database_url, "COORD_REDIS_URL": redis_url or office.redis_url}
-    command = [sys.executable, "-m", "arq", "--check", "tests.worker_app.Settings"]
-    return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, check=False, text=True, timeout=30
-    )
+    checking = await warm.start("arq", "--check", "tests.worker_app.Settings", env={**os.environ, **variables})
+    return await asyncio.wait_for(checking.wait(), 30)
 
 
 @pytest.mark.slow
 async def test_arq_check_is_right_with_any_number_of_workers(office: Office, notes: Notes) -> None:
-    async def status() -> int:
-        return (await asyncio.to_thread(check, office)).returncode
-
     async def is_healthy() -> bool:
-        return await status() == 0
+        return await check(office) == 0
 
     async def is_sick() -> bool:
-        return await status() == 1
+        return await check(office) == 1
 
-    assert await status() == 1
+    assert await is_sick()
     async with process(office, notes) as first, process(office, notes) as second:
         await eventually(is_healthy, within=5)
         await first.stop()
@@ -343,8 +338,7 @@ async def test_arq_check_is_right_with_any_number_of_workers(office: Office, not
 @pytest.mark.slow
 async def test_arq_check_fails_without_redis_and_does_not_wait_for_it(office: Office) -> None:
     assert async_check_health.__qualname__ == "async_check_health", "by which it is told apart from a worker"
-    ended = await asyncio.to_thread(check, office, "redis://127.0.0.1:1/0")
-    assert ended.returncode != 0
+    assert await check(office, "redis://127.0.0.1:1/0") != 0
 
 
 # Bursts
@@ -413,12 +407,8 @@ async def test_a_redis_cluster_is_refused_with_a_sentence(office: Office, notes:
 
     port = free_port()
     command = [str(Valkey(tmp_path).program), "--port", str(port), "--dir", str(tmp_path), "--cluster-enabled", "yes"]
-    cluster = await asyncio.create_subprocess_exec(*command, "--save", "", stdout=subprocess.DEVNULL)
-    try:
-        url = f"redis://127.0.0.1:{port}/0"
+    url = f"redis://127.0.0.1:{port}/0"
+    async with started(*command, "--save", "", stdout=subprocess.DEVNULL):
         async with process(office, notes, started=False, COORD_REDIS_URL=url) as worker:
             assert await worker.exit_status(within=30) != 0, "\n".join(worker.lines)
             assert any("Redis Cluster" in line for line in worker.lines), "\n".join(worker.lines)
-    finally:
-        cluster.kill()
-        await cluster.wait()

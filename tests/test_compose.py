@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 import subprocess
@@ -21,6 +20,7 @@ from coord.http.limits import MAX_WAIT_SECONDS
 from coord.worker.lifecycle import CANCELLED_SECONDS as LAST
 from coord.worker.maintenance.beat import HEALTH_SECONDS as HEALTHY
 from coord.worker.settings import worker_settings
+from tests.commands import ended
 from tests.serving import eventually
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running
 from worker.environment import DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
@@ -135,10 +135,8 @@ def test_a_worker_that_has_died_is_not_healthy_at_the_next_check() -> None:
 
 async def succeeds(command: list[str], **environment: str) -> bool:
     path = str(Path(sys.executable).parent)
-    process = await asyncio.create_subprocess_exec(
-        *command, cwd=ROOT, env={"PATH": path, **environment}, stderr=asyncio.subprocess.DEVNULL
-    )
-    return await process.wait() == 0
+    status, *_ = await ended(*command, cwd=ROOT, env={"PATH": path, **environment})
+    return status == 0
 
 
 async def test_the_health_checks_tell_a_program_that_runs_from_one_that_does_not(

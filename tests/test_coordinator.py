@@ -23,6 +23,7 @@ from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_r
 from coord.database.target import mapper_of
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.notify.channels import MAX_ROWS_PER_TABLE, Channels
+from tests.clusters import lay
 from tests.models import Account, Base, Item, User
 from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting
@@ -390,7 +391,7 @@ async def test_a_read_for_nobody_is_over_when_the_coordinator_is(
 
 @pytest.mark.slow
 async def test_waits_survive_a_restart_of_postgresql(server_directory: Path, redis_url: str) -> None:
-    with PostgreSQL(server_directory / "restarted") as server:
+    with PostgreSQL(lay(server_directory / "restarted")) as server:
         engine = create_async_engine(server.url)
         session_maker = async_sessionmaker(engine, expire_on_commit=False)
         async with engine.begin() as connection:

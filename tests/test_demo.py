@@ -17,6 +17,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from demo.customers import Outcome, Wish, stock_for, wishes
 from demo.verify import Check, verify
+from tests.clusters import lay
+from tests.commands import started
 from tests.project import processes_in
 from tests.serving import eventually
 from tests.shop import ROOT, dsn_of, empty_database
@@ -33,23 +35,15 @@ SHOP_VARIABLES = ("COORD_DATABASE_URL", "COORD_REDIS_URL")
 async def demo(directory: Path, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
     """`python -m demo` in a directory of its own, with servers of its own, as a shell's background job."""
     environment = {name: value for name, value in os.environ.items() if name not in SHOP_VARIABLES}
-    process = await asyncio.create_subprocess_exec(
+    async with started(
         *("sh", "-c", "trap '' INT; exec \"$@\"", "sh"),  # which ignores SIGINT
-        sys.executable,
-        "-m",
-        "demo",
-        *options,
+        *(sys.executable, "-m", "demo", *options),
         cwd=directory,
         env={**environment, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "100"},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
-    )
-    try:
+    ) as process:
         yield process
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.communicate()
 
 
 async def output_until(process: asyncio.subprocess.Process, pattern: str) -> re.Match[str]:
@@ -93,10 +87,17 @@ async def test_it_holds_twice_and_leaves_no_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-async def test_when_it_is_stopped_the_shop_stops(tmp_path: Path, number: signal.Signals) -> None:
+async def test_the_commands_it_offers_work_and_when_it_is_stopped_the_shop_stops(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    lay(tmp_path / ".coord/demo/postgresql")
     async with demo(tmp_path, "--serve", "--port", "0") as process:
         url = (await output_until(process, r"open at (http://\S+)"))[1]
+        path = (await output_until(process, rf"curl -i -X POST {url}(\S+)"))[1]
         await output_until(process, "Ctrl-C closes it")
+        async with httpx.AsyncClient(base_url=url, timeout=40) as http:
+            assert (await http.post(path)).json()["status"] == "fulfilled"
+            assert (await http.get("/stock/tea")).json() == {"sku": "tea", "quantity": 97}
         process.send_signal(number)
         said = (await process.communicate())[0].decode()
     assert process.returncode == (0 if number != signal.SIGKILL else -signal.SIGKILL), said
@@ -104,18 +105,6 @@ async def test_when_it_is_stopped_the_shop_stops(tmp_path: Path, number: signal.
     async with httpx.AsyncClient() as http:
         with pytest.raises(httpx.ConnectError):
             await http.get(url)
-
-
-@pytest.mark.slow
-async def test_the_commands_it_offers_work(tmp_path: Path) -> None:
-    async with demo(tmp_path, "--serve", "--port", "0") as process:
-        url = (await output_until(process, r"open at (http://\S+)"))[1]
-        path = (await output_until(process, rf"curl -i -X POST {url}(\S+)"))[1]
-        async with httpx.AsyncClient(base_url=url, timeout=40) as http:
-            assert (await http.post(path)).json()["status"] == "fulfilled"
-            assert (await http.get("/stock/tea")).json() == {"sku": "tea", "quantity": 97}
-        process.send_signal(signal.SIGINT)
-        await process.communicate()
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
 import urllib.request
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +20,7 @@ import pytest
 
 from coord import cli
 from coord.dev.embedded import PostgreSQL, Valkey
+from tests.clusters import lay
 from tests.project import API, WORKER, Dev, processes_in, until
 
 if TYPE_CHECKING:
@@ -27,8 +31,8 @@ Start = Any
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def project() -> Iterator[Path]:
+@contextmanager
+def a_project() -> Iterator[Path]:
     """Not `tmp_path`: pytest closes its directories to other users, among them the one PostgreSQL runs as."""
     with tempfile.TemporaryDirectory(prefix="coord-dev-", ignore_cleanup_errors=True) as name:
         directory = Path(name).resolve()
@@ -37,46 +41,103 @@ def project() -> Iterator[Path]:
         yield directory
 
 
-@pytest.fixture
-def start(project: Path) -> Iterator[Start]:
+@contextmanager
+def starting(project: Path) -> Iterator[Start]:
+    """All that were started in it are ended, and with them what they have started."""
     started: list[Dev] = []
 
     def start(*arguments: str, **environment: str) -> Dev:
         started.append(Dev(project, *arguments, **environment))
         return started[-1]
 
-    yield start
-    for dev in started:
-        dev.process.kill()
-        dev.process.wait()
+    try:
+        yield start
+    finally:
+        for dev in started:
+            dev.process.kill()
+            dev.process.wait()
     until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}")
 
 
-@pytest.mark.slow
-def test_a_project_makes_the_round_trip_and_finds_its_data_again(start: Start) -> None:
-    for visit in (1, 2):
+@pytest.fixture
+def project() -> Iterator[Path]:
+    """With a cluster."""
+    with a_project() as directory:
+        lay(directory / ".coord/postgresql")
+        yield directory
+
+
+@pytest.fixture
+def start(project: Path) -> Iterator[Start]:
+    with starting(project) as start:
+        yield start
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One that has made a round trip with two workers, and was ended by Ctrl-C."""
+
+    directory: Path
+    answer: dict[str, Any]
+    meanwhile: dict[int, str]
+    """Its processes, before and after the end."""
+    left: dict[int, str]
+    status: int
+    output: str
+
+
+@pytest.fixture(scope="module")
+def ended() -> Iterator[Ended]:
+    with a_project() as directory, starting(directory) as start:
         dev = start("--workers", "2").ready()
-        answer = dev.trip()
-        assert (answer["visits"], answer["doubled"]) == (visit, 42)
-        database_url, redis_url = answer["urls"]
-        assert f"COORD_DATABASE_URL={database_url}\n" in dev.output
-        assert f"COORD_REDIS_URL={redis_url}\n" in dev.output
+        answer, meanwhile = dev.trip(), processes_in(directory)
         dev.process.send_signal(signal.SIGINT)
-        assert dev.status() == 0
-        assert "the data is kept in .coord" in dev.output
+        status = dev.status()
+        yield Ended(directory, answer, meanwhile, processes_in(directory), status, dev.output)
 
 
-@pytest.mark.parametrize(
-    "ending",
-    [
-        signal.SIGINT,
-        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
-        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
-    ],
-)
-def test_ctrl_c_leaves_no_process_behind(project: Path, start: Start, ending: signal.Signals) -> None:
-    dev = start("--workers", "2").ready()
-    assert len(processes_in(project)) >= 6
+def test_a_project_makes_the_round_trip(ended: Ended) -> None:
+    assert (ended.answer["visits"], ended.answer["doubled"]) == (1, 42)
+    database_url, redis_url = ended.answer["urls"]
+    assert f"COORD_DATABASE_URL={database_url}\n" in ended.output
+    assert f"COORD_REDIS_URL={redis_url}\n" in ended.output
+    assert "the data is kept in .coord" in ended.output
+
+
+def test_ctrl_c_leaves_no_process_behind(ended: Ended) -> None:
+    assert len(ended.meanwhile) >= 6
+    assert (ended.status, ended.left) == (0, {})
+
+
+def test_what_depends_on_another_stops_before_it(ended: Ended) -> None:
+    api, *workers = (ended.output.index(text) for text in ("Finished server process", "shutdown on SIGTERM"))
+    assert api < min(workers)
+    assert len(re.findall(r"worker-[12] \| .*shutdown on SIGTERM", ended.output)) == 2
+    assert "received fast shutdown request" in (ended.directory / ".coord/postgresql/postgresql.log").read_text()
+    assert "Valkey is now ready to exit" in (ended.directory / ".coord/valkey/valkey.log").read_text()
+
+
+def test_every_line_is_led_by_the_name_of_its_process(ended: Ended) -> None:
+    lines = ended.output.splitlines()
+    assert [line for line in lines if not re.match(r"(coord   |api     |worker-1|worker-2) \| ", line)] == []
+    assert {line.split()[0] for line in lines} == {"coord", "api", "worker-1", "worker-2"}
+
+
+def test_the_data_is_found_again_also_after_kill_9_which_leaves_no_process_behind(ended: Ended) -> None:
+    project = ended.directory
+    with starting(project) as start:
+        for visit in (2, 3):
+            dev = start("--workers", "2").ready()
+            assert dev.trip()["visits"] == visit
+            dev.process.kill()
+            dev.process.wait()
+            until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}", within=10)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGHUP])
+def test_other_ends_leave_no_process_behind(project: Path, start: Start, ending: signal.Signals) -> None:
+    dev = start().ready()
+    assert len(processes_in(project)) >= 5
     dev.process.send_signal(ending)
     assert dev.status() == 0
     assert processes_in(project) == {}
@@ -97,44 +158,6 @@ def test_with_reload_a_change_of_a_file_starts_the_programs_again(project: Path,
     dev.process.send_signal(signal.SIGINT)
     assert dev.status() == 0
     assert processes_in(project) == {}
-
-
-@pytest.mark.slow
-def test_what_depends_on_another_stops_before_it(project: Path, start: Start) -> None:
-    dev = start("--workers", "2").ready()
-    dev.trip()
-    dev.process.send_signal(signal.SIGINT)
-    assert dev.status() == 0
-    api, *workers = (dev.output.index(text) for text in ("Finished server process", "shutdown on SIGTERM"))
-    assert api < min(workers)
-    assert len(re.findall(r"worker-[12] \| .*shutdown on SIGTERM", dev.output)) == 2
-    assert "received fast shutdown request" in (project / ".coord/postgresql/postgresql.log").read_text()
-    assert "Valkey is now ready to exit" in (project / ".coord/valkey/valkey.log").read_text()
-
-
-def test_every_line_is_led_by_the_name_of_its_process(start: Start) -> None:
-    dev = start("--workers", "2").ready()
-    dev.process.send_signal(signal.SIGINT)
-    dev.status()
-    lines = dev.output.splitlines()
-    assert [line for line in lines if not re.match(r"(coord   |api     |worker-1|worker-2) \| ", line)] == []
-    assert {line.split()[0] for line in lines} == {"coord", "api", "worker-1", "worker-2"}
-
-
-def test_kill_9_leaves_no_process_behind(project: Path, start: Start) -> None:
-    dev = start("--workers", "2").ready()
-    dev.process.kill()
-    dev.process.wait()
-    until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}", within=10)
-
-
-@pytest.mark.slow
-def test_data_outlives_kill_9(start: Start) -> None:
-    dev = start().ready()
-    assert dev.trip()["visits"] == 1
-    dev.process.kill()
-    dev.process.wait()
-    assert start().ready().trip()["visits"] == 2
 
 
 @pytest.mark.slow
@@ -160,6 +183,7 @@ def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, sta
 
 @pytest.mark.slow
 def test_an_interrupted_first_start_leaves_nothing_in_the_way(project: Path, start: Start) -> None:
+    shutil.rmtree(project / ".coord")
     dev = start()
     until(lambda: (project / ".coord/postgresql").exists(), lambda: dev.output)
     dev.process.send_signal(signal.SIGINT)
@@ -222,6 +246,7 @@ def test_a_second_coord_dev_on_the_same_data_is_refused(start: Start) -> None:
 
 
 def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: Start) -> None:
+    shutil.rmtree(project / ".coord")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         dev = start("--port", str(port))

@@ -23,6 +23,7 @@ from coord.cli.doctor import findings
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.ids import new_id
 from coord.jobs.model import Worker
+from tests.clusters import lay
 from tests.ledger import a_task, committed
 from tests.matrix.environment import NotToBeRun
 from tests.matrix.servers import PgBouncer
@@ -43,7 +44,7 @@ pytestmark = pytest.mark.slow
 def servers() -> Iterator[tuple[str, str]]:
     """As an application should have them."""
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
-        postgresql = PostgreSQL(Path(directory) / "postgresql")
+        postgresql = PostgreSQL(lay(Path(directory) / "postgresql"))
         with postgresql, Valkey(Path(directory) / "valkey", persist=True) as valkey:
             yield postgresql.url, valkey.url
 

@@ -19,6 +19,7 @@ import redis
 
 from coord.dev import server as server_module
 from coord.dev.embedded import PostgreSQL, ServerError, Valkey
+from tests.clusters import lay
 from tests.project import until
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def directory() -> Iterator[Path]:
 
 @pytest.fixture(params=[PostgreSQL, Valkey])
 def server(request: pytest.FixtureRequest, directory: Path) -> Iterator[Server]:
-    server: Server = request.param(directory / "server")
+    server: Server = request.param(lay(directory / "server") if request.param is PostgreSQL else directory / "server")
     yield server
     server.stop()
 
@@ -67,7 +68,7 @@ def client(server: Valkey) -> redis.Redis:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 async def test_restart_keeps_committed_rows_and_the_port(directory: Path, mode: Any) -> None:
-    with PostgreSQL(directory) as server:
+    with PostgreSQL(lay(directory)) as server:
         url = server.url
         await query(server, "CREATE TABLE kept AS SELECT 42 AS value")
         server.restart(mode)
@@ -76,7 +77,7 @@ async def test_restart_keeps_committed_rows_and_the_port(directory: Path, mode: 
 
 
 async def test_rows_outlive_the_object_that_wrote_them(directory: Path) -> None:
-    with PostgreSQL(directory, settings=FAST) as server:
+    with PostgreSQL(lay(directory), settings=FAST) as server:
         await query(server, "CREATE TABLE kept AS SELECT 42 AS value")
     with PostgreSQL(directory, settings=FAST) as server:
         assert await query(server, "SELECT value FROM kept") == 42
@@ -84,7 +85,7 @@ async def test_rows_outlive_the_object_that_wrote_them(directory: Path) -> None:
 
 async def test_a_killed_server_starts_again_with_its_committed_rows(directory: Path) -> None:
     """It leaves a pid file that says "ready", and children that take a moment to notice."""
-    with PostgreSQL(directory) as server:
+    with PostgreSQL(lay(directory)) as server:
         await query(server, "CREATE TABLE kept AS SELECT 42 AS value")
         os.kill(server.pid, signal.SIGKILL)
         until(lambda: server.exit_status == -signal.SIGKILL, "its end is known")
@@ -93,7 +94,7 @@ async def test_a_killed_server_starts_again_with_its_committed_rows(directory: P
 
 
 async def test_start_waits_for_a_predecessor_that_is_still_stopping(directory: Path) -> None:
-    first, second = PostgreSQL(directory), PostgreSQL(directory)
+    first, second = PostgreSQL(lay(directory)), PostgreSQL(directory)
     with first:
         thread = threading.Thread(target=second.start)
         thread.start()
@@ -119,7 +120,7 @@ async def test_defaults_are_those_of_a_durable_server_that_is_only_ours(director
 
 
 async def test_settings_override_the_defaults(directory: Path) -> None:
-    with PostgreSQL(directory, settings={"fsync": "off", "max_connections": "20"}) as server:
+    with PostgreSQL(lay(directory), settings={"fsync": "off", "max_connections": "20"}) as server:
         assert await query(server, "SHOW fsync") == "off"
         assert await query(server, "SHOW max_connections") == "20"
 
@@ -220,18 +221,20 @@ time.sleep(600)
 def test_kill_9_of_the_parent_leaves_no_server(directory: Path) -> None:
     command = [sys.executable, "-c", PARENT, str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        pids = [int(word) for word in parent.stdout.readline().split()]
-        assert len(pids) == 2
-        assert all(map(alive, pids))
-        parent.kill()
+        try:
+            assert parent.stdout is not None
+            pids = [int(word) for word in parent.stdout.readline().split()]
+            assert len(pids) == 2
+            assert all(map(alive, pids))
+        finally:
+            parent.kill()
     until(lambda: not any(map(alive, pids)), "both servers have ended")
     with PostgreSQL(directory / "postgresql"):
         """Its predecessor is out of the way."""
 
 
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(directory: Path) -> None:
-    server = PostgreSQL(directory, settings={"max_connections": "several"})
+    server = PostgreSQL(lay(directory), settings={"max_connections": "several"})
     with pytest.raises(ServerError, match=r'(?s)exited with status 1; .*postgresql\.log.*"several"'):
         server.start()
     assert server.exit_status is None
@@ -240,7 +243,7 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(directory: Path) ->
 def test_a_given_port_that_is_taken_is_an_error(directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        for server in (PostgreSQL(directory / "p", port=port), Valkey(directory / "v", port=port)):
+        for server in (PostgreSQL(lay(directory / "p"), port=port), Valkey(directory / "v", port=port)):
             with pytest.raises(ServerError, match="Address already in use"):
                 server.start()
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +17,17 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import set_progress, worker_settings
 from coord.jobs.model import JobState
+from coord.worker.maintenance import beat
+from coord.worker.maintenance.beat import Board
+from tests.commands import started
 from tests.ledger import a_task
 from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.workers import Working, until, working
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.workers import Office
 
 ANSWERS = 30
@@ -119,6 +127,31 @@ async def test_a_heartbeat_that_was_killed_is_started_again(office: Office, capl
 
         await eventually(beats, within=10)
     assert "is started again" in caplog.text
+
+
+async def test_a_heartbeats_process_that_does_not_end_is_killed_and_waited_for(office: Office) -> None:
+    """Who would leave it to the event loop may close that too early, and nobody learns of its end."""
+    async with working(office, [a_task]) as worker:
+        heartbeat = worker.worker.ctx["coord.lifecycle"].heartbeat
+        await until(lambda: heartbeat._process is not None)
+        heartbeat._process.send_signal(signal.SIGSTOP)
+    assert heartbeat._process.returncode == -signal.SIGKILL
+    assert not heartbeat._beating.cancelled()
+
+
+async def test_a_worker_that_stops_at_once_does_not_wait_for_what_its_heartbeat_imports(tmp_path: Path) -> None:
+    (tmp_path / "sqlalchemy.py").write_text("import time\nprint('begun', flush=True)\ntime.sleep(3600)\n")
+    board, pipe = Board(1), asyncio.subprocess.PIPE
+    command = (sys.executable, "-I", beat.__file__, str(board.file))
+    async with started(*command, stdin=pipe, stdout=pipe, pass_fds=[board.file]) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        told = {"path": [str(tmp_path), *sys.path], "slots": 1, "pid": os.getpid()}
+        process.stdin.write(json.dumps(told).encode() + b"\n")
+        assert await asyncio.wait_for(process.stdout.readline(), 30) == b"begun\n"
+        await process.communicate(b'{"end": true}\n')
+        assert process.returncode == 0
+    board.close()
 
 
 async def test_a_heartbeat_that_cannot_be_started_is_tried_again(

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from coord import create_db_context, create_db_dependency
 from coord.dev.embedded import PostgreSQL
 from coord.http import RequestLimits, problem, problem_handlers
+from tests.clusters import lay
 from tests.counter import PROBLEM, URN
 from tests.raw import call
 from tests.serving import served
@@ -117,7 +118,7 @@ def writing(engine: AsyncEngine) -> FastAPI:
 @pytest.mark.parametrize("kind", ["a standby", "a read-only server"])
 async def test_a_server_that_only_reads_is_away_and_its_connections_are_given_up(tmp_path: Path, kind: str) -> None:
     """As after a failover: the address leads to a server that is no primary any more."""
-    with PostgreSQL(tmp_path) as server:
+    with PostgreSQL(lay(tmp_path)) as server:
         engine = create_async_engine(server.url)
         async with engine.begin() as connection:
             await connection.execute(text("CREATE TABLE written (id int)"))

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from coord.http import Preference
+from tests.commands import ended
 from tests.contract import Contract
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running
 
@@ -87,17 +88,15 @@ async def stack(database_url: str, redis_url: str) -> AsyncIterator[Stack]:
 async def test_schemathesis_finds_nothing(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
     (tmp_path / "hooks.py").write_text(HOOKS)
-    process = await asyncio.create_subprocess_exec(
+    status, output, _ = await ended(
         *(str(Path(sys.executable).parent / "st"), "run", f"{stack.url}/openapi.json"),
         *("--header", f"Authorization: Bearer {TOKEN}", "--max-time", str(int(SECONDS)), "--max-examples", "20"),
         *("--request-timeout", "40", "--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"),
         cwd=tmp_path,
         env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "NO_COLOR": "1"},
-        stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    output = (await process.communicate())[0].decode()
-    assert process.returncode == 0, output
+    assert status == 0, output
     links = re.search(r"API Links: +(\d+) covered", output)
     assert links is not None
     assert int(links[1]) >= 6, output

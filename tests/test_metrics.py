@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from coord.jobs.ids import new_id
 from coord.jobs.model import Job, Worker
 from coord.metrics import Metrics
 from coord.observation import tell_rescued
+from tests.commands import started
 from tests.ledger import a_task, ledger  # noqa: F401 - fixture
 from tests.models import User
 from tests.serving import eventually, served
@@ -238,15 +240,15 @@ print(metrics.text().decode())
 async def test_one_process_of_a_server_answers_for_all_of_them(tmp_path: Path) -> None:
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     pipes: dict[str, Any] = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
-    found = []
-    for number in ("1", "2"):
-        command = (sys.executable, "-c", ONE_OF_TWO, number)
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, **pipes)
-        assert process.stdout is not None
-        assert await process.stdout.readline() == b"ready\n"
-        found.append(process)
-    first, _ = await found[0].communicate(b"\n")
-    second, _ = await found[1].communicate(b"\n")
+    async with contextlib.AsyncExitStack() as stack:
+        found = []
+        for number in ("1", "2"):
+            process = started(sys.executable, "-c", ONE_OF_TWO, number, cwd=ROOT, env=environment, **pipes)
+            found.append(await stack.enter_async_context(process))
+            assert found[-1].stdout is not None
+            assert await found[-1].stdout.readline() == b"ready\n"
+        first, _ = await found[0].communicate(b"\n")
+        second, _ = await found[1].communicate(b"\n")
     assert Scrape(first.decode()).value("coord_rescues_total") == 3
     assert Scrape(first.decode()).value("coord_waiters") == 2
     assert Scrape(second.decode()).value("coord_rescues_total") == 3  # what was counted stays

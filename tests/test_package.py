@@ -44,6 +44,8 @@ PRIVATE_NAMES = {
 """Names of other libraries that they do not document, each used in one function; also on docs/architecture.md."""
 LOOK_PUBLIC = {"dispatch", "await_only", "await_fallback", "greenlet_spawn", "connection_class"}
 ASYNCPG_INSIDES = {"protocol", "connresource", "transaction", "prepared_stmt", "cursor", "connection", "pool"}
+CLOSED_BY_THEIR_OWN_BLOCK = ("test_benchmarks.py", "test_embedded.py", "test_testing_plugin.py")
+"""Tests that start programs by `with subprocess.Popen(…)`."""
 FIELD_NAMES = {"_mapping", "_asdict", "_fields", "_replace", "_exit"}
 """Documented in spite of their underscore."""
 
@@ -198,3 +200,10 @@ def test_no_file_and_no_function_is_long(path: Path) -> None:
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body
             length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
             assert length <= LONGEST_BODY, f"{node.name} has {length} lines"
+
+
+def test_no_test_starts_a_program_that_is_left_to_the_garbage() -> None:
+    """But by `tests/commands.py` or `tests/warm.py`: the warning would be raised in another test."""
+    starts = ("create_subprocess_", "subprocess.Popen(")
+    found = {path.name for path in ROOT.glob("tests/test_*.py") if any(start in path.read_text() for start in starts)}
+    assert found == {"test_package.py", *CLOSED_BY_THEIR_OWN_BLOCK}

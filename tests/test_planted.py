@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from coord.testing.history import Verdict
     from tests.planted.world import World
 
-SLOW = (pytest.mark.slow, pytest.mark.alone)
 SITUATIONS = {
     name: found
     for name, found in inspect.getmembers(situations, inspect.iscoroutinefunction)
@@ -31,7 +30,9 @@ SITUATIONS = {
 
 
 def cases(names: Iterable[str]) -> list[object]:
-    marks = {name: SLOW if name in STANDARD else (*SLOW, pytest.mark.planted) for name in names}
+    """Those of STANDARD may run beside others, which add no rule to those that a bug breaks."""
+    alone = (pytest.mark.slow, pytest.mark.alone, pytest.mark.planted)
+    marks = {name: pytest.mark.slow if name in STANDARD else alone for name in names}
     return [pytest.param(name, marks=marks[name], id=name.replace(" ", "-")) for name in names]
 
 

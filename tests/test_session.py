@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
 from coord import advisory_lock, create_db_context, create_db_dependency, get_transaction, lock_tables
+from tests.commands import ended
 from tests.models import Item, User
 from tests.serving import eventually, served
 
@@ -469,10 +470,6 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 async def test_a_loop_over_the_dependency_may_be_left_at_any_moment_without_a_warning(
     database_url: str, kind: str, steps: int
 ) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-c", ABANDONS, kind, str(steps)),
-        env={**os.environ, "COORD_DATABASE_URL": database_url},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    said = (await process.communicate())[1].decode()
-    assert (process.returncode, said) == (0, "")
+    command = (sys.executable, "-W", "error", "-c", ABANDONS, kind, str(steps))
+    status, _, said = await ended(*command, env={**os.environ, "COORD_DATABASE_URL": database_url})
+    assert (status, said) == (0, "")

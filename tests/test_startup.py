@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import subprocess
 import sys
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from sqlalchemy import make_url
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.dev.server import free_port
 from coord.jobs.model import Ledger
+from tests.clusters import lay
 from tests.raw import call
 from tests.serving import eventually
 from tests.shop import (
@@ -102,7 +104,7 @@ async def locked_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
     access = directory / "hba"
     access.write_text("host all postgres 127.0.0.1/32 trust\nhost all guest 127.0.0.1/32 scram-sha-256\n")
     access.chmod(0o644)
-    with PostgreSQL(directory / "postgresql", settings={"hba_file": str(access), "fsync": "off"}) as server:
+    with PostgreSQL(lay(directory / "postgresql"), settings={"hba_file": str(access), "fsync": "off"}) as server:
         connection = await asyncpg.connect(dsn_of(server.url))
         await connection.execute("CREATE ROLE guest LOGIN PASSWORD 'right'")
         await connection.close()
@@ -278,14 +280,26 @@ async def silent_port() -> AsyncIterator[int]:
     server.close()
 
 
-async def test_importing_the_shop_connects_to_nothing(database_url: str, redis_url: str) -> None:
+SHOP_IMPORTED = """
+import logging, api, worker
+for name in ("uvicorn.error", "arq.worker", "arq.connections"):
+    logging.getLogger(name).error("said by %s", name)
+"""
+
+
+async def test_importing_the_shop_connects_to_nothing_and_holds_back_no_log(database_url: str, redis_url: str) -> None:
     async with Network(database_url).opened() as database, Network(redis_url).opened() as feed:
-        environment = {DATABASE: database.url, REDIS: feed.url}
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", "import api, worker; print(api.app.title)", cwd=ROOT, env=environment
+        ended = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", SHOP_IMPORTED],
+            cwd=ROOT,
+            env={DATABASE: database.url, REDIS: feed.url},
+            check=True,
+            capture_output=True,
+            text=True,
         )
-        assert await process.wait() == 0
         assert (database.visits, feed.visits) == (0, 0)
+    assert ended.stderr.splitlines() == [f"said by {n}" for n in ("uvicorn.error", "arq.worker", "arq.connections")]
 
 
 @pytest.mark.slow

@@ -54,7 +54,6 @@ def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp_path: Path) -> None:
     name = project(tmp_path)

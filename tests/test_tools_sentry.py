@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import sys
 
 import pytest
 
+from tests.commands import ended
 from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.shop import ROOT
 
@@ -15,14 +15,8 @@ pytestmark = pytest.mark.usefixtures("tables", "ledger")
 
 
 async def test_the_round_trip_is_traced_and_an_error_told(database_url: str, redis_url: str) -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "tests.sentry_app", database_url, redis_url),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, error = await process.communicate()
-    assert process.returncode == 0, error.decode()
+    status, out, error = await ended(sys.executable, "-m", "tests.sentry_app", database_url, redis_url, cwd=ROOT)
+    assert status == 0, error
     told = json.loads(out.splitlines()[-1])
     assert (told["answer"], told["status"]) == ("renamed", 500)
     assert {"fastapi", "sqlalchemy", "asyncpg", "redis", "arq"} <= {*told["integrations"]}

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import sys
 import tempfile
 import time
 import warnings
@@ -30,9 +29,11 @@ from coord.worker.config import WorkerConfig
 from coord.worker.maintenance.beat import Board
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
+from tests import warm
+from tests.clusters import lay
 from tests.models import User, table_of
 from tests.serving import eventually
-from tests.shop import ROOT, Command
+from tests.shop import Command
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -191,7 +192,7 @@ def a_state(engine: AsyncEngine, redis: Any = None, **config: Any) -> WorkerStat
 def fragile_postgresql() -> Iterator[PostgreSQL]:
     """A server that a test may harm. Not in pytest's directory, which the next session closes to the server's user."""
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as directory:
-        with PostgreSQL(Path(directory) / "postgresql", settings={"fsync": "off"}) as server:
+        with PostgreSQL(lay(Path(directory) / "postgresql"), settings={"fsync": "off"}) as server:
             yield server
 
 
@@ -330,26 +331,13 @@ async def process(
         "COORD_TEST_NOTES": str(notes.directory),
         "COORD_TEST_GRACE": "1",
     }
-    found = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "arq",
-        module,
-        *options,
-        cwd=ROOT,
-        env={**os.environ, **environment, **variables},
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    running = Process(found)
-
+    running = Process(await warm.start("arq", module, *options, env={**os.environ, **environment, **variables}))
     try:
         if started:
             await running.says("Takes jobs")
         yield running
     finally:
-        if found.returncode is None:
+        if running.process.returncode is None:
             await running.stop()
 
 

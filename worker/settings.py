@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import sys
-from pathlib import Path
 from typing import Any
 
 from coord import worker_settings
@@ -13,13 +11,13 @@ from worker.database import MAX_JOBS, close_database, open_database, session_mak
 from worker.environment import redis_url
 from worker.fulfilment import fulfil_order
 from worker.metrics import serve_metrics
-from worker.startup import held_log
+from worker.startup import held_log, is_run_by
 
 # Where arq runs this, and nobody else's loop is concerned; it takes its own from the policy.
-if "arq" in Path(sys.argv[0]).parts[-2:] and importlib.util.find_spec("uvloop") is not None:
+if is_run_by("arq") and importlib.util.find_spec("uvloop") is not None:
     asyncio.set_event_loop_policy(importlib.import_module("uvloop").EventLoopPolicy())
 
-log = held_log("arq.worker", "arq.connections")
+log = held_log("arq", "arq.worker", "arq.connections")
 
 
 async def on_startup(ctx: dict[str, Any]) -> None:

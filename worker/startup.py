@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
+from pathlib import Path
+
+
+def is_run_by(command: str) -> bool:
+    """Whether this process is that command's, and not somebody's who imports the shop."""
+    return command in Path(sys.argv[0]).parts[-2:]
 
 
 class HeldLog(logging.Filter):
@@ -24,8 +31,9 @@ class HeldLog(logging.Filter):
             logging.getLogger(record.name).handle(record)
 
 
-def held_log(*loggers: str) -> HeldLog:
+def held_log(command: str, *loggers: str) -> HeldLog:
+    """Where the command runs this: of nobody else is it known that he starts anything, and releases what is held."""
     held = HeldLog()
-    for name in loggers:
+    for name in loggers if is_run_by(command) else ():
         logging.getLogger(name).addFilter(held)
     return held

@@ -35,12 +35,12 @@ FULL = Scale(
 )
 
 QUICK = Scale(
-    pairs=2,
+    pairs=1,
     rounds=1,
-    requests=20,
+    requests=10,
     request_seconds=2.0,
     think_seconds=0.02,
     requesters=20,
-    warm_seconds=0.3,
+    warm_seconds=0.2,
     crowd_seconds=1.0,
 )

@@ -50,19 +50,19 @@ FULL = Scale(
 )
 
 QUICK = Scale(
-    pairs=40,
+    pairs=16,
     block=4,
     poll_batches=1,
     poll_batch=4,
-    waiters=300,
-    peer_waiters=30,
+    waiters=100,
+    peer_waiters=10,
     idle_seconds=1.0,
     settle_seconds=1.0,
     waves=1,
-    crews=((1, 4), (2, 4)),
+    crews=((1, 4),),
     plain_crew=(1, 4),
-    rounds=2,
-    plain_rounds=2,
+    rounds=1,
+    plain_rounds=1,
     warm_seconds=0.1,
-    write_seconds=0.4,
+    write_seconds=0.2,
 )

@@ -210,23 +210,26 @@ def main(file: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     first = sys.stdin.buffer.readline()
     if first:
-        told = json.loads(first)
-        threading.Thread(target=_listen, args=(told,), daemon=True).start()
+        told, begun = json.loads(first), threading.Event()
+        threading.Thread(target=_listen, args=(told, begun), daemon=True).start()
         sys.path[:] = told["path"]
-        asyncio.run(_beat(told, Board(told["slots"], file)))
+        asyncio.run(_beat(told, begun, Board(told["slots"], file)))
 
 
-async def _beat(told: dict[str, Any], board: Board) -> None:
+async def _beat(told: dict[str, Any], begun: threading.Event, board: Board) -> None:
     beats = Beats(board, told, _engine(told), redis_of(told["redis"]), lambda line: print(line, flush=True))
+    begun.set()
     await beats.run(lambda: os.getppid() != told["pid"] or "end" in told)
     if os.getppid() != told["pid"]:
         with contextlib.suppress(Exception):  # PostgreSQL may be gone as well: others find out by themselves
             await beats.last()
 
 
-def _listen(told: dict[str, Any]) -> None:
+def _listen(told: dict[str, Any], begun: threading.Event) -> None:
     for line in sys.stdin.buffer:
         told |= json.loads(line)
+        if "end" in told and not begun.is_set():
+            os._exit(0)  # in the middle of the imports, for which a worker that stops would have to wait
     told["end"] = True
 
 

@@ -88,9 +88,9 @@ class Heartbeat(Loop):
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.write(_line({"end": True}))
             self._process.stdin.close()
-        await asyncio.wait([self._beating], timeout=PROCESS_END_SECONDS)
-        self._kill()
-        self._beating.cancel()
+        for force in (self._kill, self._beating.cancel):  # also a process that was killed is waited for
+            await asyncio.wait([self._beating], timeout=PROCESS_END_SECONDS)
+            force()
         await asyncio.wait([self._beating], timeout=PROCESS_END_SECONDS)
         await self._leave()
 
