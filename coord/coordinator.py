@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 from redis.asyncio import Redis
 
 from coord.database.engine import engine_of, engines_of, prepare, session_of
+from coord.database.lost_answers import LostAnswers
 from coord.database.target import key_of, mapper_of
 from coord.jobs.model import ledger_engine
 from coord.notify.bell import Bell
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Mapper, Session
 
     from coord.database.engine import AnySession
+    from coord.database.lost_answers import EndTransactions
     from coord.notify.changes import Changed
     from coord.notify.subscriber import Listener
     from coord.waiting.watcher import Declared
@@ -84,6 +86,8 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
+        self.end_transactions: EndTransactions | None = None
+        """Of a worker: ends its backends whose clients were cut off."""
         self._max_waiters = max_waiters
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
@@ -103,6 +107,7 @@ class Coordinator:
                 stack.callback(setattr, self, "_bell", None)
             for engine in engines:
                 self._coordinate(engine, stack)
+                await stack.enter_async_context(LostAnswers(engine, self.end_transactions))
             self._stack = stack.pop_all()
         return self
 

@@ -8,7 +8,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import column, delete, func, select, table, text, tuple_, update
+from sqlalchemy import column, delete, func, select, table, text, true, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
 
@@ -79,7 +79,7 @@ class Rescuer(Loop):
             dead = (await connection.execute(gone)).one_or_none()
             if dead is None:
                 return
-            await _end_transactions(connection, worker)
+            await end_transactions(connection, worker=worker)
             aboard = await _aboard(connection, dead.jobs)
             after = await self._judge(connection, aboard, stopping=dead.stopping)
             if after:
@@ -153,8 +153,10 @@ def _record(dead: Row[Any], aboard: Sequence[Row[Any]], after: Sequence[Row[Any]
     return insert(attempts).values(rows).on_conflict_do_nothing()
 
 
-async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
+async def end_transactions(connection: AsyncConnection, among: Sequence[int] | None = None, *, worker: UUID) -> None:
     """End the backends of a worker's open job transactions; they are told apart by the advisory lock they hold.
+
+    `among`: of these backends alone.
 
     A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
     transactions end when they have been idle for too long.
@@ -166,6 +168,7 @@ async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
         _locks.c.objid == worker_lock_key(worker) % 2**32,
         _locks.c.objsubid == 2,
         _locks.c.database == here,
+        true() if among is None else _locks.c.pid.in_(among),
     )
     try:
         async with connection.begin_nested():
