@@ -24,7 +24,6 @@ from coord.database.engine import is_of_session
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
-    import asyncpg
     from sqlalchemy import Connection
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -60,8 +59,8 @@ class LostAnswers:
         self._watched = engine
         self._end = end
         self._engine = create_async_engine(engine.url, pool=engine.pool.recreate())
-        self._sent: dict[asyncpg.Connection, float] = {}
-        """Since when an answer is waited for, on the monotonic clock."""
+        self._sent: dict[Connection, float] = {}
+        """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
         self._calm_since = 0.0
         self._is_connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -72,7 +71,6 @@ class LostAnswers:
             ("handle_error", self._on_error),
             ("commit", self._on_end),
             ("rollback", self._on_end),
-            ("checkin", self._on_checkin),
         ]
 
     async def __aenter__(self) -> Self:
@@ -91,26 +89,22 @@ class LostAnswers:
         await self._engine.dispose()
         self._sent.clear()
 
+    # The first two are called for every statement, and leave the rest to who looks.
     def _on_sent(self, connection: Connection, *_: Any) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[_driver(connection)] = monotonic()
+            self._sent[connection] = monotonic()
 
     def _on_answer(self, connection: Connection, *_: Any) -> None:
-        self._sent.pop(_driver(connection), None)
+        self._sent.pop(connection, None)
 
     def _on_error(self, context: ExceptionContext) -> None:
-        connection = context.connection
-        if connection is not None and not connection.closed and not connection.invalidated:
-            self._on_answer(connection)
+        if context.connection is not None:
+            self._on_answer(context.connection)
 
     def _on_end(self, connection: Connection) -> None:
-        """COMMIT, or ROLLBACK. A session gives its connection back right after it, which says that it was answered."""
-        if not connection.closed and not connection.invalidated and is_of_session(connection):
+        """COMMIT, or ROLLBACK. A session closes the connection right after it, which says that it was answered."""
+        if _is_open(connection) and is_of_session(connection):
             self._on_sent(connection)
-
-    def _on_checkin(self, dbapi_connection: Any, _record: Any) -> None:
-        if dbapi_connection is not None:
-            self._sent.pop(dbapi_connection.driver_connection, None)
 
     async def _run(self) -> None:
         while True:
@@ -125,7 +119,8 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        suspects = {driver: sent for driver, sent in self._sent.items() if sent < late and not driver.is_closed()}
+        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_open(connection)}
+        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent < late]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
@@ -133,28 +128,36 @@ class LostAnswers:
             self._is_connected = False
             await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
 
-    async def _look(self, suspects: dict[asyncpg.Connection, float]) -> None:
-        pids = {driver.get_server_pid(): driver for driver in suspects}
+    async def _look(self, suspects: Sequence[Suspect]) -> None:
         activity = select(_own.label("own"), _activity.c.pid, _activity.c.state, _idle_seconds.label("idle_seconds"))
+        asked = activity.where(_activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)]))
         async with self._engine.begin() as connection:
-            rows = (await connection.execute(activity.where(_activity.c.pid.in_([_own, *pids])))).all()
+            rows = (await connection.execute(asked)).all()
             own: Any = (await connection.get_raw_connection()).driver_connection
             if {row.own for row in rows} != {own.get_server_pid()}:
                 return  # a pooler is between
-            working = {
-                row.pid for row in rows if row.state not in IDLE_STATES or float(row.idle_seconds) < ANSWER_SECONDS
-            }
-            lost = [pid for pid, driver in pids.items() if pid not in working and self._waits(driver, suspects)]
+            working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
+            lost = [suspect for suspect in suspects if suspect.pid not in working and self._waits(suspect)]
             if lost and self._end is not None:
-                await self._end(connection, lost)
-            for driver in [pids[pid] for pid in lost if self._waits(pids[pid], suspects)]:
+                await self._end(connection, [suspect.pid for suspect in lost])
+            for suspect in filter(self._waits, lost):
                 logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
-                driver.terminate()
+                suspect.driver.terminate()
 
-    def _waits(self, driver: asyncpg.Connection, suspects: dict[asyncpg.Connection, float]) -> bool:
+    def _waits(self, suspect: Suspect) -> bool:
         """Whether it still waits for that answer."""
-        return self._sent.get(driver) == suspects[driver]
+        return self._sent.get(suspect.connection) == suspect.sent and _is_open(suspect.connection)
 
 
-def _driver(connection: Connection) -> asyncpg.Connection:
-    return connection.connection.driver_connection
+class Suspect:
+    """A connection on which an answer is late."""
+
+    def __init__(self, connection: Connection, sent: float) -> None:
+        self.connection = connection
+        self.sent = sent
+        self.driver: Any = connection.connection.driver_connection
+        self.pid: int = self.driver.get_server_pid()
+
+
+def _is_open(connection: Connection) -> bool:
+    return not connection.closed and not connection.invalidated
