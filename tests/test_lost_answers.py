@@ -277,7 +277,7 @@ async def test_what_has_come_to_a_loop_that_was_blocked_is_read_before_it_counts
     office: Office, observer: Connection
 ) -> None:
     async with watched(office) as engine, AsyncSession(engine) as session:
-        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG + 0.5}))
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG + 0.8}))
         await asyncio.sleep(0.5)
         time.sleep(LONG - 0.5)  # noqa: ASYNC251 - what is tried
         await late

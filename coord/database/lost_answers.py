@@ -133,8 +133,8 @@ class LostAnswers:
         asked = activity.where(_activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)]))
         async with self._engine.begin() as connection:
             rows = (await connection.execute(asked)).all()
-            own: Any = (await connection.get_raw_connection()).driver_connection
-            if {row.own for row in rows} != {own.get_server_pid()}:
+            raw: Any = await connection.get_raw_connection()
+            if {row.own for row in rows} != {raw.driver_connection.get_server_pid()}:
                 return  # a pooler is between
             working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
             lost = [suspect for suspect in suspects if suspect.pid not in working and self._waits(suspect)]
