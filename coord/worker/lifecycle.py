@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, closing
+from functools import partial
 from typing import Any
 
 from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
+from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
@@ -24,7 +26,7 @@ from coord.worker.maintenance.leader import Leader
 from coord.worker.maintenance.pruner import Pruner
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.registry import WorkerRegistry
-from coord.worker.maintenance.rescuer import Rescuer
+from coord.worker.maintenance.rescuer import Rescuer, end_transactions
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
 from coord.worker.maintenance.ticker import Ticker
@@ -90,6 +92,8 @@ class Lifecycle:
         config, state = self._config, self._share(stack)
         coordinator = Coordinator(config.session_maker, redis=state.redis, namespace=config.keys.namespace)
         coordinator.outage = state.outage
+        coordinator.end_transactions = partial(end_transactions, worker=state.id)
+        await stack.enter_async_context(LostAnswers(state.engine))
         await stack.enter_async_context(coordinator)
         self.registry = WorkerRegistry(state)
         freshness = Freshness(state, self.registry)

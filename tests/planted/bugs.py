@@ -58,7 +58,13 @@ BUGS = {
     "a rescue leaves the dead one's transaction": Bug(
         situations.frozen_in_the_block,
         "final",
-        (Edit("coord/worker/maintenance/rescuer.py", "            await _end_transactions(connection, worker)\n", ""),),
+        (
+            Edit(
+                "coord/worker/maintenance/rescuer.py",
+                "            await end_transactions(connection, worker=worker)\n",
+                "",
+            ),
+        ),
     ),
     "the bell says that a job is done": Bug(
         situations.tried_again,

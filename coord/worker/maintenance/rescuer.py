@@ -40,6 +40,7 @@ _end_backends = text("""
     SELECT pg_terminate_backend(pid, :milliseconds) FROM pg_locks
     WHERE locktype = 'advisory' AND (classid, objid, objsubid) = (:class, :worker, 2)
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+        AND (CAST(:among AS int[]) IS NULL OR pid = ANY (CAST(:among AS int[])))
 """)
 
 
@@ -69,7 +70,7 @@ class Rescuer(Loop):
             dead = (await connection.execute(gone)).one_or_none()
             if dead is None:
                 return
-            await _end_transactions(connection, worker)
+            await end_transactions(connection, worker=worker)
             aboard = await _aboard(connection, dead.jobs)
             after = await self._judge(connection, aboard, stopping=dead.stopping)
             if after:
@@ -140,13 +141,19 @@ def _record(dead: Row[Any], aboard: Sequence[Row[Any]], after: Sequence[Row[Any]
     return insert(attempts).values(rows).on_conflict_do_nothing()
 
 
-async def _end_transactions(connection: AsyncConnection, worker: UUID) -> None:
+async def end_transactions(connection: AsyncConnection, among: Sequence[int] | None = None, *, worker: UUID) -> None:
     """End the backends of a worker's open job transactions; they are told apart by the advisory lock they hold.
+
+    `among`: of these backends alone.
 
     A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
     transactions end when they have been idle for too long.
     """
-    which = {"class": WORKER_LOCK_CLASS, "worker": worker_lock_key(worker) % 2**32}
+    which = {
+        "class": WORKER_LOCK_CLASS,
+        "worker": worker_lock_key(worker) % 2**32,
+        "among": None if among is None else list(among),
+    }
     try:
         async with connection.begin_nested():
             parameters = which | {"milliseconds": TERMINATE_MILLISECONDS}

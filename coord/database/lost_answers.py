@@ -1,0 +1,163 @@
+"""Answers that were lost on their way: PostgreSQL is asked by another connection, and the one that waits is closed.
+
+Where packets vanish and neither end is told, a driver waits for an answer as long as its operating system does: for a
+quarter of an hour, or two. Meanwhile PostgreSQL has answered, or never was asked, and keeps the transaction's locks.
+What a statement takes says nothing: it may wait for a lock. But PostgreSQL says of each backend since when it does
+nothing (`pg_stat_activity`, section 27.2.3 of its manual). One that has done nothing for seconds, while as long an
+answer is waited for on its connection, has answered or will never do so. Closed, the connection is lost as any other:
+whoever waits is told so, and the pool gives up all that are as old.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Self
+
+from sqlalchemy import column, event, func, select, table
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from coord.cancellation import interruptible
+from coord.database.engine import is_of_session
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from sqlalchemy import Connection
+    from sqlalchemy.engine import ExceptionContext
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+    EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
+
+logger = logging.getLogger("coord.engine")
+
+ANSWER_SECONDS = 4.0
+"""By which an answer is late, or the last part of one that no buffer had room for, before it counts as lost."""
+INTERVAL_SECONDS = 0.5
+LOOK_SECONDS = 1.5
+"""For PostgreSQL to accept a connection and to say what its backends do."""
+LAG_SECONDS = 0.5
+"""By which the event loop runs late: it may not have read what has come."""
+IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
+"""In which a backend has answered everything. What a role may not see has no state."""
+
+_activity = table("pg_stat_activity", *map(column, ("pid", "state", "state_change")), schema="pg_catalog")
+_own = func.pg_backend_pid()
+_idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change)
+
+
+class LostAnswers:
+    """Closes connections of an engine within the block whose answers were lost, some five seconds after that.
+
+    Connects only while an answer is late. `end` is given such a connection and the backends whose clients were cut off,
+    which it may end, and so free their locks. Behind a pooler, which does not say whose backend is whose, nothing is
+    done. COMMIT and ROLLBACK are watched where a session sends them.
+    """
+
+    def __init__(self, engine: AsyncEngine, end: EndTransactions | None = None) -> None:
+        self._watched = engine
+        self._end = end
+        self._engine = create_async_engine(engine.url, pool=engine.pool.recreate())
+        self._sent: dict[Connection, float] = {}
+        """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
+        self._calm_since = 0.0
+        self._is_connected = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._listeners: list[tuple[str, Callable[..., None]]] = [
+            ("before_cursor_execute", self._on_sent),
+            ("after_cursor_execute", self._on_answer),
+            ("handle_error", self._on_error),
+            ("commit", self._on_end),
+            ("rollback", self._on_end),
+        ]
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        for name, listener in self._listeners:
+            event.listen(self._watched.sync_engine, name, listener)
+        self._task = asyncio.create_task(self._run(), name="coord lost answers")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._task is not None
+        for name, listener in self._listeners:
+            event.remove(self._watched.sync_engine, name, listener)
+        self._task.cancel()
+        await asyncio.wait([self._task])
+        await self._engine.dispose()
+        self._sent.clear()
+
+    # The first two are called for every statement, and leave the rest to who looks.
+    def _on_sent(self, connection: Connection, *_: Any) -> None:
+        if asyncio.get_running_loop() is self._loop:
+            self._sent[connection] = monotonic()
+
+    def _on_answer(self, connection: Connection, *_: Any) -> None:
+        self._sent.pop(connection, None)
+
+    def _on_error(self, context: ExceptionContext) -> None:
+        if context.connection is not None:
+            self._on_answer(context.connection)
+
+    def _on_end(self, connection: Connection) -> None:
+        """COMMIT, or ROLLBACK. A session closes the connection right after it, which says that it was answered."""
+        if _is_open(connection) and is_of_session(connection):
+            self._on_sent(connection)
+
+    async def _run(self) -> None:
+        while True:
+            began = monotonic()
+            await asyncio.sleep(INTERVAL_SECONDS)
+            if monotonic() - began > INTERVAL_SECONDS + LAG_SECONDS:
+                self._calm_since = monotonic()
+            try:
+                await self._round()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
+                logger.debug("PostgreSQL does not say whose answers are lost: %s", error or type(error).__name__)
+
+    async def _round(self) -> None:
+        late = monotonic() - ANSWER_SECONDS
+        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_open(connection)}
+        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent < late]
+        if suspects and self._calm_since < late:
+            self._is_connected = True
+            await interruptible(self._look(suspects), limit=LOOK_SECONDS)
+        elif self._is_connected and not suspects:
+            self._is_connected = False
+            await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
+
+    async def _look(self, suspects: Sequence[Suspect]) -> None:
+        activity = select(_own.label("own"), _activity.c.pid, _activity.c.state, _idle_seconds.label("idle_seconds"))
+        asked = activity.where(_activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)]))
+        async with self._engine.begin() as connection:
+            rows = (await connection.execute(asked)).all()
+            raw: Any = await connection.get_raw_connection()
+            if {row.own for row in rows} != {raw.driver_connection.get_server_pid()}:
+                return  # a pooler is between
+            working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
+            lost = [suspect for suspect in suspects if suspect.pid not in working and self._waits(suspect)]
+            if lost and self._end is not None:
+                await self._end(connection, [suspect.pid for suspect in lost])
+            for suspect in filter(self._waits, lost):
+                logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
+                suspect.driver.terminate()
+
+    def _waits(self, suspect: Suspect) -> bool:
+        """Whether it still waits for that answer."""
+        return self._sent.get(suspect.connection) == suspect.sent and _is_open(suspect.connection)
+
+
+class Suspect:
+    """A connection on which an answer is late."""
+
+    def __init__(self, connection: Connection, sent: float) -> None:
+        self.connection = connection
+        self.sent = sent
+        self.driver: Any = connection.connection.driver_connection
+        self.pid: int = self.driver.get_server_pid()
+
+
+def _is_open(connection: Connection) -> bool:
+    return not connection.closed and not connection.invalidated

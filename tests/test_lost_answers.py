@@ -1,0 +1,321 @@
+"""An answer of PostgreSQL that was lost on its way: who waits for it is told, and nobody else is disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+
+import coord.database.lost_answers
+from coord import Coordinator, job_transaction, lock_tables
+from coord.retryable import is_retryable
+from tests.faults.faults import at_commit
+from tests.models import User
+from tests.proxy import Proxy
+from tests.serving import eventually
+from tests.shop import waiting_for_locks
+from tests.workers import working
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord import Job
+    from tests.proxy import Wire
+    from tests.workers import Office
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tables")]
+
+WITHIN = 10.0
+"""Seconds from the loss until the job has run again."""
+EFFECT = text("INSERT INTO effects (job, attempt) VALUES (:job, :attempt)")
+PORT = text("SELECT client_port FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'watched'"
+KEY_DATA = b"K\x00\x00\x00\x0c"
+"""What begins the message by which a server says its backend's number (section 54.7 of PostgreSQL's manual)."""
+
+
+@pytest.fixture
+async def way(office: Office) -> AsyncIterator[Proxy]:
+    async with Proxy(office.database_url).opened() as way:
+        yield way
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what lasts two and a half seconds is far beyond it."""
+    monkeypatch.setattr(coord.database.lost_answers, "ANSWER_SECONDS", 1.0)
+
+
+LONG = 2.5
+
+
+def lose(way: Proxy) -> None:
+    """All that is under way, for good; who connects from now on is served."""
+    way.lose_everything()
+    way.lead_again()
+
+
+def is_dead(wire: Wire) -> None:
+    wire.is_dead = True
+
+
+async def apply(session: AsyncSession, ctx: dict[str, Any]) -> None:
+    await session.execute(EFFECT, {"job": ctx["job_id"], "attempt": ctx["job_try"]})
+
+
+class Held:
+    """A task whose first attempt stands still inside its transaction, with a table locked, until it is let go."""
+
+    def __init__(self) -> None:
+        self.inside, self.go = asyncio.Event(), asyncio.Event()
+        self.port = 0
+
+    async def task(self, ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [User]):
+            await apply(session, ctx)
+            if ctx["job_try"] == 1:
+                self.port = (await session.execute(PORT)).one().client_port
+                self.inside.set()
+                await self.go.wait()
+                await session.execute(text("SELECT 1"))
+
+
+async def applied_again(office: Office, job: Job) -> None:
+    """Once, by the second attempt."""
+    row = await office.final(job, within=WITHIN)
+    assert (row.state, row.attempt) == ("done", 2)
+    assert await office.effects(job) == [2]
+
+
+async def test_a_job_whose_statement_was_answered_in_vain_runs_again(
+    office: Office, way: Proxy, observer: Connection
+) -> None:
+    """It waited for a lock as the link was lost, got it, and kept it from everybody else."""
+
+    async def task(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [User]):
+            await apply(session, ctx)
+
+    async with working(office, [task], database_url=way.url):
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+            job = await office.enqueue(task)
+            await eventually(lambda: _waits(observer))
+            lose(way)
+        await applied_again(office, job)
+
+
+async def _waits(observer: Connection) -> bool:
+    return await waiting_for_locks(observer) == 1
+
+
+async def test_a_job_whose_statement_never_arrived_runs_again(office: Office, way: Proxy) -> None:
+    """The task was busy elsewhere as the link was lost, and its transaction had a table locked."""
+    held = Held()
+    async with working(office, [held.task], database_url=way.url):
+        job = await office.enqueue(held.task)
+        await held.inside.wait()
+        lose(way)
+        held.go.set()
+        await applied_again(office, job)
+
+
+async def test_a_job_whose_commit_never_arrived_runs_again(office: Office, way: Proxy) -> None:
+    held = Held()
+    async with working(office, [held.task], database_url=way.url):
+        job = await office.enqueue(held.task)
+        await held.inside.wait()
+        at_commit(way, is_dead, arrives=False, port=held.port)
+        held.go.set()
+        await applied_again(office, job)
+
+
+async def test_a_job_whose_commit_was_answered_in_vain_is_done_and_its_worker_goes_on(
+    office: Office, way: Proxy
+) -> None:
+    held = Held()
+    async with working(office, [held.task], database_url=way.url, max_jobs=1):
+        job = await office.enqueue(held.task)
+        await held.inside.wait()
+        at_commit(way, is_dead, arrives=True, port=held.port)
+        held.go.set()
+        row = await office.final(job)
+        assert (row.state, row.attempt) == ("done", 1)
+        assert (await office.final(await office.enqueue(held.task), within=WITHIN)).state == "done"
+    assert await office.effects(job) == [1]
+
+
+async def test_a_job_that_begins_on_a_dead_connection_uses_up_no_attempt(office: Office, way: Proxy) -> None:
+    async def task(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session:
+            await apply(session, ctx)
+
+    async with working(office, [task], database_url=way.url, engine={"pool_size": 1, "max_overflow": 0}):
+        await office.final(await office.enqueue(task))
+        lose(way)
+        job = await office.enqueue(task)
+        row = await office.final(job, within=WITHIN)
+    assert (row.state, row.attempt) == ("done", 1)
+    assert await office.effects(job) == [1]
+
+
+async def test_the_end_of_an_attempt_that_is_written_on_a_dead_connection_is_written_again(
+    office: Office, way: Proxy
+) -> None:
+    async def task(ctx: dict[str, Any]) -> str:
+        return "done"
+
+    async with working(office, [task], database_url=way.url, engine={"pool_size": 1, "max_overflow": 0}):
+        await office.final(await office.enqueue(task))
+        lose(way)
+        row = await office.final(await office.enqueue(task), within=WITHIN)
+    assert (row.state, row.attempt, row.result) == ("done", 1, "done")
+
+
+async def test_a_session_of_a_coordinated_engine_is_told_and_the_next_one_has_a_new_connection(
+    office: Office, way: Proxy
+) -> None:
+    engine = create_async_engine(way.url, pool_size=3)
+    async with Coordinator(async_sessionmaker(engine)):
+        for session in [AsyncSession(engine) for _ in range(3)]:
+            async with session:
+                await session.execute(text("SELECT 1"))
+        lose(way)
+        began = time.monotonic()
+        with pytest.raises(DBAPIError) as caught:
+            async with AsyncSession(engine) as session:
+                await session.execute(text("SELECT 1"))
+        assert is_retryable(caught.value)
+        assert caught.value.connection_invalidated
+        assert time.monotonic() - began < WITHIN
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+    await engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def watched(office: Office) -> AsyncIterator[AsyncEngine]:
+    named = {"server_settings": {"application_name": "watched"}}
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0, connect_args=named)
+    async with Coordinator(async_sessionmaker(engine)):
+        yield engine
+    await engine.dispose()
+
+
+async def test_nothing_connects_unless_an_answer_is_late(office: Office, observer: Connection) -> None:
+    async with watched(office) as engine, AsyncSession(engine) as session:
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(6)")))
+        await asyncio.sleep(2)
+        assert await observer.fetchval(CONNECTIONS) == 1
+        await late
+        assert await observer.fetchval(CONNECTIONS) == 2
+        await eventually(lambda: _is(observer, CONNECTIONS, 1))
+
+
+async def _is(observer: Connection, statement: str, value: int) -> bool:
+    return bool(await observer.fetchval(statement) == value)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_only_takes_long_is_not_disturbed(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A long statement, a lock that is waited for, and a task that does something else inside its transaction, also
+    after an error of its own."""
+
+    async def statement(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session:
+            await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
+
+    async def another(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session:
+            await session.execute(text("SELECT 1"))
+            await asyncio.sleep(LONG)
+
+    async def refused(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session:
+            try:
+                await session.execute(text("INSERT INTO users (name) VALUES (NULL)"))
+            finally:
+                await asyncio.sleep(LONG)
+
+    async def locks(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=30):
+            await asyncio.sleep(LONG)
+
+    async with working(office, [statement, another, refused, locks], database_url=way.url):
+        jobs = [await office.enqueue(task) for task in (statement, another, refused, locks, locks)]
+        rows = [await office.final(job, within=20) for job in jobs]
+    assert [row.state for row in rows] == ["done", "done", "failed", "done", "done"]
+    assert {row.attempt for row in rows} == {1}
+    assert "was lost" not in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_who_has_committed_and_keeps_the_connection_is_not_disturbed(office: Office) -> None:
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
+    async with Coordinator(async_sessionmaker(engine)), engine.connect() as connection:
+        pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+        await connection.commit()
+        await asyncio.sleep(LONG)
+        assert await connection.scalar(text("SELECT pg_backend_pid()")) == pid
+    await engine.dispose()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_has_come_to_a_loop_that_was_blocked_is_read_before_it_counts_as_lost(
+    office: Office, observer: Connection
+) -> None:
+    async with watched(office) as engine, AsyncSession(engine) as session:
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG + 0.8}))
+        await asyncio.sleep(0.5)
+        time.sleep(LONG - 0.5)  # noqa: ASYNC251 - what is tried
+        await late
+        assert await observer.fetchval(CONNECTIONS) == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_late_answers_are_not_lost_ones(office: Office, way: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        await session.execute(text("SELECT 1"))
+        way.answers_later = 0.75
+        for _ in range(3):
+            await session.execute(text("SELECT 1"))
+        await session.commit()
+        way.answers_later = 0.0
+    await engine.dispose()
+    assert "was lost" not in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_behind_a_pooler_which_makes_up_the_numbers_of_backends_nothing_is_done(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers: list[int] = []
+
+    def made_up(wire: Wire, data: bytes) -> bool:
+        start = data.find(KEY_DATA)
+        if start < 0:
+            return False
+        numbers.append(int.from_bytes(data[start + 5 : start + 9]))
+        wire.client.write(data[: start + 5] + struct.pack("!i", 2**31 - len(numbers)) + data[start + 9 :])
+        return True
+
+    way.on_answer = made_up
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
+    await engine.dispose()
+    assert len(numbers) == 2  # it has looked
+    assert "was lost" not in caplog.text
