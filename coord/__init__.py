@@ -59,6 +59,7 @@ from coord.jobs.pauses import pause_queue, resume_queue
 from coord.jobs.periodic import Periodic, periodic
 from coord.jobs.queries import JobReport, cancel_job, get_job, list_jobs, retry_job, set_progress
 from coord.locks import LockMode, advisory_lock, lock_tables
+from coord.notify.sentinel import redis_from_url
 from coord.session import create_db_context, create_db_dependency, get_transaction
 from coord.timings import WaitTimings, wait_timings
 from coord.waiting.wait import wait_for_row_change, watch_row
@@ -104,6 +105,7 @@ __all__ = [
     "lock_tables",
     "pause_queue",
     "periodic",
+    "redis_from_url",
     "resume_queue",
     "retry_job",
     "retry_jobs",
