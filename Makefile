@@ -67,8 +67,8 @@ bench-backlog: $(BENCH) ## measure a million jobs for later and 100,000 due at o
 docs: $(SITE) ## build the site into site/, strictly: a link that leads nowhere fails
 	@$(BIN)/zensical build --strict --clean
 
-release-check: $(RELEASE) ## build, install the wheel alone, run the README from it, audit licences and vulnerabilities
-	@$(BIN)/python -m tests.release
+release-check: $(RELEASE) ## build, install the wheel alone, run the README from it, audit licences and vulnerabilities; STRICT=1 to release
+	@$(BIN)/python -m tests.release $(if $(STRICT),--strict)
 
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """`make release-check`: what is about to be published, built, installed alone, run and audited.
 
-Ends with 1 if a check has failed or could not be made: what could not be looked up does not pass.
+Ends with 1 if a check has failed. What could not be looked up is said as that, and is no failure but with `--strict`,
+as for a release: then the exit status is 2.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 
 
 class Failed(Exception):
-    """A check did not hold, or could not be made."""
+    """A check did not hold."""
+
+
+class NotChecked(Exception):
+    """A check could not be made."""
 
 
 def _run(*command: str | Path, cwd: Path = ROOT) -> str:
@@ -105,7 +110,7 @@ def licences(directory: Path) -> str:
 
 
 def vulnerabilities(directory: Path) -> str:
-    """Known ones of everything that the wheel brings; a service that cannot be reached is a failure."""
+    """Known ones of everything that the wheel brings. Without the service of vulnerabilities nothing is known."""
     python = directory / "venv" / "bin" / "python"
     frozen = _run(python, "-m", "pip", "freeze", "--exclude", "coord")
     requirements = directory / "requirements.txt"
@@ -117,26 +122,37 @@ def vulnerabilities(directory: Path) -> str:
         if re.search(r"\d+ known vulnerabilit", str(error)):
             raise
         last = str(error).strip().splitlines()[-1][:200]
-        raise Failed(f"NOT LOOKED UP, the service of vulnerabilities cannot be reached from here: {last}") from error
+        raise NotChecked(f"the service of vulnerabilities did not answer for all of them: {last}") from error
     return f"none known of {len(frozen.splitlines())} packages"
 
 
 CHECKS: tuple[Callable[[Path], str], ...] = (changelog, built, installed, quickstart, licences, vulnerabilities)
 
 
-def main() -> int:
-    failed = []
+def main(*, strict: bool) -> int:
+    failed, unknown = [], []
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="coord-release-") as name:
         for check in CHECKS:
             try:
-                print(f"ok      {check.__name__}: {check(Path(name))}", flush=True)
+                print(f"ok           {check.__name__}: {check(Path(name))}", flush=True)
+            except NotChecked as reason:
+                unknown.append(check.__name__)
+                print(f"NOT CHECKED  {check.__name__}: {reason}", flush=True)
             except (Failed, OSError, AssertionError, subprocess.TimeoutExpired) as error:
                 failed.append(check.__name__)
-                print(f"FAILED  {check.__name__}: {error}", flush=True)
-    print(f"{VERSION}: not to be released: {', '.join(failed)}" if failed else f"{VERSION} may be released")
-    return 1 if failed else 0
+                print(f"FAILED       {check.__name__}: {error}", flush=True)
+    print(verdict(failed, unknown))
+    return 1 if failed else 2 if unknown and strict else 0
+
+
+def verdict(failed: list[str], unknown: list[str]) -> str:
+    if failed:
+        return f"{VERSION} is not to be released: {', '.join(failed)}"
+    if unknown:
+        return f"{VERSION}: what was checked holds; before it is released, check {', '.join(unknown)}"
+    return f"{VERSION} may be released"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(strict="--strict" in sys.argv[1:]))
