@@ -78,7 +78,7 @@ async def test_a_request_waits_for_its_job_through_it(office: Office, pooled: as
     async def name(ctx: dict[str, Any], user_id: int) -> None:
         async with job_transaction(ctx) as session, lock_tables(session, [User]):
             last = await session.scalar(select(func.max(cast(User.name, Integer))))
-            (await session.get_one(User, user_id)).name = str(last + 1)
+            (await session.get_one(User, user_id)).name = str((last or 0) + 1)
 
     async def asked(user_id: int) -> str:
         async with pooled() as session:
