@@ -68,6 +68,7 @@ def test_no_link_leads_nowhere(page: Path) -> None:
     for target, anchor in LINK.findall(CODE.sub("", page.read_text())):
         path = (page.parent / target) if target else page
         assert path.exists(), target
+        assert page in BESIDE or path.resolve().is_relative_to(DOCS), f"the site does not have {target}"
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
