@@ -5,13 +5,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 BENCH := .venv/.bench
 SITE := .venv/.docs
+RELEASE := .venv/.release
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
 # Each process of the tests would compile all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos faults bench-waiting bench-roundtrip bench-scaling bench-backlog docs check format pin clean
+.PHONY: help venv demo serve test test-fast test-matrix coverage planted chaos faults bench-waiting bench-roundtrip bench-scaling bench-backlog docs release-check check format pin clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' Makefile
@@ -66,6 +67,9 @@ bench-backlog: $(BENCH) ## measure a million jobs for later and 100,000 due at o
 docs: $(SITE) ## build the site into site/, strictly: a link that leads nowhere fails
 	@$(BIN)/zensical build --strict --clean
 
+release-check: $(RELEASE) ## build, install the wheel alone, run the README from it, audit licences and vulnerabilities; STRICT=1 to release
+	@$(BIN)/python -m tests.release $(if $(STRICT),--strict)
+
 check: $(READY) ## format, lint and strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -75,9 +79,9 @@ format: $(READY) ## rewrite the code in the house format
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-pin: $(BENCH) $(SITE) ## write what is installed to constraints.txt
+pin: $(BENCH) $(SITE) $(RELEASE) ## write what is installed to constraints.txt
 	@$(BIN)/python -m pip freeze --all --exclude-editable > constraints.txt
-	@touch $(READY) $(BENCH) $(SITE)
+	@touch $(READY) $(BENCH) $(SITE) $(RELEASE)
 
 clean: ## delete the virtual environments, the caches and the data of coord dev
 	@rm -rf .venv .venv-matrix .bench .coord .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage build dist site .cache
@@ -97,7 +101,11 @@ $(BENCH): $(READY)
 	@$(PIP) install --constraint constraints.txt --group bench
 	@touch $(BENCH)
 
-# What only the site needs.
+# What only the site needs, and what only a release needs.
 $(SITE): $(READY)
 	@$(PIP) install --constraint constraints.txt --group docs
 	@touch $(SITE)
+
+$(RELEASE): $(READY)
+	@$(PIP) install --constraint constraints.txt --group release
+	@touch $(RELEASE)

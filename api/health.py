@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel
-from redis.asyncio import Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from api.deadline import in_time
+from coord import redis_from_url
 from worker.database import engine
 from worker.environment import redis_url
 
@@ -24,7 +24,7 @@ State = Literal["ok", "down"]
 router = APIRouter(tags=["health"])
 # Connections of their own: one that waits for a busy pool would call a busy process a sick one.
 probe = create_async_engine(engine.url, pool_size=1, max_overflow=0, pool_pre_ping=True)
-redis = Redis.from_url(redis_url(), socket_connect_timeout=SECONDS, socket_timeout=SECONDS)
+redis = redis_from_url(redis_url(), socket_connect_timeout=SECONDS, socket_timeout=SECONDS)
 
 
 async def close_probes() -> None:

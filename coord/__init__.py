@@ -67,6 +67,7 @@ from coord.jobs.queries import (
     set_progress,
 )
 from coord.locks import LockMode, advisory_lock, lock_tables
+from coord.notify.sentinel import redis_from_url
 from coord.session import create_db_context, create_db_dependency, get_transaction
 from coord.timings import WaitTimings, wait_timings
 from coord.waiting.wait import wait_for_row_change, watch_row
@@ -112,6 +113,7 @@ __all__ = [
     "lock_tables",
     "pause_queue",
     "periodic",
+    "redis_from_url",
     "resume_queue",
     "retry_job",
     "retry_jobs",

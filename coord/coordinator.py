@@ -23,7 +23,9 @@ from coord.jobs.options import checked_text
 from coord.notify.bell import Bell
 from coord.notify.changes import announce, observed, written_to
 from coord.notify.channels import Channels
+from coord.notify.client import close_client
 from coord.notify.outage import Outage
+from coord.notify.sentinel import redis_from_url
 from coord.notify.subscriber import Listener
 from coord.observation import tell_published
 from coord.queue.handover import hand_over
@@ -74,7 +76,8 @@ class Coordinator:
         self._read_settings = read_settings
         self._session_maker = session_maker
         engines_of(session_maker())  # refuses what is not PostgreSQL's; there may be none yet
-        self._redis = Redis.from_url(redis) if isinstance(redis, str) else redis
+        self._redis = redis_from_url(redis) if isinstance(redis, str) else redis
+        self._owns_redis = isinstance(redis, str)
         self._namespace = checked_text("namespace", namespace)
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
@@ -96,6 +99,8 @@ class Coordinator:
             stack.callback(setattr, self, "_loop", None)
             stack.push_async_callback(self._drain)  # last of all: waits that are cancelled meanwhile are gone by then
             if self._redis is not None:
+                if self._owns_redis:
+                    stack.push_async_callback(close_client, self._redis)
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             for engine in engines:

@@ -26,4 +26,5 @@ def create_engine(database_url: str, **options: Any) -> AsyncEngine:
     if not (given := os.environ.get("COORD_TEST_POOLER")):
         return create_async_engine(database_url, **options)
     way, port = given.split()
-    return create_async_engine(make_url(database_url).set(port=int(port)), connect_args=WAYS[way], **options)
+    options["connect_args"] = {**options.get("connect_args", {}), **WAYS[way]}
+    return create_async_engine(make_url(database_url).set(port=int(port)), **options)

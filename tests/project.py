@@ -101,12 +101,12 @@ def processes_in(directory: Path) -> dict[int, str]:
 class Dev:
     """One `coord dev` as a process; its output goes to a file, so that it never waits for its reader."""
 
-    def __init__(self, project: Path, *arguments: str, **environment: str) -> None:
+    def __init__(self, project: Path, *arguments: str, python: str = sys.executable, **environment: str) -> None:
         self.project = project
         self.port = free_port()
         self.log = project / f"output-{self.port}"
         clean = {name: value for name, value in os.environ.items() if not name.startswith("COORD_")}
-        command = [sys.executable, "-m", "coord.cli", "dev", "--app", "api:app", "--worker", "worker.Settings"]
+        command = [python, "-m", "coord.cli", "dev", "--app", "api:app", "--worker", "worker.Settings"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, "--port", str(self.port), *arguments],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -23,17 +22,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE = ROOT / "docs" / "proof.md"
-BOOKING = ROOT / "tests" / "booking" / "booking.py"
+APPLICATION = "booking.py"
 
 
 def project(directory: Path) -> str:
-    """The page's files, and the application that they are for; the test's name."""
-    [text] = [block.text for block in blocks(PAGE, "python") if FILE.match(block.text)]
-    name = FILE.match(text)
-    assert name is not None
-    (directory / name[1]).write_text(text)
-    shutil.copy(BOOKING, directory)
-    return name[1]
+    """The page's files, an application and a proof of it; the proof's name."""
+    files = {match[1]: block.text for block in blocks(PAGE, "python") if (match := FILE.match(block.text))}
+    for name, text in files.items():
+        (directory / name).write_text(text)
+    assert [*files] == [APPLICATION, "test_proof.py"]
+    return "test_proof.py"
 
 
 def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
@@ -57,7 +55,7 @@ def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None
 @pytest.mark.timeout(200)
 def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp_path: Path) -> None:
     name = project(tmp_path)
-    application = tmp_path / BOOKING.name
+    application = tmp_path / APPLICATION
     application.write_text(application.read_text().replace(", lock_tables(session, [Booking]):", ":"))
     test = tmp_path / name
     test.write_text(test.read_text().replace("seconds=20", "seconds=3, pace=40, faults=[]"))

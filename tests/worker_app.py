@@ -12,14 +12,15 @@ from typing import Any
 
 from arq.worker import func
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from coord import create_ledger, job_transaction, lock_tables, worker_settings
 from coord.jobs.attempt import ATTEMPT
 from tests.models import Item, User
+from tests.pooler import create_engine
 
 NOTES = Path(os.environ.get("COORD_TEST_NOTES", "/nonexistent"))
-engine = create_async_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0})
+engine = create_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0})
 session_maker = async_sessionmaker(engine, expire_on_commit=False)
 
 

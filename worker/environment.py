@@ -9,6 +9,8 @@ from arq.connections import RedisSettings
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from coord import redis_from_url
+
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
@@ -37,7 +39,9 @@ def database_url() -> URL:
 def redis_url() -> str:
     url = os.environ.get(REDIS, DEFAULT_REDIS_URL)
     try:
-        RedisSettings.from_dsn(url.rstrip("/"))
+        redis_from_url(url)
+        if "+sentinel:" not in url:
+            RedisSettings.from_dsn(url.rstrip("/"))  # which minds a database that is no number
     except (RuntimeError, ValueError):
         refuse(REDIS, "malformed; it looks like redis://user:password@host:6379/0")
     return url

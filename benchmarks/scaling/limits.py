@@ -23,6 +23,8 @@ DISK_FLUSHES = 2_000
 """A second, one after another."""
 NETWORK_BYTES = 1_250_000_000
 """A second, to and from PostgreSQL and Redis together: 10 Gbit/s."""
+MAINTENANCE = 6
+"""Connections that a worker has beside its pool, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +98,14 @@ def _fleet(found: dict[str, Limit]) -> Table:
     """How many processes bring PostgreSQL to its limit, and what they need of it."""
     full = found[POSTGRESQL].rate
     apis, workers = (math.ceil(full / found[what].rate) for what in (API, WORKER))
-    connections = (apis + workers) * CONCURRENCY
+    connections = (apis + workers) * CONCURRENCY + workers * MAINTENANCE
     rows: list[Row] = [
         ("API processes", f"{full:,.0f} / {found[API].rate:,.0f}", f"{apis:,}"),
         ("worker processes", f"{full:,.0f} / {found[WORKER].rate:,.0f}", f"{workers:,}"),
-        ("connections, with pools of 20", f"({apis:,} + {workers:,}) × {CONCURRENCY}", f"{connections:,}"),
+        (
+            "connections, with pools of 20",
+            f"({apis:,} + {workers:,}) × {CONCURRENCY} + {workers:,} × {MAINTENANCE}",
+            f"{connections:,}",
+        ),
     ]
     return Table((f"at PostgreSQL's limit, {full:,.0f} requests/s", "arithmetic", "there are"), rows)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
@@ -23,11 +22,13 @@ from coord.cli.output import say_json
 from coord.cli.servers import CONNECT_SECONDS, asynchronous, checked, json_option, masked, reason, url_option
 from coord.database.engine import engine_of
 from coord.database.place import ledger_schema
+from coord.notify.sentinel import redis_from_url
 from coord.queue.keys import NAMESPACE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from redis.asyncio import Redis
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord.worker.config import WorkerConfig
@@ -130,7 +131,7 @@ async def _redis(url: str | None, stack: AsyncExitStack) -> tuple[Redis | None, 
         what = "no Redis is named: waits go by polling, and jobs are begun by nobody"
         return None, Finding("redis", what, "--redis or COORD_REDIS_URL=redis://host:6379/0")
     try:
-        client = Redis.from_url(url, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=CONNECT_SECONDS)
+        client: Any = redis_from_url(url, socket_connect_timeout=CONNECT_SECONDS, socket_timeout=CONNECT_SECONDS)
     except ValueError:
         what = "the URL of Redis is malformed"
         return None, Finding("redis", what, "COORD_REDIS_URL=redis://user:password@host:6379/0")

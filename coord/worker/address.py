@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from arq.connections import RedisSettings
 from redis.asyncio import Redis
 
+from coord.notify.sentinel import Sentinels
 from coord.worker.maintenance.beat import redis_of
 from coord.worker.patience import WAITED_OUT, Patience
 
@@ -26,7 +27,7 @@ class Address:
 
     def settings(self, patience: Patience) -> RedisSettings:
         """As arq reads them, for a client that outlives any absence of Redis."""
-        settings = self.redis
+        settings = self._sentinels or self.redis
         if not isinstance(settings, RedisSettings):
             settings = RedisSettings.from_dsn(settings.rstrip("/"))
             settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
@@ -38,6 +39,20 @@ class Address:
             retry_on_error=list(WAITED_OUT),
         )
 
+    @property
+    def _sentinels(self) -> RedisSettings | None:
+        """Where Sentinel is, if a URL says that; as arq reads it."""
+        found = Sentinels.of(self.redis) if isinstance(self.redis, str) else None
+        if found is None:
+            return None
+        server: dict[str, Any] = {
+            "database": found.database,
+            "username": found.username,
+            "password": found.password,
+            "ssl": found.tls,
+        }
+        return RedisSettings(host=[*found.hosts], sentinel=True, sentinel_master=found.master, **server)
+
     def client(self) -> Redis:
         """For one event loop; its answers are bounded, and nothing is tried twice."""
         client: Redis = redis_of(self.parameters())
@@ -46,7 +61,7 @@ class Address:
     def parameters(self) -> dict[str, Any]:
         """As JSON can have them, for another process."""
         options: dict[str, Any] = dict.fromkeys(("socket_connect_timeout", "socket_timeout"), REDIS_TIMEOUT_SECONDS)
-        settings = self.redis
+        settings = self._sentinels or self.redis
         if isinstance(settings, str):
             return {"url": settings, "options": options}
         options |= {"db": settings.database, "username": settings.username, "password": settings.password}

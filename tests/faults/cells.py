@@ -332,7 +332,7 @@ TABLE: dict[str, dict[str, Cell]] = {
     },
     "Sentinel failover": {
         REDIS: yes(
-            f"{POLLED} A worker is told of Sentinel by `RedisSettings`, an API by a client of redis-py's `Sentinel`.",
+            f"{POLLED} API and worker are told of Sentinel by one URL, `redis+sentinel://`.",
             "faults/test_sentinel.py::test_a_failover_by_sentinel_is_got_over",
         ),
     },

@@ -1,21 +1,17 @@
-"""A failover by Sentinel, as a program: coord's parts, since the shop itself knows of no Sentinel.
+"""A failover by Sentinel, as a program: API and worker are told of it by one URL.
 
-A process of its own, since nobody closes the connections by which redis-py asks Sentinels: neither arq nor redis-py.
+A process of its own, since arq does not close the connections by which redis-py asks Sentinel.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import sys
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arq.connections import RedisSettings
-from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
-
-from coord import Coordinator, job_transaction
+from coord import Coordinator, job_transaction, redis_from_url
 from coord.dev.embedded import Valkey
 from coord.dev.server import free_port
 from tests.serving import eventually
@@ -75,28 +71,25 @@ async def fail_over(database_url: str, directory: Path) -> None:
         watched(directory) as (master, replica, sentinel),
         opened(database_url, master.url, coordinated=False) as script,
     ):
-        addresses = [("127.0.0.1", sentinel.port)]
-        settings = RedisSettings(host=addresses, sentinel=True, sentinel_master=MASTER)
-        manager: Any = Sentinel(addresses)  # type: ignore[no-untyped-call]
-        redis = manager.master_for(MASTER)
-        async with Coordinator(script.session_maker, redis=redis), working(script, [task], redis=settings) as worker:
+        url = f"redis+sentinel://127.0.0.1:{free_port()},127.0.0.1:{sentinel.port}/{MASTER}"  # one of them is away
+        asking: Any = client(sentinel.url)
+        async with Coordinator(script.session_maker, redis=url), working(script, [task], redis=url) as worker:
             assert (await script.final(await script.enqueue(task))).state == "done"
             await asyncio.to_thread(master.stop, "immediate")
             meanwhile = await script.enqueue(task)
 
             async def promoted() -> bool:
-                with contextlib.suppress(MasterNotFoundError):
-                    return bool((await manager.discover_master(MASTER))[1] == replica.port)
-                return False
+                address = await asking.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", MASTER)
+                return int(address[1]) == replica.port
 
             await eventually(promoted, within=20)
             assert (await script.final(meanwhile, within=15)).state == "done"
             row = await script.final(await script.enqueue(task), within=15)
             assert (row.state, row.attempt) == ("done", 1)
             assert worker.lives
-        await redis.aclose()
-        for each in manager.sentinels:
-            await each.aclose()
+        async with redis_from_url(url) as redis:
+            assert await redis.get("coord:health") is None
+        await asking.aclose()
 
 
 if __name__ == "__main__":
