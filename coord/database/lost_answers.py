@@ -155,7 +155,8 @@ class Suspect:
     def __init__(self, connection: Connection, sent: float) -> None:
         self.connection = connection
         self.sent = sent
-        self.driver: Any = connection.connection.driver_connection
+        pooled: Any = connection.connection
+        self.driver = pooled.driver_connection
         self.pid: int = self.driver.get_server_pid()
 
 
