@@ -163,6 +163,24 @@ async def test_many_rows_of_one_table_ring_its_bell_instead(
 
 
 @pytest.mark.usefixtures("users", "coordinator")
+async def test_a_class_that_is_waited_for_again_at_once_is_still_subscribed_to(
+    session_maker: SessionMaker, redis: Redis
+) -> None:
+    """And no longer, when nobody has waited for it for a second."""
+
+    async def wait_once(session: AsyncSession) -> None:
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, 1, timeout=0.05)
+
+    async with session_maker() as session:
+        await wait_once(session)
+        channels = {channel.decode().split(":", 2)[2] for channel in await redis.pubsub_channels()}
+        assert ".users" in channels
+        await wait_once(session)
+    await eventually(lambda: _equal(redis.pubsub_channels, []))
+
+
+@pytest.mark.usefixtures("users", "coordinator")
 async def test_a_process_hears_only_the_rows_it_waits_for(session_maker: SessionMaker, redis: Redis) -> None:
     async def channels() -> set[str]:
         return {channel.decode().split(":", 2)[2] for channel in await redis.pubsub_channels()}

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from redis.asyncio import Redis
+from redis.asyncio.connection import Connection
 from redis.exceptions import ResponseError
 
 import coord.notify.client
 from coord.dev.embedded import Valkey
-from coord.notify.client import close_client, own_client
+from coord.notify.client import Command, close_client, own_client, packed
 from coord.notify.publisher import Publisher, notice
 from tests.serving import eventually
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "publisher"
+ARGUMENTS = st.binary() | st.text(st.characters(exclude_categories=["Cs"])) | st.integers() | st.floats()
 
 
 class Scene:
@@ -109,6 +113,11 @@ async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scen
     await scene.has_heard(1)
     await eventually(lambda: len(scene.results) == 1)
     assert isinstance(scene.results[0], ResponseError)
+
+
+@given(st.lists(st.lists(ARGUMENTS, min_size=1).map(lambda rest: ("SET", *rest)), min_size=1))
+def test_commands_are_packed_as_redis_py_packs_them(commands: list[Command]) -> None:
+    assert packed(commands) == b"".join(Connection().pack_commands(commands))
 
 
 async def test_what_cannot_be_sent_harms_nothing_that_comes_later(scene: Scene) -> None:

@@ -122,6 +122,23 @@ async def test_the_last_word_on_a_channel_counts(scene: Scene) -> None:
     await scene.receives(b"stays", listener)
 
 
+async def test_a_channel_that_is_left_goes_though_nothing_else_is_said(scene: Scene) -> None:
+    """Leaving is said with the next subscription, which would be no use to who has no next one."""
+    listener = await scene.listen(b"one")
+    scene.subscriber.leave(b"one", listener)
+    await eventually(lambda: _none(scene), within=2)  # sooner than the next PING
+    assert scene.subscriber.last_message(b"one") is None
+
+
+async def test_what_comes_for_a_channel_that_was_left_is_not_kept(scene: Scene) -> None:
+    listener = await scene.listen(b"one", b"two")
+    await scene.receives(b"one", listener)
+    scene.subscriber.leave(b"one", listener)
+    await scene.redis.publish(b"one", b"late")
+    await scene.receives(b"two", listener)
+    assert scene.subscriber.last_message(b"one") is None
+
+
 async def test_ten_thousand_channels_take_some_commands_and_a_second(scene: Scene) -> None:
     """And as many again when the connection is lost."""
     channels = [b"many:%d" % n for n in range(10 * MAX_CHANNELS_PER_COMMAND)]
