@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-from sqlalchemy import column, event, func, select, table
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import Connection, column, event, func, select, table
+from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from coord.cancellation import interruptible
 from coord.database.engine import is_of_session
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
-
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import ExceptionContext
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-    EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
+EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
 
 logger = logging.getLogger("coord.engine")
 
