@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -21,7 +21,7 @@ from coord.durations import whole
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import checked_text
 from coord.notify.bell import Bell
-from coord.notify.changes import announce, observed, written_to
+from coord.notify.changes import Changed, announce, observed, written_to
 from coord.notify.channels import Channels
 from coord.notify.client import close_client
 from coord.notify.outage import Outage
@@ -31,9 +31,6 @@ from coord.observation import tell_published
 from coord.queue.handover import hand_over
 from coord.timings import attempt_payload
 from coord.waiting.watcher import MAX_WAITERS, Declared, Watcher, checked_settings
-
-if TYPE_CHECKING:
-    from coord.notify.changes import Changed
 
 logger = logging.getLogger("coord.bell")
 

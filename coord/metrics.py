@@ -20,8 +20,9 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fastapi import APIRouter
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -42,9 +43,6 @@ from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats, held_by
 from coord.observation import PUT_OFF, Observer, observers
 from coord.timings import AttemptTimings
-
-if TYPE_CHECKING:
-    from fastapi import APIRouter
 
 logger = logging.getLogger("coord.metrics")
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME = "publisher"
-ARGUMENTS = st.binary() | st.text(st.characters(exclude_categories=["Cs"])) | st.integers() | st.floats()
+ARGUMENTS = st.binary(max_size=20) | st.text(max_size=20) | st.integers() | st.floats()
 
 
 class Scene:
@@ -115,7 +115,7 @@ async def test_one_command_that_redis_refuses_keeps_no_other_from_it(scene: Scen
     assert isinstance(scene.results[0], ResponseError)
 
 
-@given(st.lists(st.lists(ARGUMENTS, min_size=1).map(lambda rest: ("SET", *rest)), min_size=1))
+@given(st.lists(st.lists(ARGUMENTS, max_size=5).map(lambda rest: ("SET", *rest)), max_size=5))
 def test_commands_are_packed_as_redis_py_packs_them(commands: list[Command]) -> None:
     assert packed(commands) == b"".join(Connection().pack_commands(commands))
 

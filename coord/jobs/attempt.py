@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord.jobs.options import MAX_SPAN_SECONDS
 from coord.timings import AttemptTimings
-
-if TYPE_CHECKING:
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 ATTEMPT = "coord.attempt"
 """Where it is in arq's `ctx` and in its session's `info`."""

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
-from sqlalchemy import JSON, DateTime, Interval, Text, bindparam, cast, func, inspect, select
+from arq.worker import Function
+from sqlalchemy import JSON, DateTime, Interval, Row, RowMapping, Text, bindparam, cast, func, inspect, select
 from sqlalchemy.dialects.postgresql import insert as insert_into
+from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import session_of
+from coord.database.engine import AnySession, session_of
 from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives, is_same
@@ -20,15 +23,6 @@ from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.notify.changes import collect, warn_if_uncoordinated
 from coord.telemetry import sending
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from arq.worker import Function
-    from sqlalchemy import Row, RowMapping
-    from sqlalchemy.orm import Session
-
-    from coord.database.engine import AnySession
 
 options_given = (
     "id",

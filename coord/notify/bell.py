@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
+from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
 from coord.notify.client import close_client, own_client
-from coord.notify.publisher import Publisher, notice
+from coord.notify.outage import Outage
+from coord.notify.publisher import Batch, Publisher, notice
 from coord.notify.subscriber import Subscriber
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
-
-    from redis.asyncio import Redis
-
-    from coord.notify.outage import Outage
-    from coord.notify.publisher import Batch
 
 REFUSAL_SECONDS = 10.0
 """How long a command that Redis has refused counts as a failure, although it carries out others."""

@@ -8,32 +8,27 @@ whichever maker made the session. The connection that a row went by tells its en
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.orm import Mapper, Session
+from sqlalchemy import Connection, event
+from sqlalchemy.engine import Dialect
+from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.attributes import get_history
 
 from coord.database.engine import bind_for_writes
+from coord.database.target import Key
 from coord.observation import tell_committed
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+Change = tuple[Mapper[Any], Key | None]
+"""A row by its key, or with None any row of the table."""
+Changed = Mapping[Change, Any]
+"""What has changed, and if that is the row of a job to be handed to a worker, the job."""
+Notify = Callable[[Session, Changed], bool]
+"""Whether it could notify anybody."""
 
-    from sqlalchemy import Connection
-    from sqlalchemy.engine import Dialect
-    from sqlalchemy.orm import InstanceState, ORMExecuteState, SessionTransaction
-
-    from coord.database.target import Key
-
-    Change = tuple[Mapper[Any], Key | None]
-    """A row by its key, or with None any row of the table."""
-    Changed = Mapping[Change, Any]
-    """What has changed, and if that is the row of a job to be handed to a worker, the job."""
-    Notify = Callable[[Session, Changed], bool]
-    """Whether it could notify anybody."""
 
 logger = logging.getLogger("coord.bell")
 

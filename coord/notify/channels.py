@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Table
+from sqlalchemy.orm import Mapper, Session
 
-from coord.database.schemas import is_untranslated, schemas_for, schemas_in_use
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from sqlalchemy.orm import Mapper, Session
-
-    from coord.database.schemas import Schemas
-    from coord.database.target import Key
-    from coord.notify.changes import Change
+from coord.database.schemas import Schemas, is_untranslated, schemas_for, schemas_in_use
+from coord.database.target import Key
+from coord.notify.changes import Change
 
 MAX_ROWS_PER_TABLE = 100
 """Of one transaction; for more of them the channel of the table is published instead."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Command = tuple[str | bytes | int | float, ...]
+"""As redis-py's `execute_command` takes it; the command's name is one word."""
+Commands = Sequence[Command]
 
-    from redis.asyncio.connection import Connection
-
-    Command = tuple[str | bytes | int | float, ...]
-    """As redis-py's `execute_command` takes it; the command's name is one word."""
-    Commands = Sequence[Command]
 
 ANSWER_TIMEOUT_SECONDS = 2.0
 """After which an answer is not waited for any more, nor a connection used that owes one."""

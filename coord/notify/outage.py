@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
 
 from redis.exceptions import ResponseError
-
-if TYPE_CHECKING:
-    import logging
 
 
 class Outage:

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING
 
+from redis.asyncio import Redis
+from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from coord.notify.client import ANSWER_TIMEOUT_SECONDS, exchange
+from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Command, Commands, exchange
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Hashable, Mapping
+Batch = Mapping[Hashable, Commands]
+"""Commands by what they are about, in order; of two about the same the later ones count."""
 
-    from redis.asyncio import Redis
-    from redis.asyncio.connection import Connection
-
-    from coord.notify.client import Command, Commands
-
-    Batch = Mapping[Hashable, Commands]
-    """Commands by what they are about, in order; of two about the same the later ones count."""
 
 MIN_INTERVAL_SECONDS = 0.004
 """Between pipelines while several publish at once: a pipeline costs nearly the same however many commands it has."""

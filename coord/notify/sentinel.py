@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.sentinel import Sentinel
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SENTINEL_PORT = 26_379
 _SCHEME = re.compile(r"rediss?\+sentinel://")

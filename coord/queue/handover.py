@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Row
 
 from coord.jobs.model import Job
+from coord.notify.client import Command, Commands
 from coord.queue.keys import QueueKeys, rank, soon_member
 from coord.queue.message import Message
 from coord.queue.scripts import NEAR_SECONDS, PUSH
-
-if TYPE_CHECKING:
-    from coord.notify.client import Command, Commands
-
 
 MAX_JOBS_PER_COMMAND = 100
 

@@ -8,18 +8,15 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from datetime import date
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from sqlalchemy import Boolean, Date, Enum, Integer, LargeBinary, String, Uuid, inspect
-from sqlalchemy.orm import PassiveFlag
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Mapper, PassiveFlag
 from sqlalchemy.orm.attributes import get_history
+from sqlalchemy.types import TypeEngine
 
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession
-    from sqlalchemy.orm import Mapper
-    from sqlalchemy.types import TypeEngine
-
-    from coord.database.target import Target
+from coord.database.target import Target
 
 Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""

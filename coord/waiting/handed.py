@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 
 from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.retryable import is_server_away
-from coord.waiting.baseline import difference, own_copy
+from coord.waiting.baseline import Baseline, Difference, difference, own_copy
 from coord.waiting.poller import RETRY_INTERVAL_SECONDS
+from coord.waiting.session_reader import SessionReader
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from uuid import UUID
-
-    from coord.waiting.baseline import Baseline, Difference
-    from coord.waiting.session_reader import SessionReader
 
 
 class HandedWaiter(Waiter[M]):

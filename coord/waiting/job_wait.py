@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
+from coord.database.schemas import Schemas
 from coord.database.target import Target
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
 from coord.jobs.model import Job, JobState, job_mapper
 from coord.waiting.waiter import Waiter
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from coord.database.schemas import Schemas
-    from coord.waiting.watcher import Watcher
+from coord.waiting.watcher import Watcher
 
 
 class JobWaiter(Waiter[Job]):

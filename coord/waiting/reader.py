@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import Select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Mapper, Session
 from sqlalchemy.pool import QueuePool
 
+from coord.database.schemas import Schemas
+from coord.database.target import ColumnNames, Key, Target
 from coord.waiting.statements import columns_of, comparisons_of, entity_of, identities_of, options_of, parameters_of
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+Found = dict[Key, Sequence[Any]]
 
-    from sqlalchemy import Select
-    from sqlalchemy.orm import Mapper, Session
-
-    from coord.database.schemas import Schemas
-    from coord.database.target import ColumnNames, Key, Target
-
-    Found = dict[Key, Sequence[Any]]
 
 MAX_KEYS_PER_QUERY = 5_000
 READ_TIMEOUT_SECONDS = 5.0

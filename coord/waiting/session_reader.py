@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+from uuid import UUID
 
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, undefer
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import InstanceState, Mapper, Session, undefer
 from sqlalchemy.orm.attributes import set_committed_value
 
 from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import bind_for_writes, engine_of, own_connection
-from coord.database.schemas import schemas_of
-from coord.database.target import EAGER, M, column_names
+from coord.database.schemas import Schemas, schemas_of
+from coord.database.target import EAGER, M, Target, column_names
 from coord.database.transaction import connection_mutex, end_transaction
 from coord.errors import RowNotFoundError
+from coord.jobs.model import Job
 from coord.notify.changes import warn_if_uncoordinated
 from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
@@ -26,17 +29,6 @@ from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
 from coord.waiting.statements import comparisons_of, entity_of, options_of, parameters_of
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.watcher import Watcher
-
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncConnection
-    from sqlalchemy.orm import InstanceState, Mapper
-
-    from coord.database.schemas import Schemas
-    from coord.database.target import Target
-    from coord.jobs.model import Job
 
 T = TypeVar("T")
 

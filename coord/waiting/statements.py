@@ -5,13 +5,18 @@ Those that read rows, and one that compares: what was flushed is not always, in 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import (
     ARRAY,
     JSON,
+    Column,
+    ColumnElement,
+    Connection,
     Integer,
+    Select,
     Table,
     Text,
     and_,
@@ -25,20 +30,11 @@ from sqlalchemy import (
     true,
 )
 from sqlalchemy.dialects.postgresql.asyncpg import dialect as asyncpg_dialect
-from sqlalchemy.orm import lazyload, undefer, with_polymorphic
+from sqlalchemy.orm import Mapper, lazyload, undefer, with_polymorphic
 
 from coord.database.place import ledger_options
-from coord.database.schemas import is_untranslated
-from coord.database.target import EAGER
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from sqlalchemy import Column, ColumnElement, Connection, Select
-    from sqlalchemy.orm import Mapper
-
-    from coord.database.schemas import Schemas
-    from coord.database.target import ColumnNames, Key, Target
+from coord.database.schemas import Schemas, is_untranslated
+from coord.database.target import EAGER, ColumnNames, Key, Target
 
 _DIALECT = asyncpg_dialect()  # type: ignore[no-untyped-call]
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, nullcontext
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.cancellation import interruptible
-from coord.database.engine import bind_for_writes, session_of
-from coord.database.schemas import schemas_in_use
-from coord.database.target import Target
+from coord.database.engine import AnySession, bind_for_writes, session_of
+from coord.database.schemas import Schemas, schemas_in_use
+from coord.database.target import M, Target
 from coord.database.transaction import connections_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.durations import seconds
+from coord.durations import Seconds, seconds
 from coord.errors import UncommittedChangesError
-from coord.jobs.model import ledger_engine
+from coord.jobs.model import Job, ledger_engine
 from coord.observation import ObservedWait
-from coord.waiting.baseline import baseline_of, database_values
+from coord.waiting.baseline import Baseline, baseline_of, database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import JobWaiter, job_id_of
 from coord.waiting.session_reader import SessionReader
@@ -24,20 +28,7 @@ from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-    from uuid import UUID
-
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from coord.database.engine import AnySession
-    from coord.database.schemas import Schemas
-    from coord.database.target import M
-    from coord.durations import Seconds
-    from coord.jobs.model import Job
-    from coord.waiting.baseline import Baseline
-
-    RowWaiter = HandedWaiter[M] | WokenWaiter[M]
+RowWaiter = HandedWaiter[M] | WokenWaiter[M]
 
 
 async def wait_for_row_change(

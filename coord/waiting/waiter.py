@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from time import monotonic
-from typing import TYPE_CHECKING, Any, Generic, Self
+from typing import Any, Generic, Self
 
-from coord.database.target import M
+from coord.database.target import M, Target
 from coord.errors import WaitTimeoutError
-
-if TYPE_CHECKING:
-    from coord.database.target import Target
-    from coord.waiting.baseline import Baseline
-    from coord.waiting.poller import Poller
+from coord.waiting.baseline import Baseline
+from coord.waiting.poller import Poller
 
 LAST_READ_SECONDS = 0.8
 """How long after its deadline a wait may still learn of a change that was there at the deadline."""

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 from weakref import WeakKeyDictionary
 
+from sqlalchemy.engine import Dialect
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Mapper
+
+from coord.database.schemas import Schemas
+from coord.database.target import Key
 from coord.errors import TooManyWaitersError
+from coord.notify.bell import Bell
+from coord.notify.channels import Channels
 from coord.observation import tell_waiters
 from coord.waiting.poller import Poller
-from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from uuid import UUID
-
-    from sqlalchemy.engine import Dialect
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
-    from sqlalchemy.orm import Mapper
-
-    from coord.database.schemas import Schemas
-    from coord.database.target import Key
-    from coord.notify.bell import Bell
-    from coord.notify.channels import Channels
-    from coord.waiting.reader import Settings
-    from coord.waiting.waiter import Waiter
+from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader, Settings
+from coord.waiting.waiter import Waiter
 
 Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | None
 """`read_settings`: what the rows that a session reads depend on."""

@@ -10,34 +10,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
+from uuid import UUID
 
 from sqlalchemy import inspect
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Mapper
 
 from coord.database.target import M
 from coord.errors import RowNotFoundError
-from coord.jobs.model import JobState
+from coord.jobs.model import Job, JobState
 from coord.retryable import is_server_away
-from coord.waiting.baseline import difference, own_copy
+from coord.waiting.baseline import Baseline, Difference, difference, own_copy
 from coord.waiting.job_wait import end_of, job_not_found, job_target
 from coord.waiting.poller import RETRY_INTERVAL_SECONDS
-from coord.waiting.session_reader import seconds_left
+from coord.waiting.session_reader import OwnRow, SessionReader, seconds_left
 from coord.waiting.statements import has_identity
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from uuid import UUID
+Identity = tuple[Any, ...] | None
+"""None is that of no row."""
 
-    from sqlalchemy.orm import Mapper
-
-    from coord.jobs.model import Job
-    from coord.waiting.baseline import Baseline, Difference
-    from coord.waiting.session_reader import OwnRow, SessionReader
-
-    Identity = tuple[Any, ...] | None
-    """None is that of no row."""
 
 logger = logging.getLogger("coord.waiting")
 

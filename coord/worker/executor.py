@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from arq.worker import Retry, RetryJob
 
@@ -15,17 +16,13 @@ from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import JobSuperseded, worker_lock_key
 from coord.jobs.model import JobState
 from coord.observation import PUT_OFF, attempt_ended, observed_attempt
+from coord.queue.message import Message
 from coord.retryable import is_retryable
 from coord.worker.failure import AttemptTimeoutError, one_line, printable
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from coord.queue.message import Message
-    from coord.worker.finalizer import Finalizer
-    from coord.worker.running import RunningJob
-    from coord.worker.state import WorkerState
-    from coord.worker.turns import Turns
+from coord.worker.finalizer import Finalizer
+from coord.worker.running import RunningJob
+from coord.worker.state import WorkerState
+from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
 

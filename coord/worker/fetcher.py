@@ -6,26 +6,22 @@ import asyncio
 import contextlib
 import logging
 import random
-from typing import TYPE_CHECKING, Self
+from collections.abc import Sequence
+from typing import Self
 
+from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
-from coord.notify.client import exchange, own_client
+from coord.notify.client import Command, exchange, own_client
 from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
 from coord.queue.message import Message
+from coord.worker.executor import Executor
+from coord.worker.freshness import Freshness
+from coord.worker.state import WorkerState
+from coord.worker.turns import Turns
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+Popped = Sequence[tuple[bytes, float]]
 
-    from redis.asyncio.connection import Connection
-
-    from coord.notify.client import Command
-    from coord.worker.executor import Executor
-    from coord.worker.freshness import Freshness
-    from coord.worker.state import WorkerState
-    from coord.worker.turns import Turns
-
-    Popped = Sequence[tuple[bytes, float]]
 
 logger = logging.getLogger("arq.coord")
 

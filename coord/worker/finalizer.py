@@ -7,15 +7,18 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
-from sqlalchemy import bindparam, delete, func, select, update
+from sqlalchemy import CursorResult, Executable, RowMapping, bindparam, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.errors import LockTimeoutError
+from coord.jobs.attempt import Attempt
 from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, ours
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.notify.changes import collect
@@ -23,15 +26,7 @@ from coord.retryable import is_retryable, sqlstate_of
 from coord.session import create_db_context
 from coord.timings import ATTEMPT_TIMINGS
 from coord.worker.failure import backoff, escaped, full_text, one_line
-
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
-
-    from sqlalchemy import CursorResult, Executable, RowMapping
-    from sqlalchemy.ext.asyncio import AsyncSession
-
-    from coord.jobs.attempt import Attempt
-    from coord.worker.state import WorkerState
+from coord.worker.state import WorkerState
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from uuid import UUID
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-    from uuid import UUID
-
-    from coord.jobs.attempt import Attempt
-    from coord.queue.message import Message
-    from coord.worker.maintenance.beat import Board
+from coord.jobs.attempt import Attempt
+from coord.queue.message import Message
+from coord.worker.maintenance.beat import Board
 
 
 @dataclass(slots=True, eq=False)
