@@ -72,6 +72,9 @@ async def test_a_setting_that_would_not_be_kept_is_refused(made: Callable[..., A
         ("job_timeout", 0),
         ("grace", -1),
         ("queue", ""),
+        ("queue", "a\0b"),
+        ("queue", "x" * 501),
+        ("namespace", "\ud800"),
         ("keep", ""),
     ],
 )

@@ -319,7 +319,9 @@ async def _count(redis: Redis) -> int:
     return len(await redis.client_list())
 
 
-@pytest.mark.parametrize("arguments", [{"max_waiters": 0}, {"max_waiters": True}, {"namespace": ""}, {"redis": 5}])
+@pytest.mark.parametrize(
+    "arguments", [{"max_waiters": 0}, {"max_waiters": True}, {"namespace": ""}, {"namespace": "a\0b"}, {"redis": 5}]
+)
 def test_bad_arguments_are_refused(session_maker: SessionMaker, arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Coordinator(session_maker, **arguments)
