@@ -9,6 +9,9 @@ RELEASE := .venv/.release
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 TYPED := $(wildcard coord pytest_coord.py worker api tests benchmarks demo)
 
+# Files in the order of tests/conftest.py: by number of tests, the longest few would come last.
+BESIDE := -n 4 --dist loadfile --no-loadscope-reorder
+
 # Each process of the tests would compile all of it anew.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -27,13 +30,13 @@ serve: $(READY) ## start the stack and keep it up
 
 # What failed beside other tests is run again by itself, and fails if it fails then: two cores may be too busy for it.
 test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
-	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not alone and not faults" || \
+	@$(BIN)/python -m pytest $(BESIDE) -m "not alone and not faults" || \
 		{ echo "== Again by itself: what has failed"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone and not faults"; }
 	@$(BIN)/python -m pytest -m "alone and not planted"
 
 test-fast: $(READY) ## the suite without its slow tests
-	@$(BIN)/python -m pytest -n 4 --dist loadfile -m "not slow"
+	@$(BIN)/python -m pytest $(BESIDE) -m "not slow"
 
 test-matrix: $(READY) ## the fast suite on other versions, Pythons and servers; LEGS="oldest newest" picks, PART=core is quicker
 	@$(BIN)/python -m tests.matrix $(if $(LEGS),--only $(LEGS) --required) $(if $(PART),--part $(PART))

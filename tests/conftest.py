@@ -36,6 +36,26 @@ if TYPE_CHECKING:
 pytest_plugins = [f"tests.{name}" for name in ("ledger", "waits", "workers", "counter", "pages", "clock", "spans")]
 """Their fixtures are every test's; what else is in them is imported."""
 
+LONGEST = (
+    "benchmarks",
+    "testing_plugin",
+    "rescuer",
+    "demo",
+    "dev",
+    "lifecycle",
+    "fetcher",
+    "http_openapi",
+    "documentation",
+)
+LONGEST += ("startup", "running", "locks", "session", "tools_alembic", "coordinator", "arq", "console_browser")
+"""Files that are begun first, so that at the end no process is left with one of them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests stay together and in their order."""
+    place = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture(scope="session")
 def server_directory() -> Iterator[Path]:

@@ -88,18 +88,31 @@ async def stack(database_url: str, redis_url: str) -> AsyncIterator[Stack]:
 async def test_schemathesis_finds_nothing(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "schemathesis.toml").write_text(SCHEMATHESIS)
     (tmp_path / "hooks.py").write_text(HOOKS)
+    for seconds in (SECONDS, 4 * SECONDS):  # in which a slow machine does not come to the links
+        output = await schemathesis(stack, tmp_path, seconds)
+        if covered(output) >= 6:
+            return
+    raise AssertionError(output)
+
+
+def covered(output: str) -> int:
+    links = re.search(r"API Links: +(\d+) covered", output)
+    assert links is not None, output
+    return int(links[1])
+
+
+async def schemathesis(stack: Stack, directory: Path, seconds: float) -> str:
+    """What it says, having found nothing."""
     status, output, _ = await ended(
         *(str(Path(sys.executable).parent / "st"), "run", f"{stack.url}/openapi.json"),
-        *("--header", f"Authorization: Bearer {TOKEN}", "--max-time", str(int(SECONDS)), "--max-examples", "20"),
+        *("--header", f"Authorization: Bearer {TOKEN}", "--max-time", str(int(seconds)), "--max-examples", "20"),
         *("--request-timeout", "40", "--checks", "all", "--phases", "examples,coverage,fuzzing,stateful"),
-        cwd=tmp_path,
-        env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path), "NO_COLOR": "1"},
+        cwd=directory,
+        env={**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(directory), "NO_COLOR": "1"},
         stderr=subprocess.STDOUT,
     )
     assert status == 0, output
-    links = re.search(r"API Links: +(\d+) covered", output)
-    assert links is not None
-    assert int(links[1]) >= 6, output
+    return output
 
 
 PIECES = ["wait", "respond-async", "=", ",", ";", '"', "\\", " ", "\t", "0", "1", "*", "W/", "-", "\xe9", "{", "\xad"]
@@ -152,7 +165,8 @@ def fuzz(stack: Stack, http: httpx.Client) -> Counter[int]:
     statuses: Counter[int] = Counter()
     paths = stack.document["paths"]
     operations = [(verb.upper(), path) for path, verbs in paths.items() for verb in verbs]
-    operations += 8 * [(verb, path) for verb, path in operations if "202" in paths[path][verb.lower()]["responses"]]
+    rare = {"202", "304"}
+    operations += 8 * [(verb, path) for verb, path in operations if rare & {*paths[path][verb.lower()]["responses"]}]
     job, order = accepted(http)
     known = {"a fulfilled order": order.removeprefix("/orders/"), "a job": job}
 
