@@ -21,6 +21,7 @@ from coord import (
     enqueue,
     get_job,
     job_transaction,
+    list_jobs,
     lock_tables,
     task_options,
     wait_for_row_change,
@@ -215,6 +216,8 @@ async def test_a_job_is_waited_for_on_a_replica_and_read_there(replicated: Besid
 
         await eventually(replayed)
         assert await replicated.wait(1, timeout=30, since={"name": "new"}, job=job) == "renamed"
+        async with replicated.replica() as session:
+            assert [report.id for report in await list_jobs(session)] == [job.id]
 
 
 async def test_what_writes_is_refused_by_a_replica(replicated: Beside) -> None:
