@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 import time
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy import make_url, text
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import coord.database.lost_answers
@@ -20,24 +21,26 @@ from tests.faults.faults import at_commit
 from tests.models import User
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.shop import waiting_for_locks
-from tests.workers import working
+from tests.shop import dsn_of, waiting_for_locks
+from tests.workers import fragile_postgresql, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from asyncpg import Connection
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord import Job
     from tests.proxy import Wire
     from tests.workers import Office
 
-pytestmark = pytest.mark.usefixtures("tables")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tables")]
 
 WITHIN = 10.0
 """Seconds from the loss until the job has run again."""
 EFFECT = text("INSERT INTO effects (job, attempt) VALUES (:job, :attempt)")
 PORT = text("SELECT client_port FROM pg_stat_activity WHERE pid = pg_backend_pid()")
+CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'watched'"
 KEY_DATA = b"K\x00\x00\x00\x0c"
 """What begins the message by which a server says its backend's number (section 54.7 of PostgreSQL's manual)."""
 
@@ -201,19 +204,23 @@ async def test_a_session_of_a_coordinated_engine_is_told_and_the_next_one_has_a_
     await engine.dispose()
 
 
-async def test_nothing_connects_unless_an_answer_is_late(office: Office, observer: Connection) -> None:
+@contextlib.asynccontextmanager
+async def watched(office: Office) -> AsyncIterator[AsyncEngine]:
     named = {"server_settings": {"application_name": "watched"}}
-    count = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'watched'"
     engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0, connect_args=named)
     async with Coordinator(async_sessionmaker(engine)):
-        async with AsyncSession(engine) as session:
-            late = asyncio.create_task(session.execute(text("SELECT pg_sleep(6)")))
-            await asyncio.sleep(2)
-            assert await observer.fetchval(count) == 1
-            await late
-            assert await observer.fetchval(count) == 2
-            await eventually(lambda: _is(observer, count, 1))
+        yield engine
     await engine.dispose()
+
+
+async def test_nothing_connects_unless_an_answer_is_late(office: Office, observer: Connection) -> None:
+    async with watched(office) as engine, AsyncSession(engine) as session:
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(6)")))
+        await asyncio.sleep(2)
+        assert await observer.fetchval(CONNECTIONS) == 1
+        await late
+        assert await observer.fetchval(CONNECTIONS) == 2
+        await eventually(lambda: _is(observer, CONNECTIONS, 1))
 
 
 async def _is(observer: Connection, statement: str, value: int) -> bool:
@@ -224,7 +231,8 @@ async def _is(observer: Connection, statement: str, value: int) -> bool:
 async def test_what_only_takes_long_is_not_disturbed(
     office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A long statement, a lock that is waited for, and a task that does something else inside its transaction."""
+    """A long statement, a lock that is waited for, and a task that does something else inside its transaction, also
+    after an error of its own."""
 
     async def statement(ctx: dict[str, Any]) -> None:
         async with job_transaction(ctx) as session:
@@ -235,21 +243,22 @@ async def test_what_only_takes_long_is_not_disturbed(
             await session.execute(text("SELECT 1"))
             await asyncio.sleep(LONG)
 
-    async def recovers(ctx: dict[str, Any]) -> None:
+    async def refused(ctx: dict[str, Any]) -> None:
         async with job_transaction(ctx) as session:
-            with suppress(IntegrityError):
-                async with session.begin_nested():
-                    await session.execute(text("INSERT INTO users (name) VALUES (NULL)"))
-            await asyncio.sleep(LONG)
+            try:
+                await session.execute(text("INSERT INTO users (name) VALUES (NULL)"))
+            finally:
+                await asyncio.sleep(LONG)
 
     async def locks(ctx: dict[str, Any]) -> None:
         async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=30):
             await asyncio.sleep(LONG)
 
-    async with working(office, [statement, another, recovers, locks], database_url=way.url):
-        jobs = [await office.enqueue(task) for task in (statement, another, recovers, locks, locks)]
+    async with working(office, [statement, another, refused, locks], database_url=way.url):
+        jobs = [await office.enqueue(task) for task in (statement, another, refused, locks, locks)]
         rows = [await office.final(job, within=20) for job in jobs]
-    assert [(row.state, row.attempt) for row in rows] == [("done", 1)] * 5
+    assert [row.state for row in rows] == ["done", "done", "failed", "done", "done"]
+    assert {row.attempt for row in rows} == {1}
     assert "was lost" not in caplog.text
 
 
@@ -265,34 +274,59 @@ async def test_who_has_committed_and_keeps_the_connection_is_not_disturbed(offic
 
 
 @pytest.mark.usefixtures("quick")
-async def test_an_answer_that_has_come_to_a_loop_which_was_blocked_is_not_lost(
-    office: Office, caplog: pytest.LogCaptureFixture
+async def test_what_has_come_to_a_loop_that_was_blocked_is_read_before_it_counts_as_lost(
+    office: Office, observer: Connection
 ) -> None:
-    async def blocks(ctx: dict[str, Any]) -> None:
-        time.sleep(LONG)  # noqa: ASYNC251 - what is tried
+    async with watched(office) as engine, AsyncSession(engine) as session:
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": 2 * LONG}))
+        await asyncio.sleep(0.2)
+        time.sleep(2 * LONG - 1)  # noqa: ASYNC251 - what is tried
+        await late
+        assert await observer.fetchval(CONNECTIONS) == 1
 
-    async def waits(ctx: dict[str, Any]) -> None:
-        async with job_transaction(ctx) as session:
-            await office.enqueue(blocks)
-            for _ in range(20):
-                await session.execute(text("SELECT pg_sleep(0.1)"))
 
-    async with working(office, [waits, blocks]):
-        row = await office.final(await office.enqueue(waits), within=20)
-    assert (row.state, row.attempt) == ("done", 1)
+@pytest.mark.usefixtures("quick")
+async def test_an_answer_that_is_only_late_is_not_lost(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To a statement that has taken long as well; whoever looks is answered at once."""
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        port = (await session.execute(PORT)).one().client_port
+
+        def late(wire: Wire, data: bytes) -> bool:
+            if wire.port == port:
+                asyncio.get_running_loop().call_later(0.6, wire.client.write, data)
+            return bool(wire.port == port)
+
+        way.on_answer = late
+        await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
+        await session.commit()
+        way.on_answer = None
+    await engine.dispose()
     assert "was lost" not in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
-async def test_late_answers_are_not_lost_ones(office: Office, way: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other one has no such backend, or one that is somebody else's."""
+    name = make_url(way.url).database
     engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
-    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
-        await session.execute(text("SELECT 1"))
-        way.answers_later = 0.75
-        for _ in range(3):
+    with fragile_postgresql() as other:
+        there = await asyncpg.connect(dsn_of(other.url))
+        await there.execute(f'CREATE DATABASE "{name}"')
+        async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
             await session.execute(text("SELECT 1"))
-        await session.commit()
-        way.answers_later = 0.0
+            way.target = make_url(other.url)
+            late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG}))
+            asked = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND starts_with(query, 'SELECT pg_backend')"
+            )
+            await eventually(lambda: there.fetchval(asked, name))
+            await late
+        await there.close()
     await engine.dispose()
     assert "was lost" not in caplog.text
 

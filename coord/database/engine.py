@@ -11,7 +11,7 @@ from weakref import ref
 import asyncpg
 from sqlalchemy import Connection, TableClause, event, table, update
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, create_async_engine
 from sqlalchemy.orm import Session
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
@@ -96,6 +96,11 @@ def own_connection(session: AsyncSession) -> AsyncConnection | None:
     """The one that the session is bound to, as a test's are."""
     bind = getattr(session, "bind", None)
     return bind if isinstance(bind, AsyncConnection) else None
+
+
+def another(engine: AsyncEngine) -> AsyncEngine:
+    """With connections of its own, which are made as the given one's are."""
+    return create_async_engine(engine.url, pool=engine.pool.recreate())
 
 
 def require_asyncpg(dialect: Dialect) -> None:

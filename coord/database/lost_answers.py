@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Self
 
 from sqlalchemy import column, event, func, select, table
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from coord.cancellation import interruptible
-from coord.database.engine import is_of_session
+from coord.database.engine import another, is_of_session
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -38,14 +38,16 @@ ANSWER_SECONDS = 4.0
 INTERVAL_SECONDS = 0.5
 LOOK_SECONDS = 1.5
 """For PostgreSQL to accept a connection and to say what its backends do."""
-LAG_SECONDS = 0.5
-"""By which the event loop runs late: it may not have read what has come."""
+HELD_UP_SECONDS = 2.5
+"""Between two rounds, after which the event loop has been held up: it may not have read what has come."""
 IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
 """In which a backend has answered everything. What a role may not see has no state."""
+_SERVER = "coord.server"
+"""In a connection's `info`: when its server has started, which tells it from the others that an address may lead to."""
 
 _activity = table("pg_stat_activity", *map(column, ("pid", "state", "state_change")), schema="pg_catalog")
-_own = func.pg_backend_pid()
-_idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change)
+_own, _started = func.pg_backend_pid(), func.pg_postmaster_start_time()
+_idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change).label("idle_seconds")
 
 
 class LostAnswers:
@@ -59,9 +61,9 @@ class LostAnswers:
     def __init__(self, engine: AsyncEngine, end: EndTransactions | None = None) -> None:
         self._watched = engine
         self._end = end
-        self._engine = create_async_engine(engine.url, pool=engine.pool.recreate())
-        self._sent: dict[asyncpg.Connection, float] = {}
-        """Since when an answer is waited for, on the monotonic clock."""
+        self._engine = another(engine)
+        self._sent: dict[Connection, float] = {}
+        """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
         self._calm_since = 0.0
         self._is_connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -72,11 +74,12 @@ class LostAnswers:
             ("handle_error", self._on_error),
             ("commit", self._on_end),
             ("rollback", self._on_end),
-            ("checkin", self._on_checkin),
         ]
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        if not event.contains(self._watched.sync_engine, "checkout", _note_server):
+            event.listen(self._watched.sync_engine, "checkout", _note_server)  # and for who comes after
         for name, listener in self._listeners:
             event.listen(self._watched.sync_engine, name, listener)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
@@ -88,36 +91,33 @@ class LostAnswers:
             event.remove(self._watched.sync_engine, name, listener)
         self._task.cancel()
         await asyncio.wait([self._task])
-        await self._engine.dispose()
+        await self._disconnect()
         self._sent.clear()
 
+    # The first two are called for every statement, and leave the rest to who looks.
     def _on_sent(self, connection: Connection, *_: Any) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[_driver(connection)] = monotonic()
+            self._sent[connection] = monotonic()
 
     def _on_answer(self, connection: Connection, *_: Any) -> None:
-        self._sent.pop(_driver(connection), None)
+        self._sent.pop(connection, None)
 
     def _on_error(self, context: ExceptionContext) -> None:
-        connection = context.connection
-        if connection is not None and not connection.closed and not connection.invalidated:
-            self._on_answer(connection)
+        if context.connection is not None:
+            self._on_answer(context.connection)
 
     def _on_end(self, connection: Connection) -> None:
-        """COMMIT, or ROLLBACK. A session gives its connection back right after it, which says that it was answered."""
-        if not connection.closed and not connection.invalidated and is_of_session(connection):
+        """COMMIT, or ROLLBACK. A session closes the connection right after it, which says that it was answered."""
+        if _is_open(connection) and is_of_session(connection):
             self._on_sent(connection)
 
-    def _on_checkin(self, dbapi_connection: Any, _record: Any) -> None:
-        if dbapi_connection is not None:
-            self._sent.pop(dbapi_connection.driver_connection, None)
-
     async def _run(self) -> None:
+        last = monotonic()
         while True:
-            began = monotonic()
             await asyncio.sleep(INTERVAL_SECONDS)
-            if monotonic() - began > INTERVAL_SECONDS + LAG_SECONDS:
-                self._calm_since = monotonic()
+            last, before = monotonic(), last
+            if last - before > HELD_UP_SECONDS:
+                self._calm_since = last
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
@@ -125,36 +125,75 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        suspects = {driver: sent for driver, sent in self._sent.items() if sent < late and not driver.is_closed()}
+        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_open(connection)}
+        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent < late]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
         elif self._is_connected and not suspects:
-            self._is_connected = False
+            await self._disconnect()
+
+    async def _look(self, suspects: Sequence[Suspect]) -> None:
+        what = (_own.label("own"), _started.label("server"), _activity.c.pid, _activity.c.state, _idle_seconds)
+        asked = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
+        async with self._engine.begin() as connection:
+            rows = (await connection.execute(select(*what).where(asked))).all()
+            driver = await connection.run_sync(_driver)
+            if rows[0].own != driver.get_server_pid():
+                return  # a pooler is between
+            working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
+            lost = [
+                suspect
+                for suspect in suspects
+                if suspect.server == rows[0].server and suspect.pid not in working and self._waits(suspect)
+            ]
+            if lost and self._end is not None:
+                await self._end(connection, [suspect.pid for suspect in lost])
+            for suspect in filter(self._waits, lost):
+                logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
+                suspect.driver.terminate()
+
+    async def _disconnect(self) -> None:
+        """The connection may be dead as well."""
+        self._is_connected = False
+        with suppress(TimeoutError):
             await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
 
-    async def _look(self, suspects: dict[asyncpg.Connection, float]) -> None:
-        pids = {driver.get_server_pid(): driver for driver in suspects}
-        activity = select(_own.label("own"), _activity.c.pid, _activity.c.state, _idle_seconds.label("idle_seconds"))
-        async with self._engine.begin() as connection:
-            rows = (await connection.execute(activity.where(_activity.c.pid.in_([_own, *pids])))).all()
-            own: Any = (await connection.get_raw_connection()).driver_connection
-            if {row.own for row in rows} != {own.get_server_pid()}:
-                return  # a pooler is between
-            working = {
-                row.pid for row in rows if row.state not in IDLE_STATES or float(row.idle_seconds) < ANSWER_SECONDS
-            }
-            lost = [pid for pid, driver in pids.items() if pid not in working and self._waits(driver, suspects)]
-            if lost and self._end is not None:
-                await self._end(connection, lost)
-            for driver in [pids[pid] for pid in lost if self._waits(pids[pid], suspects)]:
-                logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
-                driver.terminate()
-
-    def _waits(self, driver: asyncpg.Connection, suspects: dict[asyncpg.Connection, float]) -> bool:
+    def _waits(self, suspect: Suspect) -> bool:
         """Whether it still waits for that answer."""
-        return self._sent.get(driver) == suspects[driver]
+        return self._sent.get(suspect.connection) == suspect.sent and _is_open(suspect.connection)
 
 
-def _driver(connection: Connection) -> asyncpg.Connection:
+class Suspect:
+    """A connection on which an answer is late."""
+
+    def __init__(self, connection: Connection, sent: float) -> None:
+        self.connection = connection
+        self.sent = sent
+        self.driver = _driver(connection)
+        self.pid: int = self.driver.get_server_pid()
+        self.server = connection.info.get(_SERVER)
+
+
+def _note_server(dbapi_connection: Any, record: Any, _: Any) -> None:
+    """Of a connection that is used for the first time since it is watched."""
+    if _SERVER not in record.info:
+        try:
+            record.info[_SERVER] = dbapi_connection.run_async(_server_of)
+        except Exception as error:  # noqa: BLE001 - the caller's first statement finds out, and says so its way
+            logger.debug("PostgreSQL does not say since when it serves: %s", error)
+
+
+async def _server_of(driver: asyncpg.Connection) -> Any:
+    """In a transaction, for a pooler's sake."""
+    async with driver.transaction():
+        return await driver.fetchval("SELECT pg_postmaster_start_time()")
+
+
+def _driver(connection: Connection) -> Any:
+    """asyncpg's own connection."""
     return connection.connection.driver_connection
+
+
+def _is_open(connection: Connection) -> bool:
+    return not connection.closed and not connection.invalidated
