@@ -1,10 +1,11 @@
-"""One stack for each pytest process: a cell leaves it usable, or it is mended before the next."""
+"""One stack for as many cells as leave it whole: after one that has failed the next begins with a new one."""
 
 from __future__ import annotations
 
 import tempfile
+from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,23 +13,58 @@ from tests.faults.customer import Shop
 from tests.faults.stack import Stack
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Generator
+
+HAS_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    item.stash[HAS_FAILED] = item.stash.get(HAS_FAILED, False) or report.failed
+    return report
+
+
+class Premises:
+    """Where the shop is."""
+
+    def __init__(self) -> None:
+        self._exits = AsyncExitStack()
+        self._shop: Shop | None = None
+
+    async def shop(self) -> Shop:
+        if self._shop is None:
+            directory = tempfile.TemporaryDirectory(prefix="coord-faults-", ignore_cleanup_errors=True)
+            stack = Stack(Path(self._exits.enter_context(directory)))
+            self._shop = Shop(await self._exits.enter_async_context(stack.running()))
+        return self._shop
+
+    async def leave(self) -> None:
+        self._shop = None
+        await self._exits.aclose()
 
 
 @pytest.fixture(scope="session")
-async def running_shop() -> AsyncIterator[Shop]:
-    with tempfile.TemporaryDirectory(prefix="coord-faults-", ignore_cleanup_errors=True) as directory:
-        async with Stack(Path(directory)).running() as stack:
-            yield Shop(stack)
+async def premises() -> AsyncIterator[Premises]:
+    premises = Premises()
+    yield premises
+    await premises.leave()
 
 
 @pytest.fixture
-async def shop(running_shop: Shop) -> AsyncIterator[Shop]:
+async def shop(request: pytest.FixtureRequest, premises: Premises) -> AsyncIterator[Shop]:
     """Whole before a cell; afterwards whatever the cell did has left no trace in ledger and rows."""
-    await running_shop.stack.mend()
-    yield running_shop
-    await running_shop.stack.mend()
-    await running_shop.sound()
+    shop = await premises.shop()
+    yield shop
+    is_sound = False
+    try:
+        await shop.close()
+        await shop.stack.mend()
+        await shop.sound()
+        is_sound = True
+    finally:
+        if not is_sound or request.node.stash.get(HAS_FAILED, False):
+            await premises.leave()
 
 
 @pytest.fixture

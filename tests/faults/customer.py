@@ -12,6 +12,7 @@ import httpx
 
 from tests.faults.books import effects, found_in
 from tests.serving import eventually
+from worker.database import MAX_JOBS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Sequence
@@ -32,7 +33,6 @@ PAUSE = 0.3
 TRANSIENT = {503, 202, "ConnectError", "ReadError", "RemoteProtocolError", "WriteError"}
 """What a client may be answered under a fault: it asks again."""
 UNFINISHED = "SELECT count(*) FROM coord_jobs WHERE state = 'queued'"
-OTHER_ENDS = "SELECT task, state, error FROM coord_jobs WHERE state <> 'done'"
 
 
 class Answer(NamedTuple):
@@ -54,8 +54,7 @@ class Shop:
         self.stack = stack
         self._stock: dict[str, int] = {}
         self._keys = 0
-        self._told: set[str] = set()
-        """What earlier cells were blamed for."""
+        self._asking: set[asyncio.Task[Any]] = set()
 
     async def call(self, method: str, path: str, **options: Any) -> Answer:
         """One request on a connection of its own."""
@@ -98,7 +97,17 @@ class Shop:
         """Asks for it with one key until it is fulfilled."""
         self._keys += 1
         headers = {"Prefer": f"wait={wait:g}", "Idempotency-Key": f'"{self._keys}"'}
-        return asyncio.create_task(self.until(200, "POST", f"/orders/{order}/fulfil", headers=headers))
+        asking = asyncio.create_task(self.until(200, "POST", f"/orders/{order}/fulfil", headers=headers))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return asking
+
+    async def close(self) -> None:
+        """Nobody asks any more, as after a cell that has failed somebody may."""
+        asking = {*self._asking}
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
 
     async def fulfilled(self, number: int = 1, wait: float = WAIT) -> list[list[Answer]]:
         """So many orders, placed and asked for; what was answered to each."""
@@ -107,7 +116,7 @@ class Shop:
     @asynccontextmanager
     async def holding(self) -> AsyncIterator[Held]:
         """While nobody gets at the stock: what is asked for meanwhile stands in its transaction, waiting for it."""
-        held = Held(self, iter(await self.ordered(number=6)))
+        held = Held(self, iter(await self.ordered(number=MAX_JOBS + 2)))
         async with self.stack.held():
             yield held
 
@@ -126,14 +135,13 @@ class Shop:
             doubled = [f"order {order} has {count} jobs" for order, count in asked.items() if count > 1]
             return [*effects(self._stock, found), *doubled, *(str(job) for job in found.jobs if job["state"] != "done")]
 
-        async def nothing_new() -> bool:
-            lines = {*await broken()} - self._told
-            lasting = sorted(line for line in lines if "held" not in line)
-            self._told |= {*lasting}
+        async def nothing() -> bool:
+            lines = await broken()
+            lasting = [line for line in lines if "held" not in line]
             assert not lasting, lasting
             return not lines
 
-        await eventually(nothing_new, within=5.0, message="table locks are still held")
+        await eventually(nothing, within=5.0, message="table locks are still held")
 
 
 class Held:
@@ -145,7 +153,10 @@ class Held:
         self.asking: list[asyncio.Task[list[Answer]]] = []
 
     async def run_by(self, *members: Member) -> None:
-        """Ask for one after the other until each of these workers has a job that waits for the stock."""
+        """Ask for one after the other until each of these workers has a job that waits for the stock.
+
+        Which worker takes a job is chance, until one has no slot left.
+        """
         stack = self._shop.stack
         wanted = {member.name for member in members}
         for order in self._orders:

@@ -23,10 +23,13 @@ def test_each_cell_has_tests_and_what_they_show_or_a_reason() -> None:
         assert (cell.observed or cell.reason).endswith("."), key
 
 
-def test_every_test_that_the_table_names_exists() -> None:
+def test_the_tests_that_the_table_names_are_those_that_are_run() -> None:
+    """Each by the name under which pytest reports it: a test with parameters has one for each of them."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *node_ids()]
     ended = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    collected = {line for line in ended.stdout.splitlines() if "::" in line}
+    assert collected == {*node_ids()}
 
 
 def test_every_test_of_a_fault_is_in_the_table() -> None:
