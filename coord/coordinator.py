@@ -53,8 +53,9 @@ class Coordinator:
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given client shows how, and is not closed. At the block's end
-    reads that no wait needs any more are stopped, so that the engine can be disposed of.
+    own, one to publish and one to subscribe; a given client shows how, and is not closed. While an answer of
+    PostgreSQL's is late it makes one beside the pool, to find out whether that was lost (docs/faults.md). At the
+    block's end reads that no wait needs any more are stopped, so that the engine can be disposed of.
     """
 
     def __init__(

@@ -46,8 +46,15 @@ LONGEST = (
     "fetcher",
     "http_openapi",
     "documentation",
+    "startup",
+    "running",
+    "locks",
+    "session",
+    "tools_alembic",
+    "coordinator",
+    "arq",
+    "console_browser",
 )
-LONGEST += ("startup", "running", "locks", "session", "tools_alembic", "coordinator", "arq", "console_browser")
 """Files that are begun first, so that at the end no process is left with one of them."""
 
 

@@ -8,8 +8,9 @@ import struct
 import time
 from typing import TYPE_CHECKING, Any
 
+import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -20,8 +21,8 @@ from tests.faults.faults import at_commit
 from tests.models import User
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.shop import waiting_for_locks
-from tests.workers import working
+from tests.shop import dsn_of, waiting_for_locks
+from tests.workers import fragile_postgresql, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -277,23 +278,55 @@ async def test_what_has_come_to_a_loop_that_was_blocked_is_read_before_it_counts
     office: Office, observer: Connection
 ) -> None:
     async with watched(office) as engine, AsyncSession(engine) as session:
-        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG + 0.8}))
-        await asyncio.sleep(0.5)
-        time.sleep(LONG - 0.5)  # noqa: ASYNC251 - what is tried
+        late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": 2 * LONG}))
+        await asyncio.sleep(0.2)
+        time.sleep(2 * LONG - 1)  # noqa: ASYNC251 - what is tried
         await late
         assert await observer.fetchval(CONNECTIONS) == 1
 
 
 @pytest.mark.usefixtures("quick")
-async def test_late_answers_are_not_lost_ones(office: Office, way: Proxy, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_answer_that_is_only_late_is_not_lost(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To a statement that has taken long as well; whoever looks is answered at once."""
     engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
     async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
-        await session.execute(text("SELECT 1"))
-        way.answers_later = 0.75
-        for _ in range(3):
-            await session.execute(text("SELECT 1"))
+        port = (await session.execute(PORT)).one().client_port
+
+        def late(wire: Wire, data: bytes) -> bool:
+            if wire.port == port:
+                asyncio.get_running_loop().call_later(0.6, wire.client.write, data)
+            return bool(wire.port == port)
+
+        way.on_answer = late
+        await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
         await session.commit()
-        way.answers_later = 0.0
+        way.on_answer = None
+    await engine.dispose()
+    assert "was lost" not in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The other one has no such backend, or one that is somebody else's."""
+    name = make_url(way.url).database
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+    with fragile_postgresql() as other:
+        there = await asyncpg.connect(dsn_of(other.url))
+        await there.execute(f'CREATE DATABASE "{name}"')
+        async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+            way.target = make_url(other.url)
+            late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG}))
+            asked = (
+                "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND starts_with(query, 'SELECT pg_backend')"
+            )
+            await eventually(lambda: there.fetchval(asked, name))
+            await late
+        await there.close()
     await engine.dispose()
     assert "was lost" not in caplog.text
 

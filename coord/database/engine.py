@@ -13,7 +13,14 @@ import asyncpg
 from sqlalchemy import Connection, Engine, TableClause, event, table, update
 from sqlalchemy.engine import Dialect, ExceptionContext
 from sqlalchemy.exc import InterfaceError, UnboundExecutionError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.ext.asyncio import (
+    AsyncConnection,
+    AsyncEngine,
+    AsyncSession,
+    async_scoped_session,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Mapper, Session, SessionTransaction
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
@@ -28,6 +35,7 @@ READ_ONLY = "25006"
 """PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
 _FAILURE = "coord.failure"
+_SERVER = "coord.server"
 _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 
@@ -92,6 +100,11 @@ def own_connection(session: AsyncSession) -> AsyncConnection | None:
     return bind if isinstance(bind, AsyncConnection) else None
 
 
+def another(engine: AsyncEngine) -> AsyncEngine:
+    """With connections of its own, which are made as the given one's are."""
+    return create_async_engine(engine.url, pool=engine.pool.recreate())
+
+
 def require_asyncpg(dialect: Dialect) -> None:
     if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
         raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
@@ -101,24 +114,36 @@ def prepare(engine: AsyncEngine) -> None:
     """Have the engine's connections end what their client abandoned, be given up when lost, and commit honestly.
 
     Sets `client_connection_check_interval` on each new connection (PostgreSQL 14 and later, where the platform can
-    tell; section 19.3 of its manual). Repeating the call changes nothing.
+    tell; section 19.3 of its manual), and asks when its server has started. Repeating the call changes nothing.
     """
     sync_engine = engine.sync_engine
-    if not event.contains(sync_engine, "connect", _set_connection_check):
-        event.listen(sync_engine, "connect", _set_connection_check)
+    if not event.contains(sync_engine, "connect", _on_connect):
+        event.listen(sync_engine, "connect", _on_connect)
         event.listen(sync_engine, "handle_error", _on_error)
         event.listen(sync_engine, "checkin", _forget_failure)
 
 
-def _set_connection_check(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.run_async(_execute_set)
+def _on_connect(dbapi_connection: Any, record: Any) -> None:
+    dbapi_connection.run_async(_set_connection_check)
+    record.info[_SERVER] = dbapi_connection.run_async(_started)
 
 
-async def _execute_set(driver: asyncpg.Connection) -> None:
+async def _set_connection_check(driver: asyncpg.Connection) -> None:
     try:
         await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
     except asyncpg.PostgresError as error:
         logger.debug("client_connection_check_interval cannot be set here: %s", error)
+
+
+async def _started(driver: asyncpg.Connection) -> Any:
+    """In a transaction, for a pooler's sake."""
+    async with driver.transaction():
+        return await driver.fetchval("SELECT pg_postmaster_start_time()")
+
+
+def server_of(connection: Connection) -> Any:
+    """When its server has started, which tells it from the others that an address may lead to; None if nobody asked."""
+    return connection.info.get(_SERVER)
 
 
 def _on_error(context: ExceptionContext) -> None:

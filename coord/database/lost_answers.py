@@ -13,15 +13,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any, Self
 
 from sqlalchemy import Connection, column, event, func, select, table
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coord.cancellation import interruptible
-from coord.database.engine import is_of_session
+from coord.database.engine import another, is_of_session, server_of
 
 EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
 
@@ -32,14 +33,14 @@ ANSWER_SECONDS = 4.0
 INTERVAL_SECONDS = 0.5
 LOOK_SECONDS = 1.5
 """For PostgreSQL to accept a connection and to say what its backends do."""
-LAG_SECONDS = 0.5
-"""By which the event loop runs late: it may not have read what has come."""
+HELD_UP_SECONDS = 2.5
+"""Between two rounds, after which the event loop has been held up: it may not have read what has come."""
 IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
 """In which a backend has answered everything. What a role may not see has no state."""
 
 _activity = table("pg_stat_activity", *map(column, ("pid", "state", "state_change")), schema="pg_catalog")
-_own = func.pg_backend_pid()
-_idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change)
+_own, _started = func.pg_backend_pid(), func.pg_postmaster_start_time()
+_idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change).label("idle_seconds")
 
 
 class LostAnswers:
@@ -53,7 +54,7 @@ class LostAnswers:
     def __init__(self, engine: AsyncEngine, end: EndTransactions | None = None) -> None:
         self._watched = engine
         self._end = end
-        self._engine = create_async_engine(engine.url, pool=engine.pool.recreate())
+        self._engine = another(engine)
         self._sent: dict[Connection, float] = {}
         """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
         self._calm_since = 0.0
@@ -81,7 +82,7 @@ class LostAnswers:
             event.remove(self._watched.sync_engine, name, listener)
         self._task.cancel()
         await asyncio.wait([self._task])
-        await self._engine.dispose()
+        await self._disconnect()
         self._sent.clear()
 
     # The first two are called for every statement, and leave the rest to who looks.
@@ -102,11 +103,12 @@ class LostAnswers:
             self._on_sent(connection)
 
     async def _run(self) -> None:
+        last = monotonic()
         while True:
-            began = monotonic()
             await asyncio.sleep(INTERVAL_SECONDS)
-            if monotonic() - began > INTERVAL_SECONDS + LAG_SECONDS:
-                self._calm_since = monotonic()
+            last, before = monotonic(), last
+            if last - before > HELD_UP_SECONDS:
+                self._calm_since = last
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
@@ -120,24 +122,33 @@ class LostAnswers:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
         elif self._is_connected and not suspects:
-            self._is_connected = False
-            await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
+            await self._disconnect()
 
     async def _look(self, suspects: Sequence[Suspect]) -> None:
-        activity = select(_own.label("own"), _activity.c.pid, _activity.c.state, _idle_seconds.label("idle_seconds"))
-        asked = activity.where(_activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)]))
+        what = (_own.label("own"), _started.label("server"), _activity.c.pid, _activity.c.state, _idle_seconds)
+        asked = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
         async with self._engine.begin() as connection:
-            rows = (await connection.execute(asked)).all()
-            raw: Any = await connection.get_raw_connection()
-            if {row.own for row in rows} != {raw.driver_connection.get_server_pid()}:
+            rows = (await connection.execute(select(*what).where(asked))).all()
+            driver = await connection.run_sync(_driver)
+            if rows[0].own != driver.get_server_pid():
                 return  # a pooler is between
             working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
-            lost = [suspect for suspect in suspects if suspect.pid not in working and self._waits(suspect)]
+            lost = [
+                suspect
+                for suspect in suspects
+                if suspect.server == rows[0].server and suspect.pid not in working and self._waits(suspect)
+            ]
             if lost and self._end is not None:
                 await self._end(connection, [suspect.pid for suspect in lost])
             for suspect in filter(self._waits, lost):
                 logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
                 suspect.driver.terminate()
+
+    async def _disconnect(self) -> None:
+        """The connection may be dead as well."""
+        self._is_connected = False
+        with suppress(TimeoutError):
+            await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
 
     def _waits(self, suspect: Suspect) -> bool:
         """Whether it still waits for that answer."""
@@ -150,9 +161,14 @@ class Suspect:
     def __init__(self, connection: Connection, sent: float) -> None:
         self.connection = connection
         self.sent = sent
-        pooled: Any = connection.connection
-        self.driver = pooled.driver_connection
+        self.driver = _driver(connection)
         self.pid: int = self.driver.get_server_pid()
+        self.server = server_of(connection)
+
+
+def _driver(connection: Connection) -> Any:
+    """asyncpg's own connection."""
+    return connection.connection.driver_connection
 
 
 def _is_open(connection: Connection) -> bool:

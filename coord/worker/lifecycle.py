@@ -12,6 +12,7 @@ from sqlalchemy import func, inspect
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
+from coord.database.engine import another
 from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.worker.config import WorkerConfig
@@ -21,7 +22,7 @@ from coord.worker.finalizer import Finalizer
 from coord.worker.freshness import Freshness
 from coord.worker.maintenance.beat import Board
 from coord.worker.maintenance.canceller import Canceller
-from coord.worker.maintenance.heartbeat import Heartbeat, another
+from coord.worker.maintenance.heartbeat import Heartbeat
 from coord.worker.maintenance.leader import Leader
 from coord.worker.maintenance.pruner import Pruner
 from coord.worker.maintenance.reconciler import Reconciler

@@ -14,6 +14,7 @@ from arq.connections import RedisSettings
 from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from coord.database.engine import another
 from coord.durations import Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, checked_text
@@ -23,7 +24,6 @@ from coord.queue.keys import NAMESPACE, QueueKeys
 from coord.worker.address import Address
 from coord.worker.config import Hook, WorkerConfig
 from coord.worker.lifecycle import Lifecycle
-from coord.worker.maintenance.heartbeat import another
 from coord.worker.patience import Patience
 from coord.worker.stopping import also_on_signal, guard_forks
 
@@ -74,7 +74,8 @@ def worker_settings(
         Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost:6379/0")
 
     Connects to nothing. Run by `arq module.Settings`, it needs the ledger's tables (`coord schema`) and outlives any
-    absence of Redis. Beside its pool it opens up to six connections to PostgreSQL and about a dozen to Redis.
+    absence of Redis. Beside its pool it opens up to six connections to PostgreSQL, two more while answers are
+    late, and about a dozen to Redis.
     Raises `ValueError` or `TypeError` here for what makes no sense.
     """
     ledger_engine(session_maker)

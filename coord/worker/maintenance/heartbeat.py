@@ -18,8 +18,8 @@ from typing import Any, Self
 from sqlalchemy import delete, event, insert, table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ProgrammingError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
+from coord.database.engine import another
 from coord.database.place import known_schema
 from coord.jobs.model import ledger_engine, workers
 from coord.retryable import sqlstate_of
@@ -202,11 +202,6 @@ class Heartbeat(Loop):
         finally:
             await engine.dispose()
             await redis.aclose()
-
-
-def another(engine: AsyncEngine) -> AsyncEngine:
-    """With connections of its own, which are made as the given one's are."""
-    return create_async_engine(engine.url, pool=engine.pool.recreate())
 
 
 def _line(told: dict[str, Any]) -> bytes:
