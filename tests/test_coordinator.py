@@ -166,7 +166,7 @@ async def test_many_rows_of_one_table_ring_its_bell_instead(
 async def test_a_class_that_is_waited_for_again_at_once_is_still_subscribed_to(
     session_maker: SessionMaker, redis: Redis
 ) -> None:
-    """And no longer, when nobody has waited for it for a second."""
+    """And no longer, when nobody has waited for it for half a second."""
 
     async def wait_once(session: AsyncSession) -> None:
         with pytest.raises(WaitTimeoutError):

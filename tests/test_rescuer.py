@@ -338,7 +338,8 @@ async def test_after_flushall_everything_queued_is_back_and_nothing_runs_twice(o
         assert sorted(ran) == sorted(str(job.id) for job in [*held, *queued])
         assert {row.attempt for row in [await office.row(job) for job in held]} == {1}
         ((_, score),) = await office.redis.zrange(KEYS.soon, 0, -1, withscores=True)
-        assert abs(score - later.scheduled_at.timestamp() * 1000) < 100
+        late = score / 1000 - later.scheduled_at.timestamp()
+        assert -0.05 < late < 1  # between PostgreSQL's clock and Redis' lies the way through a busy worker
 
 
 async def test_an_attempt_that_died_with_its_worker_leaves_a_row(office: Office, notes: Notes) -> None:

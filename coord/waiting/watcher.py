@@ -29,7 +29,7 @@ from coord.waiting.waiter import Waiter
 Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | None
 """`read_settings`: what the rows that a session reads depend on."""
 MAX_WAITERS = 20_000
-LINGER_SECONDS = 1.0
+LINGER_SECONDS = 0.5
 """How long a class is still subscribed to, and its loop kept, that nobody waits for any more."""
 MAX_OWN_READS = 4
 """Sessions that read by themselves at a time: the pool's connections are for others as well."""
