@@ -119,13 +119,13 @@ def prepare(engine: AsyncEngine) -> None:
     sync_engine = engine.sync_engine
     if not event.contains(sync_engine, "connect", _on_connect):
         event.listen(sync_engine, "connect", _on_connect)
+        note_servers(engine)
         event.listen(sync_engine, "handle_error", _on_error)
         event.listen(sync_engine, "checkin", _forget_failure)
 
 
-def _on_connect(dbapi_connection: Any, record: Any) -> None:
+def _on_connect(dbapi_connection: Any, _record: Any) -> None:
     dbapi_connection.run_async(_set_connection_check)
-    record.info[_SERVER] = dbapi_connection.run_async(_started)
 
 
 async def _set_connection_check(driver: asyncpg.Connection) -> None:
@@ -133,6 +133,16 @@ async def _set_connection_check(driver: asyncpg.Connection) -> None:
         await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
     except asyncpg.PostgresError as error:
         logger.debug("client_connection_check_interval cannot be set here: %s", error)
+
+
+def note_servers(engine: AsyncEngine) -> None:
+    """Have each connection know, from when it is made, when its server has started."""
+    if not event.contains(engine.sync_engine, "connect", _note_server):
+        event.listen(engine.sync_engine, "connect", _note_server)
+
+
+def _note_server(dbapi_connection: Any, record: Any) -> None:
+    record.info[_SERVER] = dbapi_connection.run_async(_started)
 
 
 async def _started(driver: asyncpg.Connection) -> Any:

@@ -22,7 +22,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coord.cancellation import interruptible
-from coord.database.engine import another, is_of_session, server_of
+from coord.database.engine import another, is_of_session, note_servers, server_of
 
 EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
 
@@ -71,6 +71,7 @@ class LostAnswers:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        note_servers(self._watched)
         for name, listener in self._listeners:
             event.listen(self._watched.sync_engine, name, listener)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
