@@ -55,7 +55,7 @@ chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up t
 faults: $(READY) ## every part under every fault, in under fifteen minutes, and the matrix of what held
 	@$(BIN)/python -m tests.faults -n 2 --dist loadfile
 
-bench-waiting: $(BENCH) ## measure how waits scale, in five minutes, and write docs/benchmarks.md
+bench-waiting: $(BENCH) ## measure how waits scale, in five to fifteen minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
 bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in 25 minutes, and write docs/roundtrip.md
