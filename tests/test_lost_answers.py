@@ -285,13 +285,22 @@ async def test_what_has_come_to_a_loop_that_was_blocked_is_read_before_it_counts
         assert await observer.fetchval(CONNECTIONS) == 1
 
 
+@contextlib.asynccontextmanager
+async def left_alone(way: Proxy, caplog: pytest.LogCaptureFixture) -> AsyncIterator[AsyncSession]:
+    """Whose one connection is not closed in the block."""
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        yield session
+    await engine.dispose()
+    assert "was lost" not in caplog.text
+
+
 @pytest.mark.usefixtures("quick")
 async def test_an_answer_that_is_only_late_is_not_lost(
     office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:
     """To a statement that has taken long as well; whoever looks is answered at once."""
-    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
-    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+    async with left_alone(way, caplog) as session:
         port = (await session.execute(PORT)).one().client_port
 
         def late(wire: Wire, data: bytes) -> bool:
@@ -303,8 +312,6 @@ async def test_an_answer_that_is_only_late_is_not_lost(
         await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
         await session.commit()
         way.on_answer = None
-    await engine.dispose()
-    assert "was lost" not in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
@@ -313,11 +320,10 @@ async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
 ) -> None:
     """The other one has no such backend, or one that is somebody else's."""
     name = make_url(way.url).database
-    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
     with fragile_postgresql() as other:
         there = await asyncpg.connect(dsn_of(other.url))
         await there.execute(f'CREATE DATABASE "{name}"')
-        async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        async with left_alone(way, caplog) as session:
             await session.execute(text("SELECT 1"))
             way.target = make_url(other.url)
             late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG}))
@@ -327,8 +333,6 @@ async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
             await eventually(lambda: there.fetchval(asked, name))
             await late
         await there.close()
-    await engine.dispose()
-    assert "was lost" not in caplog.text
 
 
 @pytest.mark.usefixtures("quick")
@@ -346,9 +350,21 @@ async def test_behind_a_pooler_which_makes_up_the_numbers_of_backends_nothing_is
         return True
 
     way.on_answer = made_up
-    engine = create_async_engine(way.url, pool_size=1, max_overflow=0)
-    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+    async with left_alone(way, caplog) as session:
         await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
-    await engine.dispose()
     assert len(numbers) == 2  # it has looked
-    assert "was lost" not in caplog.text
+
+
+async def test_who_may_not_ask_since_when_the_server_serves_connects_all_the_same(
+    office: Office, observer: Connection
+) -> None:
+    """On a database whose functions were taken from everybody nothing is watched."""
+    may = "ON FUNCTION pg_postmaster_start_time()"
+    await observer.execute(f"CREATE ROLE nobody LOGIN; REVOKE EXECUTE {may} FROM PUBLIC")
+    engine = create_async_engine(make_url(office.database_url).set(username="nobody"))
+    try:
+        async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+            assert await session.scalar(text("SELECT current_user")) == "nobody"
+    finally:
+        await engine.dispose()
+        await observer.execute(f"DROP ROLE nobody; GRANT EXECUTE {may} TO PUBLIC")

@@ -36,14 +36,14 @@ IMPORTED = [
     "httpx",
     "uvicorn.main",
     "uvloop",
-]
-IMPORTED += [
     "uvicorn.protocols.http.auto",
     "uvicorn.protocols.websockets.auto",
     "uvicorn.loops.auto",
     "uvicorn.lifespan.on",
+    "coord.worker.lifecycle",
+    "sqlalchemy.dialects.postgresql.asyncpg",
+    "redis.asyncio.sentinel",
 ]
-IMPORTED += ["coord.worker.lifecycle", "sqlalchemy.dialects.postgresql.asyncpg", "redis.asyncio.sentinel"]
 MAX_REQUEST_BYTES = 1_000_000
 
 

@@ -146,9 +146,12 @@ def _note_server(dbapi_connection: Any, record: Any) -> None:
 
 
 async def _started(driver: asyncpg.Connection) -> Any:
-    """In a transaction, for a pooler's sake."""
-    async with driver.transaction():
-        return await driver.fetchval("SELECT pg_postmaster_start_time()")
+    """In a transaction, for a pooler's sake. Whatever fails, the connection is made: its first statement will tell."""
+    try:
+        async with driver.transaction():
+            return await driver.fetchval("SELECT pg_postmaster_start_time()")
+    except Exception as error:  # noqa: BLE001 - raised in here, the driver's error would reach the caller as it is
+        logger.debug("PostgreSQL does not say since when it serves: %s", error)
 
 
 def server_of(connection: Connection) -> Any:

@@ -16,7 +16,7 @@ from coord.database.engine import AnySession, bind_for_writes, session_of
 from coord.database.schemas import Schemas, schemas_in_use
 from coord.database.target import M, Target
 from coord.database.transaction import connections_in_use, end_transaction, has_written, holds_lock, is_explicit
-from coord.durations import Seconds, seconds
+from coord.durations import Seconds, positive, seconds
 from coord.errors import UncommittedChangesError
 from coord.jobs.model import Job, ledger_engine
 from coord.observation import ObservedWait
@@ -73,7 +73,7 @@ async def wait_for_row_change(
     session = session_of(session)
     began = asyncio.get_running_loop().time()
     deadline = None if timeout is None else began + seconds("timeout", timeout)
-    interval_seconds = _interval(interval)
+    interval_seconds = positive("interval", interval)
     if job is not None:
         await asyncio.sleep(0)  # its message goes out first, and a worker begins while this wait is registered
     if until is not None and iscoroutinefunction(until):
@@ -115,7 +115,7 @@ async def watch_row(
     """
     session = session_of(session)
     limit = None if timeout is None else seconds("timeout", timeout)
-    interval_seconds = _interval(interval)
+    interval_seconds = positive("interval", interval)
     target = Target.of(model, pk_value, columns)
     baseline = {} if since is None else baseline_of(session, target, since)
     own = SessionReader(session, target, _schemas(session, target))
@@ -166,10 +166,3 @@ async def _end_if_read_only(session: AsyncSession) -> None:
 
 def _schemas(session: AsyncSession, target: Target[Any]) -> Schemas:
     return schemas_in_use(session.sync_session, **bind_for_writes(target.mapper))
-
-
-def _interval(interval: Seconds) -> float:
-    number = seconds("interval", interval)
-    if number == 0:
-        raise ValueError("interval is more than 0 seconds")
-    return number

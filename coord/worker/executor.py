@@ -39,8 +39,6 @@ class Executor:
         self._context = context
         self._signatures = {name: inspect.signature(task.coroutine) for name, task in self._config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
-        self._taken: set[tuple[str, int]] = set()
-        """Tasks with how many positional arguments, and no others, they are known to take."""
 
     def start(self, message: Message, *, queued: float = 0.0) -> None:
         running = self.admit(message, queued=queued)
@@ -85,15 +83,10 @@ class Executor:
         signature = self._signatures.get(message.task)
         if signature is None:
             return LookupError(f"the task {message.task} is not known here")
-        shape = message.task, len(message.args)
-        if shape in self._taken and not message.kwargs:
-            return None
         try:
             signature.bind(None, *message.args, **message.kwargs)
         except TypeError as error:
             return TypeError(f"the task {message.task} does not take these arguments here: {error}")
-        if not message.kwargs:
-            self._taken.add(shape)
         return None
 
     async def _refused(self, running: RunningJob, error: Exception) -> str:
