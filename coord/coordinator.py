@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Mapper, Session
 
 from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
-from coord.database.lost_answers import EndTransactions, LostAnswers
+from coord.database.lost_answers import LostAnswers
 from coord.database.target import key_of, mapper_of
 from coord.durations import whole
 from coord.jobs.model import ledger_engine
@@ -80,8 +80,6 @@ class Coordinator:
         self.outage = Outage(
             logger, away="Redis is away, waits go on by polling and new jobs later", back="Redis is back, all goes on"
         )
-        self.end_transactions: EndTransactions | None = None
-        """Of a worker: ends its backends whose clients were cut off."""
         self._max_waiters = whole("max_waiters", max_waiters)
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
@@ -103,7 +101,7 @@ class Coordinator:
                 stack.callback(setattr, self, "_bell", None)
             for engine in engines:
                 self._coordinate(engine, stack)
-                await stack.enter_async_context(LostAnswers(engine, self.end_transactions))
+                await stack.enter_async_context(LostAnswers(engine))
             self._stack = stack.pop_all()
         return self
 

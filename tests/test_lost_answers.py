@@ -120,6 +120,45 @@ async def _waits(observer: Connection) -> bool:
     return await waiting_for_locks(observer) == 1
 
 
+async def test_what_a_session_had_locked_is_free_again(office: Office, way: Proxy, observer: Connection) -> None:
+    """Also of a process that is no worker: nobody else would know that its client was cut off."""
+    engine = create_async_engine(way.url)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        await session.execute(text("LOCK TABLE users IN EXCLUSIVE MODE"))
+        lose(way)
+        with pytest.raises(DBAPIError):
+            await session.execute(text("SELECT 1"))
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE NOWAIT")
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("statement", [b"client_connection_check_interval", b"BEGIN", b"pg_postmaster_start_time"])
+async def test_a_connection_that_is_lost_while_it_is_made_is_given_up(
+    office: Office, way: Proxy, statement: bytes
+) -> None:
+    """No statement of a session is on it yet."""
+
+    def lose_it(wire: Wire, data: bytes) -> bool:
+        wire.is_dead = statement in data
+        return wire.is_dead
+
+    engine = create_async_engine(way.url)
+    async with engine.connect():
+        pass  # what SQLAlchemy asks the first connection of all, nobody watches
+    await engine.dispose()
+    async with Coordinator(async_sessionmaker(engine)), asyncio.timeout(WITHIN):
+        way.on_request = lose_it
+        with pytest.raises(DBAPIError) as caught:
+            async with AsyncSession(engine) as session:
+                await session.execute(text("SELECT 1"))
+        assert is_retryable(caught.value)
+        way.on_request = None
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+    await engine.dispose()
+
+
 async def test_a_job_whose_statement_never_arrived_runs_again(office: Office, way: Proxy) -> None:
     """The task was busy elsewhere as the link was lost, and its transaction had a table locked."""
     held = Held()
@@ -327,9 +366,7 @@ async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
             await session.execute(text("SELECT 1"))
             way.target = make_url(other.url)
             late = asyncio.create_task(session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG}))
-            asked = (
-                "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND starts_with(query, 'SELECT pg_backend')"
-            )
+            asked = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND query = 'COMMIT;'"
             await eventually(lambda: there.fetchval(asked, name))
             await late
         await there.close()

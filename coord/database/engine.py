@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import copy_context
+from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 import asyncpg
@@ -31,11 +34,14 @@ logger = logging.getLogger("coord.engine")
 
 CONNECTION_CHECK = "250ms"
 """How soon a backend notices, in the middle of a statement, that its client has gone."""
+FIRST_ANSWERS_SECONDS = 4.0
+"""After which a new connection is given up that is answered nothing, before a statement is on it to be watched."""
 READ_ONLY = "25006"
 """PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
 _FAILURE = "coord.failure"
-_SERVER = "coord.server"
+_BACKEND = "coord.backend"
+_WHICH_BACKEND = "SELECT pg_postmaster_start_time(), backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 
@@ -114,12 +120,12 @@ def prepare(engine: AsyncEngine) -> None:
     """Have the engine's connections end what their client abandoned, be given up when lost, and commit honestly.
 
     Sets `client_connection_check_interval` on each new connection (PostgreSQL 14 and later, where the platform can
-    tell; section 19.3 of its manual), and asks when its server has started. Repeating the call changes nothing.
+    tell; section 19.3 of its manual), and asks which backend it has. Repeating the call changes nothing.
     """
     sync_engine = engine.sync_engine
     if not event.contains(sync_engine, "connect", _on_connect):
         event.listen(sync_engine, "connect", _on_connect)
-        note_servers(engine)
+        note_backends(engine)
         event.listen(sync_engine, "handle_error", _on_error)
         event.listen(sync_engine, "checkin", _forget_failure)
 
@@ -130,33 +136,53 @@ def _on_connect(dbapi_connection: Any, _record: Any) -> None:
 
 async def _set_connection_check(driver: asyncpg.Connection) -> None:
     try:
-        await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
+        with _given_up_late(driver):
+            await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
     except asyncpg.PostgresError as error:
         logger.debug("client_connection_check_interval cannot be set here: %s", error)
 
 
-def note_servers(engine: AsyncEngine) -> None:
-    """Have each connection know, from when it is made, when its server has started."""
-    if not event.contains(engine.sync_engine, "connect", _note_server):
-        event.listen(engine.sync_engine, "connect", _note_server)
+class Backend(NamedTuple):
+    """What tells it from any other, also of the other servers that an address may lead to."""
+
+    server_started: datetime
+    started: datetime
 
 
-def _note_server(dbapi_connection: Any, record: Any) -> None:
-    record.info[_SERVER] = dbapi_connection.run_async(_started)
+def note_backends(engine: AsyncEngine) -> None:
+    """Have each connection know, from when it is made, which backend it has."""
+    if not event.contains(engine.sync_engine, "connect", _note_backend):
+        event.listen(engine.sync_engine, "connect", _note_backend)
 
 
-async def _started(driver: asyncpg.Connection) -> Any:
+def _note_backend(dbapi_connection: Any, record: Any) -> None:
+    record.info[_BACKEND] = dbapi_connection.run_async(_backend)
+
+
+async def _backend(driver: asyncpg.Connection) -> Backend | None:
     """In a transaction, for a pooler's sake. Whatever fails, the connection is made: its first statement will tell."""
     try:
-        async with driver.transaction():
-            return await driver.fetchval("SELECT pg_postmaster_start_time()")
+        with _given_up_late(driver):
+            async with driver.transaction():
+                return Backend(*await driver.fetchrow(_WHICH_BACKEND))
     except Exception as error:  # noqa: BLE001 - raised in here, the driver's error would reach the caller as it is
-        logger.debug("PostgreSQL does not say since when it serves: %s", error)
+        logger.debug("PostgreSQL does not say which backend it is: %s", error)
+        return None
 
 
-def server_of(connection: Connection) -> Any:
-    """When its server has started, which tells it from the others that an address may lead to; None if nobody asked."""
-    return connection.info.get(_SERVER)
+@contextmanager
+def _given_up_late(driver: asyncpg.Connection) -> Iterator[None]:
+    """Close the connection if the block takes long: a cancelled statement might wait for its cancellation."""
+    timer = asyncio.get_running_loop().call_later(FIRST_ANSWERS_SECONDS, driver.terminate)
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def backend_of(connection: Connection) -> Backend | None:
+    """None if PostgreSQL has not said."""
+    return connection.info.get(_BACKEND)
 
 
 def _on_error(context: ExceptionContext) -> None:

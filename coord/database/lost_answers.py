@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import Any, Self
 
-from sqlalchemy import Connection, column, event, func, select, table
+from sqlalchemy import Connection, DateTime, Integer, Row, column, event, func, select, table, tuple_
 from sqlalchemy.engine import ExceptionContext
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coord.cancellation import interruptible
-from coord.database.engine import another, is_of_session, note_servers, server_of
-
-EndTransactions = Callable[[AsyncConnection, Sequence[int]], Awaitable[None]]
+from coord.database.engine import another, backend_of, is_of_session, note_backends
 
 logger = logging.getLogger("coord.engine")
 
@@ -33,27 +32,41 @@ ANSWER_SECONDS = 4.0
 INTERVAL_SECONDS = 0.5
 LOOK_SECONDS = 1.5
 """For PostgreSQL to accept a connection and to say what its backends do."""
+TERMINATE_MILLISECONDS = 500
+"""For a backend to end that does nothing."""
 HELD_UP_SECONDS = 2.5
 """Between two rounds, after which the event loop has been held up: it may not have read what has come."""
 IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
 """In which a backend has answered everything. What a role may not see has no state."""
 
-_activity = table("pg_stat_activity", *map(column, ("pid", "state", "state_change")), schema="pg_catalog")
-_own, _started = func.pg_backend_pid(), func.pg_postmaster_start_time()
+_activity = table(
+    "pg_stat_activity",
+    column("pid", Integer),
+    column("backend_start", DateTime(timezone=True)),
+    column("state"),
+    column("state_change"),
+    schema="pg_catalog",
+)
+_own, _server_started = func.pg_backend_pid(), func.pg_postmaster_start_time()
 _idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state_change).label("idle_seconds")
+_what = (
+    _own.label("own"),
+    _server_started.label("server_started"),
+    *_activity.c["pid", "backend_start", "state"],
+    _idle_seconds,
+)
+_ended = func.pg_terminate_backend(_activity.c.pid, TERMINATE_MILLISECONDS)
 
 
 class LostAnswers:
     """Closes connections of an engine within the block whose answers were lost, some five seconds after that.
 
-    Connects only while an answer is late. `end` is given such a connection and the backends whose clients were cut off,
-    which it may end, and so free their locks. Behind a pooler, which does not say whose backend is whose, nothing is
-    done. COMMIT and ROLLBACK are watched where a session sends them.
+    Connects only while an answer is late. The backends are ended first, which frees their locks. Behind a pooler, which
+    does not say whose backend is whose, nothing is done. COMMIT and ROLLBACK are watched where a session sends them.
     """
 
-    def __init__(self, engine: AsyncEngine, end: EndTransactions | None = None) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._watched = engine
-        self._end = end
         self._engine = another(engine)
         self._sent: dict[Connection, float] = {}
         """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
@@ -71,7 +84,7 @@ class LostAnswers:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        note_servers(self._watched)
+        note_backends(self._watched)
         for name, listener in self._listeners:
             event.listen(self._watched.sync_engine, name, listener)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
@@ -126,21 +139,21 @@ class LostAnswers:
             await self._disconnect()
 
     async def _look(self, suspects: Sequence[Suspect]) -> None:
-        what = (_own.label("own"), _started.label("server"), _activity.c.pid, _activity.c.state, _idle_seconds)
-        asked = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
+        which = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
         async with self._engine.begin() as connection:
-            rows = (await connection.execute(select(*what).where(asked))).all()
+            rows = (await connection.execute(select(*_what).where(which))).all()
             driver = await connection.run_sync(_driver)
             if rows[0].own != driver.get_server_pid():
                 return  # a pooler is between
-            working = {row.pid for row in rows if row.state not in IDLE_STATES or row.idle_seconds < ANSWER_SECONDS}
+            found = {row.pid: row for row in rows}
+            server_started = rows[0].server_started
             lost = [
                 suspect
                 for suspect in suspects
-                if suspect.server == rows[0].server and suspect.pid not in working and self._waits(suspect)
+                if suspect.is_lost(server_started, found.get(suspect.pid)) and self._waits(suspect)
             ]
-            if lost and self._end is not None:
-                await self._end(connection, [suspect.pid for suspect in lost])
+            if lost:
+                await _end(connection, lost)
             for suspect in filter(self._waits, lost):
                 logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
                 suspect.driver.terminate()
@@ -164,7 +177,26 @@ class Suspect:
         self.sent = sent
         self.driver = _driver(connection)
         self.pid: int = self.driver.get_server_pid()
-        self.server = server_of(connection)
+        self.backend = backend_of(connection)
+
+    def is_lost(self, server_started: object, row: Row[Any] | None) -> bool:
+        """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
+        if self.backend is None or self.backend.server_started != server_started:
+            return False
+        if row is None or row.backend_start != self.backend.started:
+            return True
+        return row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
+
+
+async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None:
+    """A role may end its own backends (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual)."""
+    backends = [(suspect.pid, suspect.backend.started) for suspect in suspects if suspect.backend is not None]
+    which = tuple_(_activity.c.pid, _activity.c.backend_start).in_(backends)
+    try:
+        async with connection.begin_nested():
+            await connection.execute(select(_ended).where(which))
+    except DBAPIError as error:
+        logger.warning("Backends whose clients were cut off cannot be ended: %s", error.orig)
 
 
 def _driver(connection: Connection) -> Any:

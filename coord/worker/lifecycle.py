@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import AsyncExitStack, closing
-from functools import partial
 from typing import Any
 
 from sqlalchemy import func, inspect
@@ -27,7 +26,7 @@ from coord.worker.maintenance.leader import Leader
 from coord.worker.maintenance.pruner import Pruner
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.registry import WorkerRegistry
-from coord.worker.maintenance.rescuer import Rescuer, end_transactions
+from coord.worker.maintenance.rescuer import Rescuer
 from coord.worker.maintenance.rows import QueuedJobs
 from coord.worker.maintenance.scheduler import Scheduler
 from coord.worker.maintenance.ticker import Ticker
@@ -93,7 +92,6 @@ class Lifecycle:
         config, state = self._config, self._share(stack)
         coordinator = Coordinator(config.session_maker, redis=state.redis, namespace=config.keys.namespace)
         coordinator.outage = state.outage
-        coordinator.end_transactions = partial(end_transactions, worker=state.id)
         await stack.enter_async_context(LostAnswers(state.engine))
         await stack.enter_async_context(coordinator)
         self.registry = WorkerRegistry(state)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from coord.testing.history import Operation, Recorder
 
 SENT = "http11.send_request_headers.started"
-PAUSE_SECONDS = 0.5
-"""Before a request that was not answered well is sent again."""
+PAUSE_SECONDS = (0.5, 5.0)
+"""Before a request that was not answered well is sent again, on average, and before any later time at most."""
 GIVE_UP_SECONDS = 90.0
 
 
@@ -59,7 +59,7 @@ class Visit:
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """`send` it again and again until the answer is a success, or raise `GaveUp`, which is in the history."""
-        until = self._recorder.now() + GIVE_UP_SECONDS
+        until, pause = self._recorder.now() + GIVE_UP_SECONDS, PAUSE_SECONDS[0]
         while True:
             response = await self.send(method, path, **options)
             if response is not None and response.is_success:
@@ -69,7 +69,8 @@ class Visit:
                 text = f"client {self.number} gave up {method} {path} after {GIVE_UP_SECONDS:g} s, with {answer}"
                 self._recorder.write(Complaint(text, "served"))
                 raise GaveUp(text)
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(pause * self.random.uniform(0.5, 1.5))
+            pause = min(2 * pause, PAUSE_SECONDS[1])
 
     async def send(
         self,

@@ -40,7 +40,6 @@ _end_backends = text("""
     SELECT pg_terminate_backend(pid, :milliseconds) FROM pg_locks
     WHERE locktype = 'advisory' AND (classid, objid, objsubid) = (:class, :worker, 2)
         AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-        AND (CAST(:among AS int[]) IS NULL OR pid = ANY (CAST(:among AS int[])))
 """)
 
 
@@ -141,10 +140,8 @@ def _record(dead: Row[Any], aboard: Sequence[Row[Any]], after: Sequence[Row[Any]
     return insert(attempts).values(rows).on_conflict_do_nothing()
 
 
-async def end_transactions(connection: AsyncConnection, among: Sequence[int] | None = None, *, worker: UUID) -> None:
+async def end_transactions(connection: AsyncConnection, *, worker: UUID) -> None:
     """End the backends of a worker's open job transactions; they are told apart by the advisory lock they hold.
-
-    `among`: of these backends alone.
 
     A role may do that to itself (`pg_terminate_backend`, section 9.28.2 of PostgreSQL's manual). Without it the
     transactions end when they have been idle for too long.
@@ -152,7 +149,6 @@ async def end_transactions(connection: AsyncConnection, among: Sequence[int] | N
     which = {
         "class": WORKER_LOCK_CLASS,
         "worker": worker_lock_key(worker) % 2**32,
-        "among": None if among is None else list(among),
     }
     try:
         async with connection.begin_nested():
