@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from sqlalchemy import make_url, text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -405,3 +405,29 @@ async def test_who_may_not_ask_since_when_the_server_serves_connects_all_the_sam
     finally:
         await engine.dispose()
         await observer.execute(f"DROP ROLE nobody; GRANT EXECUTE {may} TO PUBLIC")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_another_role_waits_for_long_is_not_lost(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where an application's name changes from time to time, who asks may not see what an older connection does."""
+    await observer.execute("CREATE ROLE later LOGIN")
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
+    made = 0
+
+    def as_now(_dialect: Any, _record: Any, _arguments: Any, parameters: dict[str, Any]) -> None:
+        nonlocal made
+        made += 1
+        if made > 1:
+            parameters["user"] = "later"
+
+    event.listen(engine.sync_engine, "do_connect", as_now)
+    try:
+        async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+            await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
+    finally:
+        await engine.dispose()
+        await observer.execute("DROP ROLE later")
+    assert made > 1, "somebody has asked"
+    assert "was lost" not in caplog.text

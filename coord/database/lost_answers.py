@@ -183,7 +183,8 @@ class Suspect:
         """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
         if self.backend is None or self.backend.server_started != server_started:
             return False
-        if row is None or row.backend_start != self.backend.started:
+        # Of another role's backend nothing may be seen, but that it is there.
+        if row is None or row.backend_start not in (None, self.backend.started):
             return True
         return row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
 
