@@ -39,6 +39,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("tables")]
 WITHIN = 10.0
 """Seconds from the loss until the job has run again."""
 EFFECT = text("INSERT INTO effects (job, attempt) VALUES (:job, :attempt)")
+PID = text("SELECT pg_backend_pid()")
 PORT = text("SELECT client_port FROM pg_stat_activity WHERE pid = pg_backend_pid()")
 CONNECTIONS = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'watched'"
 KEY_DATA = b"K\x00\x00\x00\x0c"
@@ -405,6 +406,28 @@ async def test_who_may_not_ask_since_when_the_server_serves_connects_all_the_sam
     finally:
         await engine.dispose()
         await observer.execute(f"DROP ROLE nobody; GRANT EXECUTE {may} TO PUBLIC")
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_error_that_a_listener_of_the_applications_makes_another_of_is_waited_for_by_nobody(
+    office: Office, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It raises, and so keeps others from being told that the statement has ended."""
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
+
+    def translate(_context: Any) -> None:
+        raise LookupError("as the application calls it")
+
+    event.listen(engine.sync_engine, "handle_error", translate)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        pid = await session.scalar(PID)
+        with pytest.raises(LookupError):
+            await session.execute(text("SELECT CAST('x' AS int)"))
+        await asyncio.sleep(LONG)
+        await session.rollback()
+        assert await session.scalar(PID) == pid
+    await engine.dispose()
+    assert "was lost" not in caplog.text
 
 
 @pytest.mark.usefixtures("quick")

@@ -17,6 +17,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import Any, Self
 
+from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, DateTime, Integer, Row, column, event, func, select, table, tuple_
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError
@@ -24,6 +25,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from coord.cancellation import interruptible
 from coord.database.engine import another, backend_of, is_of_session, note_backends
+
+Sent = tuple[float, greenlet]
+"""When a statement was sent, on the monotonic clock, and by which greenlet: SQLAlchemy makes one for each call."""
 
 logger = logging.getLogger("coord.engine")
 
@@ -68,8 +72,8 @@ class LostAnswers:
     def __init__(self, engine: AsyncEngine) -> None:
         self._watched = engine
         self._engine = another(engine)
-        self._sent: dict[Connection, float] = {}
-        """Since when an answer is waited for, on the monotonic clock; or was, if the connection is closed by now."""
+        self._sent: dict[Connection, Sent] = {}
+        """The answers that are waited for; or were, if the connection is closed or the greenlet has ended by now."""
         self._calm_since = 0.0
         self._is_connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -102,7 +106,7 @@ class LostAnswers:
     # The first two are called for every statement, and leave the rest to who looks.
     def _on_sent(self, connection: Connection, *_: Any) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[connection] = monotonic()
+            self._sent[connection] = monotonic(), getcurrent()
 
     def _on_answer(self, connection: Connection, *_: Any) -> None:
         self._sent.pop(connection, None)
@@ -130,8 +134,8 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_open(connection)}
-        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent < late]
+        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_awaited(connection, sent)}
+        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent[0] < late]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
@@ -166,13 +170,14 @@ class LostAnswers:
 
     def _waits(self, suspect: Suspect) -> bool:
         """Whether it still waits for that answer."""
-        return self._sent.get(suspect.connection) == suspect.sent and _is_open(suspect.connection)
+        sent = suspect.sent
+        return self._sent.get(suspect.connection) == sent and _is_awaited(suspect.connection, sent)
 
 
 class Suspect:
     """A connection on which an answer is late."""
 
-    def __init__(self, connection: Connection, sent: float) -> None:
+    def __init__(self, connection: Connection, sent: Sent) -> None:
         self.connection = connection
         self.sent = sent
         self.driver = _driver(connection)
@@ -203,6 +208,11 @@ async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None
 def _driver(connection: Connection) -> Any:
     """asyncpg's own connection."""
     return connection.connection.driver_connection
+
+
+def _is_awaited(connection: Connection, sent: Sent) -> bool:
+    """A listener of the application's that raises keeps others from being told that the statement has ended."""
+    return _is_open(connection) and not sent[1].dead
 
 
 def _is_open(connection: Connection) -> bool:
