@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -27,10 +27,13 @@ STOP_TIMEOUT_SECONDS = 0.1
 """Seconds for work to stop whose time is up: its server may well be gone."""
 
 
-async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = None) -> T:
+async def interruptible(
+    work: Coroutine[Any, Any, T], *, limit: float | None = None, give_up: Callable[[], None] | None = None
+) -> T:
     """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
 
     `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
+    `give_up` is called before that.
     """
     task = asyncio.create_task(work)
     ended = asyncio.get_running_loop().create_future()  # a cancellation of the caller's ends this, and not the work
@@ -46,6 +49,8 @@ async def interruptible(work: Coroutine[Any, Any, T], *, limit: float | None = N
         if timer is not None:
             timer.cancel()
     if not task.done():
+        if give_up is not None:
+            give_up()
         task.cancel()
         await _seen_to_end(task, STOP_TIMEOUT_SECONDS)
         raise TimeoutError

@@ -17,6 +17,7 @@ from coord.http import EventStreams
 from coord.http.events import RunningJobs
 from tests.counter import PROBLEM, URN, changed, counter, end, placed, runs
 from tests.ledger import a_task, committed, statements
+from tests.proxy import Proxy
 from tests.raw import Call, call
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
@@ -307,3 +308,25 @@ async def test_a_client_that_does_not_read_delays_no_other_stream(
             while last != "29":
                 ((last, _),) = await states(idle, 1)
         await eventually(lambda: not open_waits(), within=1)
+
+
+async def test_a_stream_of_a_job_ends_after_its_time_though_postgresql_has_fallen_silent(
+    session_maker: SessionMaker, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.1)
+    monkeypatch.setattr(coord.http.events, "MAX_AGE_SECONDS", 0.05)
+    job = await committed(session_maker, a_task)
+    async with Proxy(database_url).opened() as way:
+        engine = create_async_engine(way.url)
+        maker = async_sessionmaker(engine, expire_on_commit=False)
+        async with served(counter(maker, streams=EventStreams(maker, duration=1))) as http:
+            async with call(str(http.base_url), "GET", f"/jobs/{job.id}/events") as stream:
+                await stream.begun()
+                assert await job_states(stream, 1) == [("1-queued", "queued")]
+                way.flows.clear()
+                try:
+                    async with asyncio.timeout(5):
+                        assert await stream.event() is None
+                finally:
+                    way.flows.set()
+        await engine.dispose()

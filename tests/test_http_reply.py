@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, JobState
 from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, placed, runs, the_job
+from tests.proxy import Proxy
 from tests.serving import served
 from tests.waits import registered
 from worker.models import Order
@@ -213,3 +214,22 @@ async def test_a_202_has_the_last_known_state_when_the_job_cannot_be_read_in_tim
         assert answer.elapsed.total_seconds() < 3
         assert (await fulfilling(client, await placed(maker), "wait=0")).status_code == 202
     await engine.dispose()
+
+
+async def test_a_202_comes_in_time_though_postgresql_has_fallen_silent(database_url: str) -> None:
+    """It does not have to hang up politely first."""
+    async with Proxy(database_url).opened() as way:
+        engine = create_async_engine(way.url)
+        maker = async_sessionmaker(engine, expire_on_commit=False)
+        async with served(counter(maker)) as client:
+            asking = fulfilling(client, await placed(maker), "wait=1")
+            job = await the_job(maker)
+            await registered()
+            way.flows.clear()
+            try:
+                answer = await asking
+            finally:
+                way.flows.set()
+        await engine.dispose()
+    assert (answer.status_code, answer.json().get("job")) == (202, {"id": str(job.id), "state": "queued"})
+    assert answer.elapsed.total_seconds() < 3

@@ -13,7 +13,7 @@ from fastapi import Depends, Header, HTTPException
 from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from coord.cancellation import uninterrupted
+from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import engines_of, prepare
 from coord.durations import Seconds, seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
@@ -33,6 +33,8 @@ HEARTBEAT_INTERVAL_SECONDS = 2.0
 """Between two heartbeats of a worker, and between two reads of them for a stream."""
 MAX_AGE_SECONDS = 1.0
 """For which one read of them will do for all streams."""
+READ_SECONDS = 1.0
+"""That it may take: no stream outlives its time, or its server, for want of it."""
 LAST_EVENT_ID = Header(alias="Last-Event-ID", description="The id of the last event that the client has.")
 
 
@@ -150,14 +152,18 @@ class RunningJobs:
         return status
 
     async def _read(self) -> None:
-        if (now := asyncio.get_running_loop().time()) < self._expires:
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._expires:
             return
-        self._expires = now + MAX_AGE_SECONDS
         try:
-            async with self._session_maker() as session:
-                self._running = {(beat.id, beat.attempt) for beat in await heartbeats(session)}
+            self._running = await interruptible(self._found(), limit=READ_SECONDS)
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", error)
+            logger.debug("The workers' heartbeats cannot be read: %s", error or type(error).__name__)
+        self._expires = loop.time() + MAX_AGE_SECONDS  # now, or each stream would wait as long for a silent server
+
+    async def _found(self) -> set[tuple[UUID, int]]:
+        async with self._session_maker() as session:
+            return {(beat.id, beat.attempt) for beat in await heartbeats(session)}
 
 
 def finishes() -> dict[int | str, dict[str, Any]]:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.database.engine import AnySession, session_of
 from coord.database.target import M
-from coord.database.transaction import end_transaction
+from coord.database.transaction import cut_connections, end_transaction
 from coord.durations import Seconds
 from coord.errors import WaitTimeoutError
 from coord.http.interruption import while_connected
@@ -111,14 +111,17 @@ class Reply:
 
 async def _state_of(session: AsyncSession, job: Job | UUID) -> JobState:
     depends = session.in_transaction()
+    cut = asyncio.get_running_loop().call_later(STATE_TIMEOUT_SECONDS, cut_connections, session)
     try:
-        async with asyncio.timeout(STATE_TIMEOUT_SECONDS):
+        async with asyncio.timeout(STATE_TIMEOUT_SECONDS):  # for a connection as well
             return (await get_job(session, job_id_of(job))).state
     except Exception as error:
         if depends or isinstance(job, UUID) or not (isinstance(error, TimeoutError) or is_retryable(error)):
             raise
         await end_transaction(session)
         return job.state
+    finally:
+        cut.cancel()
 
 
 async def reply(request: Request, response: Response, _prefer: Annotated[str | None, PREFER] = None) -> Reply:

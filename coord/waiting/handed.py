@@ -9,12 +9,13 @@ from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
 
+from coord.cancellation import interruptible
 from coord.database.target import M
 from coord.errors import RowNotFoundError
 from coord.retryable import is_server_away
 from coord.waiting.baseline import Baseline, Difference, difference, own_copy
 from coord.waiting.poller import RETRY_INTERVAL_SECONDS
-from coord.waiting.session_reader import SessionReader
+from coord.waiting.session_reader import SessionReader, seconds_left
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 
 
@@ -63,22 +64,25 @@ class HandedWaiter(Waiter[M]):
             if row is None:
                 raise self.error or self.timed_out(began)
             is_last = self.concluding and not self.fresh
-            if is_last or (until(row) if until else await self._has_changed()):
+            if is_last or (until(row) if until else await self._has_changed(deadline)):
                 return await self._own.adopt(row, deadline, alone=self._alone)
 
-    async def _has_changed(self) -> bool:
+    async def _has_changed(self, deadline: float | None) -> bool:
         """Where Python cannot tell, PostgreSQL compares; if it finds a change the row is read once more."""
         seen, self._difference = self._difference, True
         if not isinstance(seen, dict):
             return True
+        compared = self._poller.reader.stores(self.target, seen)
         try:
-            if not await self._poller.reader.stores(self.target, seen):
+            if not await interruptible(compared, limit=None if deadline is None else seconds_left(deadline)):
                 self._want_fresh()
         except Exception as error:
             if not is_server_away(error):
                 if isinstance(error, DBAPIError):
                     return True  # SQL cannot compare it, so the comparison in Python counts
                 raise
+            if seconds_left(deadline) <= RETRY_INTERVAL_SECONDS:
+                raise self.timed_out(self._own.began) from error
             self.baseline.update(seen)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
             self.request()

@@ -19,7 +19,7 @@ from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import bind_for_writes, engine_of, own_connection
 from coord.database.schemas import Schemas, schemas_of
 from coord.database.target import EAGER, M, Target, column_names
-from coord.database.transaction import connection_mutex, end_transaction
+from coord.database.transaction import connection_mutex, cut_connections, end_transaction
 from coord.errors import RowNotFoundError
 from coord.jobs.model import Job
 from coord.notify.changes import warn_if_uncoordinated
@@ -190,7 +190,7 @@ class SessionReader(Generic[M]):
     async def _bounded(self, work: Coroutine[Any, Any, T], limit: float) -> T:
         if not self.bound:
             try:
-                return await interruptible(work, limit=limit)
+                return await interruptible(work, limit=limit, give_up=partial(cut_connections, self.session))
             except TimeoutError as error:
                 raise timed_out(self.target, self.began) from error
 
