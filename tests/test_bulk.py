@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from coord import UniqueKeyConflictError, call, enqueue, enqueue_many, job_transaction, task_options
+from coord import UniqueKeyConflictError, call, cancel_job, enqueue, enqueue_many, job_transaction, task_options
 from coord.jobs.bulk import SLICE
 from tests.ledger import a_task, committed, delivered, executed
 from tests.serving import eventually
@@ -209,3 +209,18 @@ async def test_jobs_of_many_run_each_once_in_their_queues(office: Office) -> Non
         for job in found:
             assert (await office.final(job)).state == "done"
     assert sorted(seen) == sorted([*range(150)] * 2)
+
+
+async def test_a_job_of_many_that_is_cancelled_while_they_are_still_to_be_sent_takes_no_other_with_it(
+    office: Office,
+) -> None:
+    """Redis is slow, so that both commits wait for what was published before."""
+    async with office.session_maker() as first, office.session_maker() as second:
+        made = await enqueue_many(first, [call(a_task, number) for number in range(3)])
+        await second.connection()
+        await office.redis.client_pause(1_000, all=False)  # what writes waits
+        await office.enqueue(a_task, "before")
+        await first.commit()
+        await cancel_job(second, made[0].id)
+        await second.commit()
+    await office.waiting(3, within=4)

@@ -32,7 +32,7 @@ def push(keys: QueueKeys, jobs: Iterable[tuple[Job | Row[Any], float]]) -> Comma
 def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
     """What gives new jobs, or new attempts of old ones, to the workers of their queues, and takes back what has ended.
 
-    By what each is about: one job, or the first of many.
+    By what each is about: one job, or all of many, of which one may be withdrawn while they are still to be sent.
     """
     commands: dict[Hashable, Commands] = {}
     queues: dict[str, list[tuple[Job, float]]] = {}
@@ -44,9 +44,11 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
             queues.setdefault(job.queue, []).append((job, remaining))
     for queue, waiting in queues.items():
         for start in range(0, len(waiting), MAX_JOBS_PER_COMMAND):
-            command = push(QueueKeys(namespace, queue), waiting[start : start + MAX_JOBS_PER_COMMAND])
+            some = waiting[start : start + MAX_JOBS_PER_COMMAND]
+            command = push(QueueKeys(namespace, queue), some)
             if command is not None:
-                commands[waiting[start][0].id] = (command,)
+                ids = tuple(job.id for job, _ in some)
+                commands[ids if len(ids) > 1 else ids[0]] = (command,)
     return commands
 
 
