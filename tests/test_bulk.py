@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
+    from coord import Call, Job
+
     SessionMaker = async_sessionmaker[AsyncSession]
 
 pytestmark = pytest.mark.usefixtures("tables", "ledger")
@@ -224,3 +226,29 @@ async def test_a_job_of_many_that_is_cancelled_while_they_are_still_to_be_sent_t
         await cancel_job(second, made[0].id)
         await second.commit()
     await office.waiting(3, within=4)
+
+
+async def test_two_who_make_jobs_with_the_same_keys_in_other_orders_are_in_nobodys_way(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    """A third holds the key in the middle until both have come there."""
+    calls = [call(task_options(a_task, unique_key=f"{number:03}"), number) for number in range(100)]
+    async with session_maker() as third, session_maker() as one, session_maker() as other:
+        await enqueue(third, task_options(a_task, unique_key="050"), 50)
+
+        async def make(session: AsyncSession, given: list[Call]) -> list[Job]:
+            found = await enqueue_many(session, given)
+            await session.commit()
+            return found
+
+        making = [asyncio.create_task(make(one, calls)), asyncio.create_task(make(other, calls[::-1]))]
+        await eventually(lambda: waiting(observer, 2))
+        await third.rollback()
+        first, second = await asyncio.gather(*making)
+    assert {job.id for job in first} == {job.id for job in second}
+    assert await count(observer) == 100
+
+
+async def waiting(observer: Connection, number: int) -> bool:
+    found: int = await observer.fetchval("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'")
+    return found == number

@@ -173,7 +173,9 @@ def _enqueue(
                 for there in execute(session, _find, {"rows": text}).mappings().all():
                     same = there["task"], there["unique_key"]
                     found[same] = joined(there, calls[left.pop(same)].arguments)
-            stored = insert(session, [rows[place] for place in left.values()]) if left else {}
+            # In one order everywhere: of two that make jobs with the same keys, one waits for the other and not both.
+            in_order = sorted(left.values(), key=lambda place: (rows[place]["task"], rows[place]["unique_key"] or ""))
+            stored = insert(session, [rows[place] for place in in_order]) if left else {}
             made += stored
             for key, place in [*left.items()]:
                 if (new := stored.get(rows[place]["id"])) is not None:
