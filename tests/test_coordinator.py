@@ -25,6 +25,7 @@ from coord.dev.embedded import PostgreSQL, Valkey
 from coord.notify.channels import MAX_ROWS_PER_TABLE, Channels
 from tests.clusters import lay
 from tests.models import Account, Base, Item, User
+from tests.proxy import Proxy
 from tests.serving import all_given_back, eventually, served
 from tests.waits import registered, waiting
 
@@ -96,6 +97,25 @@ async def test_a_commit_wakes_the_wait(coordinator: Coordinator, session_maker: 
         await writer.commit()
         async with asyncio.timeout(1):
             assert (await task).name == "after"
+
+
+@pytest.mark.usefixtures("users")
+async def test_a_change_before_a_slow_redis_has_subscribed_is_seen_once_it_has(
+    session_maker: SessionMaker, redis_url: str, redis: Redis, observer: Connection
+) -> None:
+    """The row was read when that had taken too long, and its message came before it was done."""
+    async with Proxy(redis_url).opened() as way:
+        async with Coordinator(session_maker, redis=way.url, read_settings={}) as coordinator:
+            await eventually(lambda: coordinator._bell and coordinator._bell.connected)
+            way.flows.clear()
+            async with session_maker() as session:
+                task = waiting(session, User, 1, interval=NEVER, timeout=NEVER)
+                await registered()
+                await observer.execute("UPDATE users SET name = 'after' WHERE id = 1")
+                assert await redis.publish(coordinator.channels.row(mapper_of(User), (), (1,)), b"") == 0
+                way.flows.set()
+                async with asyncio.timeout(5):
+                    assert (await task).name == "after"
 
 
 @pytest.mark.usefixtures("users")

@@ -16,6 +16,7 @@ import coord.notify.subscriber
 from coord.dev.embedded import Valkey
 from coord.notify.client import close_client, own_client
 from coord.notify.subscriber import MAX_CHANNELS_PER_COMMAND, Subscriber
+from tests.proxy import Proxy
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -208,3 +209,17 @@ async def test_a_redis_that_falls_silent_is_found_out_and_heard_again(
                 os.kill(valkey.pid, signal.SIGCONT)
             await eventually(lambda: scene.results[-1] is None)
             await scene.receives(b"channel", listener)
+
+
+async def test_a_listener_is_called_again_once_redis_has_confirmed_what_took_long(redis_url: str) -> None:
+    """Between the two it was read, and may have changed: that message was missed."""
+    async with Proxy(redis_url).opened() as way, opened(way.url, redis_url) as scene:
+        await eventually(lambda: None in scene.results)
+        way.flows.clear()
+        listener = Listener()
+        scene.subscriber.listen(b"late", listener)
+        await eventually(lambda: listener.confirmed == 1)
+        assert await scene.redis.publish(b"late", b"") == 0
+        way.flows.set()
+        await eventually(lambda: listener.confirmed == 2)
+        await scene.receives(b"late", listener)

@@ -200,7 +200,7 @@ class Subscriber:
                     for listener in listeners:
                         _notify(listener.on_message)
             case [b"subscribe", channel, _]:
-                self._confirm([channel])
+                self._on_subscribed(channel)
             case [b"pong", _] | b"PONG":  # with a subscription, and without one
                 self._pause = RECONNECT_PAUSE_SECONDS[0]
                 self._on_result(None)
@@ -209,9 +209,13 @@ class Subscriber:
         """Call `subscribed` of the listeners of those channels that are not confirmed yet."""
         for channel in channels:
             if channel in self._unconfirmed:
-                del self._unconfirmed[channel]
-                for listener in self._listeners.get(channel, ()):
-                    _notify(listener.subscribed)
+                self._on_subscribed(channel)
+
+    def _on_subscribed(self, channel: bytes) -> None:
+        """Redis has confirmed it, or takes long: until it does messages are missed, so it is called again then."""
+        self._unconfirmed.pop(channel, None)
+        for listener in self._listeners.get(channel, ()):
+            _notify(listener.subscribed)
 
 
 def _notify(method: Callable[[], None]) -> None:
