@@ -23,6 +23,7 @@ from coord import Coordinator, TooManyWaitersError, WaitTimeoutError, wait_for_r
 from coord.database.target import mapper_of
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.notify.channels import MAX_ROWS_PER_TABLE, Channels
+from coord.observation import Observer, observers
 from tests.clusters import lay
 from tests.models import Account, Base, Item, User
 from tests.proxy import Proxy
@@ -180,6 +181,26 @@ async def test_many_rows_of_one_table_ring_its_bell_instead(
         coordinator.ring(session, User)
         await published.has(3)
         assert len(published.channels) == 3
+
+
+@pytest.mark.usefixtures("coordinator")
+async def test_of_many_rows_the_one_message_counts_as_one(session_maker: SessionMaker) -> None:
+    class Counted(Observer):
+        published = 0
+
+        def hints(self, kind: str, count: int = 1) -> None:
+            self.published += count * (kind == "published")
+
+    counted = Counted()
+    observers.append(counted)
+    try:
+        async with session_maker() as session:
+            session.add_all(User(id=n) for n in range(1, MAX_ROWS_PER_TABLE + 2))
+            session.add(Item(id=1))
+            await session.commit()
+        assert counted.published == 2
+    finally:
+        observers.remove(counted)
 
 
 @pytest.mark.usefixtures("users", "coordinator")

@@ -42,9 +42,10 @@ class Channels:
 
     def of_changes(self, session: Session, changes: Collection[Change]) -> list[bytes]:
         crowded = _crowded(changes) if len(changes) > MAX_ROWS_PER_TABLE else ()
+        told = dict.fromkeys((mapper, None if mapper in crowded else key) for mapper, key in changes)
         return [
-            self.table(mapper, schemas) if key is None or mapper in crowded else self.row(mapper, schemas, key)
-            for mapper, key in changes
+            self.table(mapper, schemas) if key is None else self.row(mapper, schemas, key)
+            for mapper, key in told
             for schemas in [() if is_untranslated(mapper) else schemas_in_use(session, mapper=mapper)]
         ]
 
