@@ -15,7 +15,7 @@ import anyio
 import pytest
 from fastapi import FastAPI
 from redis.asyncio import Redis
-from sqlalchemy import delete, text, update
+from sqlalchemy import delete, event, text, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 import coord.waiting.watcher
@@ -28,7 +28,7 @@ from tests.clusters import lay
 from tests.models import Account, Base, Item, User
 from tests.proxy import Proxy
 from tests.serving import all_given_back, eventually, served
-from tests.waits import registered, waiting
+from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -590,3 +590,42 @@ async def test_nothing_that_can_be_rung_fails_a_commit(
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
     channels, mapper = Channels("n", "d"), mapper_of(Account)
     assert channels.row(mapper, (), ("a/b", "c")) != channels.row(mapper, (), ("a", "b/c"))
+
+
+async def test_a_change_while_the_session_reads_is_no_disagreement_with_the_shared_read(
+    session_maker: SessionMaker,
+    engine: AsyncEngine,
+    redis_url: str,
+    observer: Connection,
+    user: int,
+) -> None:
+    """The session's own read began before it, and the shared read after it."""
+    reads = 0
+    seen: list[Any] = []
+
+    async def change(_driver: Any) -> None:
+        await observer.execute("UPDATE users SET name = name")
+        seen.extend(waiters())
+        await eventually(lambda: seen[0].due)  # as the shared read has told it
+
+    def on_answer(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        nonlocal reads
+        if "users.name" in statement and "xmin" in statement:
+            reads += 1
+            if reads == 2:
+                connection.connection.dbapi_connection.run_async(change)
+
+    event.listen(engine.sync_engine, "after_cursor_execute", on_answer)
+    try:
+        async with Coordinator(session_maker, redis=redis_url) as coordinator, session_maker() as session:
+            await eventually(lambda: coordinator._bell and coordinator._bell.connected)
+            task = waiting(session, User, user)
+            await registered()
+            async with session_maker() as writer:
+                coordinator.ring(writer, User, user)
+            await eventually(lambda: reads >= 3 or (seen and seen[0].solo))
+            assert not seen[0].solo, "it reads by itself from now on"
+            await observer.execute("UPDATE users SET name = 'after'")
+            assert (await task).name == "after"
+    finally:
+        event.remove(engine.sync_engine, "after_cursor_execute", on_answer)

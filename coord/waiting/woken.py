@@ -95,7 +95,7 @@ class WokenWaiter(Waiter[M]):
                     await self._asleep(self._next_alarm())
                 finally:
                     self._awake()
-            self.due, self._expected = False, self.then
+            self.due, self._expected, told = False, self.then, self._shared
             concluding, own_job_id = self.concluding, job_id if self._job_unreadable else None
             found = await self._read(began, own_job_id)
             if found is None:
@@ -108,7 +108,7 @@ class WokenWaiter(Waiter[M]):
                 self._on_tested(found.row)
                 self.has_read, self._identity, self._shared = True, found.identity, _UNREAD
                 return await self._own.adopt(found.row, deadline)
-            self._on_unchanged(found.identity)
+            self._on_unchanged(found.identity, told)
 
     def _next_alarm(self) -> float | None:
         """The deadline, or when the read after it is over; or before that the end of its own interval."""
@@ -162,11 +162,11 @@ class WokenWaiter(Waiter[M]):
         self.baseline = {name: own_copy(values[name]) for name in self.target.columns}
         self._fresh = False
 
-    def _on_unchanged(self, identity: Identity) -> None:
-        """The session has read the row, there, and nothing differs."""
+    def _on_unchanged(self, identity: Identity, told: Identity) -> None:
+        """The session has read the row, there, and nothing differs; `told` is what the shared read had found before."""
         self.has_read = True
         if not self.solo and self._shared not in (_UNREAD, identity):
-            if self._identity == identity:
+            if self._identity == identity and self._shared == told:
                 self._go_solo(f"{self.target} is another row, or none, when it is read without a session's context")
             else:
                 self.request()  # it has changed in between, or they disagree
