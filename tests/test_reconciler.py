@@ -112,6 +112,20 @@ async def test_what_is_somewhere_is_left_there(looks: Looks, script: Office, pla
     assert await looks.waiting() == ([str(job.id)] if place == "feed" else [])
 
 
+@pytest.mark.parametrize("place", ["soon", "taken"])
+@pytest.mark.parametrize("ahead", [600.0, float("inf")], ids=["ten minutes", "for ever"])
+async def test_what_is_due_does_not_wait_for_a_clock_that_was_set_back(
+    looks: Looks, script: Office, place: str, ahead: float
+) -> None:
+    """As by a failover of Redis: what it was told before lies ahead of its time."""
+    job = await looks.aged(await script.enqueue(a_task))
+    near = place == "soon"
+    member = soon_member(Message.of(job).text(), 0) if near else taken_member(job.id, 1)
+    await looks.office.redis.zadd(KEYS.soon if near else KEYS.taken, {member: (time.time() + ahead) * 1000})
+    await looks(3)
+    assert await looks.waiting() == [str(job.id)]
+
+
 async def test_another_attempt_is_missing_although_the_last_one_is_named(looks: Looks, script: Office) -> None:
     job = await looks.aged(await script.enqueue(a_task))
     async with looks.engine.connect() as connection:

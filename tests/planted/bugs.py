@@ -176,7 +176,7 @@ BUGS = {
         "once",
         (
             NOT_FENCED,
-            Edit(RECONCILER, " or (at is not None and at > recent)", ""),
+            Edit(RECONCILER, " or (at is not None and recent < at < ahead)", ""),
             Edit(RECONCILER, "self._note_found(absent, await self._held())", "pass"),
         ),
     ),

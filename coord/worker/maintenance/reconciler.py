@@ -35,6 +35,8 @@ MISSING_SECONDS = 2.0
 """For which a job has to be nowhere: from a pop a worker takes less than one to name it, or leaves it."""
 TAKEN_SECONDS = 6.0
 """For which a pop counts; heartbeats name by then what runs."""
+AHEAD_SECONDS = 10.0
+"""By which a time of what is due may lie ahead in Redis, whose clock may have been set back, as by a failover."""
 RECENT_SECONDS = (1.0, 12.0)
 """Since jobs became due among which those without a coordinator are looked for; before that they are under way."""
 COUNT_SECONDS = 5.0
@@ -205,12 +207,12 @@ class Reconciler(Loop):
         pipe.zmscore(self._keys.soon, [soon_member(text, row.priority) for text, row in zip(texts, rows, strict=True)])
         pipe.zmscore(self._keys.taken, [taken_member(row.id, row.attempt) for row in rows])
         feed, soon, taken = await pipe.execute()
-        recent = now - TAKEN_SECONDS * 1000
+        recent, ahead = now - TAKEN_SECONDS * 1000, now + AHEAD_SECONDS * 1000
         places = zip(rows, feed, soon, taken, strict=True)
         return {
             (row.id, row.attempt)
             for row, fed, near, at in places
-            if fed is not None or near is not None or (at is not None and at > recent)
+            if fed is not None or (near is not None and near < ahead) or (at is not None and recent < at < ahead)
         }
 
     async def _held(self) -> set[Key]:
