@@ -166,6 +166,22 @@ async def test_a_redis_that_has_forgotten_is_noticed(looks: Looks, loss: str) ->
     assert looks.forgotten == 2
 
 
+async def test_a_redis_that_is_full_has_forgotten_nothing(looks: Looks) -> None:
+    """It refuses to count on, and still knows how far it has come."""
+    redis = looks.office.redis
+    await looks(2)
+    await redis.config_set("maxmemory", "1")
+    try:
+        await looks(3)
+        assert looks.forgotten == 1
+        await redis.delete(KEYS.epoch)
+        await looks(3)
+    finally:
+        await redis.config_set("maxmemory", "0")
+    await looks(2)
+    assert looks.forgotten == 2
+
+
 async def test_everything_due_is_found_when_redis_was_emptied(looks: Looks, script: Office) -> None:
     """Behind what is in the feed as well."""
     async with script.session_maker.begin() as session:

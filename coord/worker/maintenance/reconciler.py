@@ -113,12 +113,13 @@ class Reconciler(Loop):
 
     async def _has_forgotten(self) -> bool:
         """Whether Redis does not remember what it was told at the last look: emptied, replaced, or an old file's."""
+        least = self._epoch
         try:
-            epoch = int(await self._redis.incr(self._keys.epoch))
+            self._epoch = int(await self._redis.incr(self._keys.epoch))
+            least = None if least is None else least + 1
         except OutOfMemoryError:
-            epoch = int(await self._redis.get(self._keys.epoch) or 0) + 1
-        last, self._epoch = self._epoch, epoch
-        if last is not None and epoch > last:
+            self._epoch = int(await self._redis.get(self._keys.epoch) or 0)
+        if least is not None and self._epoch >= least:
             return False
         self._forgotten()
         return True
