@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
+    from asyncpg import Connection
+
 
 async def succeed(ctx: dict[str, Any], *args: Any) -> Any:
     return args
@@ -359,6 +361,26 @@ async def test_a_burst_runs_what_is_due_in_the_ledger(
         assert await worker.exit_status(within=30) == 0
     assert {(await office.row(job)).state for job in jobs} == {"done"}
     assert (await office.row(strange)).state == "queued"
+    assert await office.workers() == []
+
+
+@pytest.mark.slow
+async def test_a_burst_goes_on_after_its_connections_were_lost(
+    office: Office, notes: Notes, observer: Connection
+) -> None:
+    """What ran is not left in the middle, and what is due is run."""
+    others = "SELECT array_agg(pid) FROM pg_stat_activity WHERE datname = current_database()"
+    jobs = [await office.enqueue("hold", "go"), await office.enqueue("quick")]
+    before = await observer.fetchval(others)
+    async with process(office, notes, "--burst", started=False) as worker:
+        for job in jobs:
+            await notes.say(job, "starts")
+        own = set(await observer.fetchval(others)) - set(before)
+        await observer.execute("SELECT pg_terminate_backend(pid, 5000) FROM unnest($1::int[]) AS pid", list(own))
+        jobs.append(await office.enqueue("quick"))
+        notes.let("go")
+        assert await worker.exit_status(within=30) == 0
+    assert [(row.state, row.attempt) for row in [await office.row(job) for job in jobs]] == [("done", 1)] * 3
     assert await office.workers() == []
 
 

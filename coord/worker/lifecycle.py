@@ -14,6 +14,7 @@ from coord.coordinator import Coordinator
 from coord.database.engine import another
 from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
+from coord.retryable import is_retryable
 from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
@@ -138,7 +139,13 @@ class Lifecycle:
         """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over."""
         due = jobs.c.scheduled_at <= func.now(), jobs.c.task.in_([*self._config.tasks])
         while not self._hurry.is_set():
-            found = {row.id for row in await QueuedJobs(self.state).ids(*due)}
+            try:
+                found = {row.id for row in await QueuedJobs(self.state).ids(*due)}
+            except Exception as error:
+                if not is_retryable(error):
+                    raise
+                await asyncio.sleep(BURST_SECONDS)  # the registry says that PostgreSQL is away
+                continue
             found -= {job_id for job_id, _ in self.registry.held_elsewhere}
             if not found and not len(self.state.running):
                 return
