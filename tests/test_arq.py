@@ -9,6 +9,7 @@ import signal
 import subprocess
 import warnings
 from collections import Counter
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -78,6 +79,8 @@ async def test_a_setting_that_would_not_be_kept_is_refused(made: Callable[..., A
         ("queue", "x" * 501),
         ("namespace", "\ud800"),
         ("keep", ""),
+        ("idle_limit", 0.0001),
+        ("idle_limit", timedelta(days=30)),
     ],
 )
 async def test_a_setting_that_makes_no_sense_is_refused(made: Callable[..., Any], name: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord.database.engine import another
-from coord.durations import Seconds, positive, seconds, whole
+from coord.durations import MAX_SECONDS, Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, checked_text
 from coord.jobs.periodic import Periodic
@@ -91,7 +91,7 @@ def worker_settings(
         keys=keys,
         tasks=tasks,
         grace=seconds("grace", grace),
-        idle_limit=positive("idle_limit", idle_limit),
+        idle_limit=_idle_limit(idle_limit),
         keep=seconds("keep", keep),
         unknown_after=None if unknown_after is None else seconds("unknown_after", unknown_after),
         hooks=hooks,
@@ -226,6 +226,14 @@ def _scheduled(periodic: Sequence[Periodic], tasks: Mapping[str, Function], queu
             raise ValueError(f"two schedules are the same: {name}")
         names.add(name)
     return tuple(periodic)
+
+
+def _idle_limit(value: Seconds) -> float:
+    """As PostgreSQL can keep it: in whole milliseconds, of which none would be no limit."""
+    limit = positive("idle_limit", value)
+    if not 0.001 <= limit <= MAX_SECONDS:
+        raise ValueError(f"idle_limit is 0.001 to {MAX_SECONDS:.0f} seconds, not {value!r}")
+    return limit
 
 
 def _check(options: Mapping[str, Any]) -> None:
