@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -317,6 +318,21 @@ async def test_arqs_retry_waits_as_long_as_it_says(office: Office) -> None:
     async with working(office, [named(turns)]):
         await office.final(await office.enqueue("task"))
     assert 0.4 <= turns.pauses[0] < 5
+
+
+@pytest.mark.parametrize("defer", [10**13, 10**400], ids=["after all of PostgreSQL's times", "after all numbers"])
+async def test_arqs_retry_may_be_for_longer_than_there_are_times(office: Office, defer: int) -> None:
+    """What cannot be written would be tried for ever, and its slot never be free again."""
+    turns = Turns(Retry(defer=defer), None)
+    async with working(office, [named(turns)], max_jobs=1):
+        job = await office.enqueue("task")
+
+        async def is_put_off() -> bool:
+            return bool((await office.row(job)).attempt == 2)
+
+        await eventually(is_put_off)
+        assert (await office.row(job)).scheduled_at > datetime.now(UTC) + timedelta(days=36_000)
+        assert (await office.final(await office.enqueue("task"))).state == "done"
 
 
 async def test_arqs_retry_comes_to_an_end_too(office: Office) -> None:

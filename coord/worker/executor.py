@@ -15,6 +15,7 @@ from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import JobSuperseded, worker_lock_key
 from coord.jobs.model import JobState
+from coord.jobs.options import MAX_SPAN_SECONDS
 from coord.observation import PUT_OFF, attempt_ended, observed_attempt
 from coord.queue.message import Message
 from coord.retryable import is_retryable
@@ -177,7 +178,8 @@ class Executor:
             attempt.reason = one_line(error)
             logger.error("%s: %s", attempt.task, attempt.reason, exc_info=printable(error))
             return await self._finalizer.failed(attempt, error)
-        pause = (getattr(error, "defer_score", None) or 0) / 1000 if asked else None
+        most = 1000 * MAX_SPAN_SECONDS  # PostgreSQL has no later times: what it cannot store would be tried for ever
+        pause = min(max(getattr(error, "defer_score", None) or 0, 0), most) / 1000 if asked else None
         counts = asked or attempt.claimed or not attempt.entered  # else PostgreSQL was not to be reached at all
         state = await self._finalizer.again(attempt, error, pause, counts=counts)
         if state is not JobState.QUEUED:
