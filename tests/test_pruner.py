@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import pytest
 from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -19,7 +20,6 @@ from tests.serving import eventually
 from tests.workers import a_state, working
 
 if TYPE_CHECKING:
-    import pytest
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from coord import Job
@@ -121,6 +121,18 @@ async def test_keys_that_have_expired_go(ledger: None, engine: AsyncEngine) -> N
     await lent(engine, timedelta(hours=1), 2)
     assert await pruning(engine).prune() == 3
     assert await keys_left(engine) == 2
+
+
+@pytest.mark.parametrize("keep", [timedelta(days=36_500).total_seconds(), 1e15], ids=["a century", "for ever"])
+async def test_who_keeps_jobs_for_ever_is_rid_of_expired_keys_all_the_same(
+    ledger: None, engine: AsyncEngine, keep: float
+) -> None:
+    kept = {await aged(engine, timedelta(days=3_000), "done")}
+    await lent(engine, timedelta(seconds=-1), 3)
+    state = a_state(engine, keep=keep)
+    state.leads_until = float("inf")
+    assert await Pruner(state).prune() == 3
+    assert await left(engine) == kept
 
 
 async def test_keys_go_in_batches_by_their_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -38,7 +39,8 @@ class Pruner(Loop):
 
     async def prune(self) -> int:
         """How many rows it has deleted."""
-        ended = _ended(datetime.now(UTC) - timedelta(seconds=self._state.config.keep))
+        since = max(0.0, time.time() - self._state.config.keep)  # 1970 is before any id
+        ended = _ended(datetime.fromtimestamp(since, UTC))
         return sum([await self._delete(batch) for batch in (ended, _expired(), _fulfilled(), _vanished())])
 
     async def _delete(self, batch: Delete) -> int:
