@@ -126,11 +126,23 @@ async def test_jobs_that_run_are_cancelled_and_leave_the_feed(office: Office, st
     assert len(begun) == (4 if state else 2)
 
 
-@pytest.mark.parametrize("refused", [{"state": "done"}, {"state": "nonsense"}, {"limit": 0}, {"older_than": -1}])
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"state": "done"},
+        {"state": "nonsense"},
+        {"limit": 0},
+        {"older_than": -1},
+        {"older_than": 10**13},
+        {"newer_than": 1e299},
+        {"task": "a\0b"},
+        {"queue": "\ud800"},
+    ],
+)
 async def test_what_makes_no_sense_is_refused(session_maker: SessionMaker, refused: dict[str, Any]) -> None:
     async with session_maker() as session:
         for function in (cancel_jobs, retry_jobs):
-            with pytest.raises(ValueError, match=r"only what|is not a valid|limit|older_than"):
+            with pytest.raises(ValueError, match=r"only what|is not a valid|limit|er_than|is a text of"):
                 await function(session, **refused)
         with pytest.raises(ValueError, match="only what has failed"):
             await retry_jobs(session, state="queued")

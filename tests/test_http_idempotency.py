@@ -469,3 +469,9 @@ def test_any_header_is_a_key_or_malformed(values: list[str]) -> None:
         key = asyncio.run(key_of(values))
         assert (key is None) == (values == [])
         assert key is None or 0 < len(key) <= 255
+
+
+@pytest.mark.parametrize("expires", [-1, 10**13, 1e299])
+def test_keys_that_would_expire_at_no_time_are_refused(expires: float) -> None:
+    with pytest.raises(ValueError, match="expires"):
+        idempotency(caller=lambda _: "", expires=expires)

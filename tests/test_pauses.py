@@ -88,3 +88,12 @@ async def test_a_second_pause_keeps_the_time_of_the_first_and_a_rollback_pauses_
     await change(office, resume_queue, "unknown")
     await change(office, resume_queue)
     assert await observer.fetchval("SELECT paused_at FROM coord_queues") is None
+
+
+@pytest.mark.parametrize("function", [pause_queue, resume_queue])
+@pytest.mark.parametrize("queue", ["", "a\0b", "\ud800"])
+async def test_what_can_be_no_queue_is_refused_before_any_sql(office: Office, function: Any, queue: str) -> None:
+    async with office.session_maker() as session:
+        with pytest.raises(ValueError, match="queue is a text of"):
+            await function(session, queue)
+        assert not session.in_transaction()

@@ -22,11 +22,11 @@ from starlette.exceptions import HTTPException
 from coord.cancellation import interruptible, settled
 from coord.database.engine import AnySession, bind_for_writes, session_of
 from coord.database.transaction import end_transaction, has_written, holds_lock, is_explicit
-from coord.durations import Seconds, seconds
+from coord.durations import Seconds
 from coord.http.problem import EXPIRED_JOB, MALFORMED_KEY, MISSING_KEY, REUSED_KEY, UNSCOPED_KEY, Kind
 from coord.jobs.enqueue import enqueue
 from coord.jobs.model import Job, execute, job_mapper, jobs, keys
-from coord.jobs.options import P, Task, TaskOptions
+from coord.jobs.options import P, Task, TaskOptions, span
 
 EXPIRY_SECONDS = 86_400
 MAX_KEY_LENGTH = 255
@@ -170,7 +170,7 @@ def idempotency(
     """
     if required and caller is None:
         raise ValueError("idempotency(required=True) needs caller=, which tells whose keys they are")
-    kept = timedelta(seconds=seconds("expires", expires))
+    kept = timedelta(seconds=span("expires", expires))
 
     async def read(request: Request, _key: Annotated[str | None, IDEMPOTENCY_KEY] = None) -> Idempotency:
         key = _sent(request.headers.getlist("idempotency-key"))

@@ -12,8 +12,9 @@ from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
-from coord.durations import Seconds, seconds, whole
+from coord.durations import Seconds, whole
 from coord.jobs.model import JobState, jobs
+from coord.jobs.options import checked_text, span
 from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, held_by, run_again
 
 MAX_CONFLICTS = 5
@@ -87,9 +88,9 @@ def conditions_of(
     """Which jobs these filters mean; the two spans are seconds since they were enqueued."""
     found: list[ColumnElement[bool]] = []
     if task is not None:
-        found.append(jobs.c.task == task)
+        found.append(jobs.c.task == checked_text("task", task))
     if queue is not None:
-        found.append(jobs.c.queue == queue)
+        found.append(jobs.c.queue == checked_text("queue", queue))
     if older_than is not None:
         found.append(jobs.c.created_at < _ago("older_than", older_than))
     if newer_than is not None:
@@ -97,8 +98,8 @@ def conditions_of(
     return found
 
 
-def _ago(name: str, span: Seconds) -> Any:
-    return func.now() - literal(timedelta(seconds=seconds(name, span)))
+def _ago(name: str, value: Seconds) -> Any:
+    return func.now() - literal(timedelta(seconds=span(name, value)))
 
 
 def _retry(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> int:

@@ -99,7 +99,7 @@ def task_options(
         None if queue is None else checked_text("queue", queue),
         None if max_attempts is None else whole("max_attempts", max_attempts, most=MAX_ATTEMPTS),
         whole("priority", priority, least=-MAX_PRIORITY, most=MAX_PRIORITY),
-        None if timeout is None else _span("timeout", positive("timeout", timeout)),
+        None if timeout is None else span("timeout", positive("timeout", timeout)),
         None if one_at_a_time is None else checked_text("one_at_a_time", one_at_a_time, MAX_UNIQUE_KEY_BYTES),
     )
 
@@ -129,7 +129,7 @@ def _is_unicode(value: str) -> bool:
 
 def _delay(delay: Seconds | datetime) -> float | datetime:
     if not isinstance(delay, datetime):
-        return _span("delay", delay)
+        return span("delay", delay)
     if delay.utcoffset() is None:
         raise ValueError(f"delay is an aware datetime, and {delay!r} has no time zone")
     if (delay - datetime.now(UTC)).total_seconds() > MAX_SPAN_SECONDS:
@@ -137,7 +137,8 @@ def _delay(delay: Seconds | datetime) -> float | datetime:
     return delay
 
 
-def _span(what: str, value: object) -> float:
+def span(what: str, value: object) -> float:
+    """Seconds that a time may be away from now; `ValueError` for more than a hundred years."""
     number = seconds(what, value)
     if number > MAX_SPAN_SECONDS:
         raise ValueError(f"{what} is at most a hundred years, not {value!r}")

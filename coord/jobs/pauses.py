@@ -8,7 +8,7 @@ from sqlalchemy.dialects.postgresql import insert
 from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
 from coord.jobs.model import execute, queues
-from coord.jobs.options import DEFAULT_QUEUE
+from coord.jobs.options import DEFAULT_QUEUE, checked_text
 
 
 async def pause_queue(session: AnySession, queue: str = DEFAULT_QUEUE) -> None:
@@ -21,7 +21,7 @@ async def pause_queue(session: AnySession, queue: str = DEFAULT_QUEUE) -> None:
         await session.commit()
     """
     since = func.clock_timestamp()
-    statement = insert(queues).values(name=queue, paused_at=since)
+    statement = insert(queues).values(name=checked_text("queue", queue), paused_at=since)
     kept = func.coalesce(queues.c.paused_at, since)
     paused = statement.on_conflict_do_update(index_elements=[queues.c.name], set_={"paused_at": kept})
     await interruptible(session_of(session).run_sync(execute, paused))
@@ -29,5 +29,5 @@ async def pause_queue(session: AnySession, queue: str = DEFAULT_QUEUE) -> None:
 
 async def resume_queue(session: AnySession, queue: str = DEFAULT_QUEUE) -> None:
     """Have workers take jobs of the queue again, within two seconds of the commit; as for `pause_queue`."""
-    resumed = update(queues).where(queues.c.name == queue).values(paused_at=None)
+    resumed = update(queues).where(queues.c.name == checked_text("queue", queue)).values(paused_at=None)
     await interruptible(session_of(session).run_sync(execute, resumed))
