@@ -116,6 +116,14 @@ async def test_whatever_a_job_says_is_shown_as_text(full: httpx.AsyncClient, ses
     assert (answer.status_code, "<b>" in answer.text) == (400, False)
 
 
+async def test_a_job_with_half_a_surrogate_pair_is_shown(full: httpx.AsyncClient, session_maker: SessionMaker) -> None:
+    said = {"arguments": ("half: \ud800",), "result": "\udfff"}
+    job = await ended(session_maker, JobState.DONE, finished_at=text("now()"), **said)
+    answer = await full.get(f"jobs/{job}")
+    assert answer.status_code == 200
+    assert "half: ?" in answer.text
+
+
 async def test_arguments_results_keys_and_tracebacks_are_for_the_full_token(session_maker: SessionMaker) -> None:
     secrets = {"error": "ValueError: (sqlalchemy.exc) [SQL: secret 1]", "traceback": "secret 2", "result": "secret 3"}
     task = task_options(a_task, unique_key="secret 4", one_at_a_time="secret 5")

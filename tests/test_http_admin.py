@@ -174,3 +174,14 @@ async def test_a_job_that_is_not_there_is_a_problem(
 ) -> None:
     answer = await admin.request(method, f"/jobs{path.format(id=job_id)}")
     assert (answer.status_code, answer.headers["content-type"]) == (status, PROBLEM)
+
+
+async def test_what_json_can_say_and_text_cannot_is_told_all_the_same(
+    admin: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    """Half a surrogate pair, of which one job would keep the whole list from who looks at it."""
+    job = await committed(session_maker, a_task, "half: \ud800", whole="é")
+    for answer in (await admin.get("/jobs"), await admin.get(f"/jobs/{job.id}/details")):
+        assert answer.status_code == 200
+        (told,) = found if isinstance(found := answer.json(), list) else [found]
+        assert told["arguments"] == [["half: ?"], {"whole": "é"}]

@@ -51,7 +51,9 @@ class Desk:
         finalize(self, observers.remove, self.timings)
 
     def render(self, template: str, **context: Any) -> str:
-        return self._environment.get_template(template).render(context)
+        """What a job says may have half a surrogate pair, which cannot be sent."""
+        text = self._environment.get_template(template).render(context)
+        return text.encode(errors="replace").decode()
 
     async def locks(self) -> Sequence[Backend]:
         """Who holds and who waits, read once a second for all who look; each look is remembered."""

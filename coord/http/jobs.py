@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -101,11 +103,12 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
         limit: Annotated[int, Query(ge=1, le=1_000)] = 100,
     ) -> list[JobReport]:
         """Jobs, the newest first; `before` is the last of the page before."""
-        return await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
+        found = await queries.list_jobs(session, state=state, task=task, before=before, limit=limit)
+        return [*map(_sendable, found)]
 
     @router.get("/{job_id}/details", responses=problems(401, 404, 422))
     async def job_details(job_id: UUID, session: AsyncSession = database) -> JobReport:
-        return await queries.get_job(session, job_id)
+        return _sendable(await queries.get_job(session, job_id))
 
     @router.post("/{job_id}/cancel", responses=problems(401, 404, 422))
     async def cancel_job(job_id: UUID, session: AsyncSession = database) -> StateAnswer:
@@ -121,3 +124,12 @@ def job_routes(get_db: Callable[..., Any], *, token: str | None) -> APIRouter:
             raise HTTPException(409, "only a failed or cancelled job can be run again") from error
 
     return router
+
+
+def _sendable(report: JobReport) -> JobReport:
+    """Without half a surrogate pair, which JSON may have in its texts, and which cannot be sent."""
+    said = json.dumps([report.arguments, report.result, report.progress], ensure_ascii=False)
+    if said.isascii():
+        return report
+    arguments, result, progress = json.loads(said.encode(errors="replace"))
+    return replace(report, arguments=arguments, result=result, progress=progress)
