@@ -110,6 +110,14 @@ async def test_the_time_at_which_it_is_due_is_matched_by_a_window(coord_session:
         await refute_enqueued(coord_session, invoice, 7, scheduled=window)
 
 
+async def test_a_time_that_has_passed_is_matched_as_it_was_given(coord_session: AsyncSession) -> None:
+    """The job is due when it was enqueued."""
+    moment = datetime.now(UTC) - timedelta(hours=1)
+    await enqueue(coord_session, task_options(invoice, delay=moment), 7)
+    await assert_enqueued(coord_session, task_options(invoice, delay=moment))
+    await refute_enqueued(coord_session, task_options(invoice, delay=datetime.now(UTC) + timedelta(hours=1)))
+
+
 async def test_a_task_may_be_named_or_arqs_function(coord_session: AsyncSession) -> None:
     await enqueue(coord_session, "elsewhere", 7, 8, urgent=True)
     await assert_enqueued(coord_session, "elsewhere", 7)

@@ -121,7 +121,7 @@ class _Asked:
 
     def _is_scheduled(self, row: Any) -> bool:
         match self.options.delay:
-            case datetime() as moment if row.scheduled_at != moment:
+            case datetime() as moment if row.scheduled_at != max(moment, row.created_at):
                 return False
             case float() | int() as delay if row.scheduled_at - row.created_at != timedelta(seconds=delay):
                 return False
