@@ -46,8 +46,8 @@ class Coordinator:
 
     `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one query serves
     all waits for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
-    function of the session (`{"app.tenant": ..., "search_path": ...}`), which the shared query has for its transaction
-    alone. Undeclared, the shared query only wakes the waits, and each session reads its row by itself.
+    function of the session (`{"app.tenant": ..., "search_path": ...}`), which the shared read has for its transaction
+    alone. Undeclared, the shared read only wakes the waits, and each session reads its row by itself.
 
         coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0", read_settings={})
         app = FastAPI(lifespan=coordinator.lifespan)
