@@ -27,7 +27,7 @@ The job's effect and the note that it is done are one commit; its table locks co
 
     Settings = worker_settings([fulfil_order], session_maker=session_maker, redis="redis://localhost")
 
-In each process a `Coordinator` rings for the rows that its sessions commit and wakes its waits; without one they poll.
+In each process a `Coordinator` publishes which rows its sessions commit and wakes its waits; without one they poll.
 What is raised is in `coord.errors`; the pages in `docs/` say what can be relied on.
 """
 

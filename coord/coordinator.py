@@ -39,23 +39,23 @@ class Coordinator:
     """Publishes which rows the sessions of this engine change, and wakes the waits of this process for them.
 
     Sessions are recognised by their engine, whichever maker made them; of a maker with `binds` all engines count.
-    Messages are sent after the outermost commit,
-    never delay or fail it, and are hints: a wait reads the row again, and reads it once an interval without any.
-    `namespace` and the database's name keep services apart that share a Redis. Without `redis` waits go by polling
-    alone, under the cap: one wait more than `max_waiters` in this process is a `TooManyWaitersError`.
+    Messages are sent after the outermost commit, never delay or fail it, and are hints: a wait reads the row again, and
+    reads it once an interval without any. `namespace` and the database's name keep services apart that share a Redis.
+    Without `redis` waits go by polling alone. One wait more than `max_waiters` in this process is a
+    `TooManyWaitersError`.
 
-    `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one read serves
-    all who wait for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
-    function of the session (`{"app.tenant": ..., "search_path": ...}`). The shared read has them for its transaction
-    alone. Undeclared, each session reads its row by itself, woken by the shared read.
+    `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one query serves
+    all waits for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
+    function of the session (`{"app.tenant": ..., "search_path": ...}`), which the shared read has for its transaction
+    alone. Undeclared, the shared read only wakes the waits, and each session reads its row by itself.
 
         coordinator = Coordinator(session_maker, redis="redis://localhost:6379/0", read_settings={})
         app = FastAPI(lifespan=coordinator.lifespan)
 
     Nothing connects before the block is entered, and Redis may be away then. It makes two connections to Redis of its
-    own, one to publish and one to subscribe; a given client shows how, and is not closed. While an answer of
-    PostgreSQL's is late it makes one beside the pool, to find out whether that was lost (docs/faults.md). At the
-    block's end reads that no wait needs any more are stopped, so that the engine can be disposed of.
+    own, one to publish and one to subscribe; a client that it is given only shows where, and is not closed. While an
+    answer of PostgreSQL's is late it makes one beside the pool, to find out whether that was lost (docs/faults.md). At
+    the block's end reads that no wait needs any more are stopped, so that the engine can be disposed of.
     """
 
     def __init__(

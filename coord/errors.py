@@ -11,7 +11,7 @@
     ├── JobFailedError           the job a wait depends on has failed
     └── JobCancelledError        the job a wait depends on was cancelled
 
-Misuse that no retry can mend (an unknown mode or column, a negative timeout) is a `ValueError` or a `TypeError`.
+Misuse, which no retry can help (an unknown mode or column, a negative timeout), is a `ValueError` or a `TypeError`.
 """
 
 from __future__ import annotations

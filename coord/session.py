@@ -33,8 +33,9 @@ def create_db_dependency(session_maker: SessionMaker) -> Callable[..., AsyncGene
         async def create_user(session: AsyncSession = Depends(get_db)):
             session.add(User())
 
-    Raises `ValueError` here, at once, when the maker is not bound to `postgresql+asyncpg`. Outside a request,
-    `asynccontextmanager(get_db)()` and `async for session in get_db()` commit when they end.
+    Raises `ValueError` here, at once, when the maker is not bound to `postgresql+asyncpg`, and `RuntimeError` in a
+    request that is not for one of FastAPI's own routes. Outside a request, `asynccontextmanager(get_db)()` and
+    `async for session in get_db()` commit when they end.
     """
     _prepare(session_maker())
 
@@ -51,10 +52,13 @@ def create_db_dependency(session_maker: SessionMaker) -> Callable[..., AsyncGene
 def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsyncContextManager[AsyncSession]]:
     """`async with context() as session` for tasks and scripts: commits at exit, rolls back when the body raises.
 
-    db_context = create_db_context(session_maker=session_maker)
+        db_context = create_db_context(session_maker=session_maker)
 
-    async with db_context() as session:
-        session.add(User())
+        async with db_context() as session:
+            session.add(User())
+
+    Like a request, the block is one transaction until it commits by itself. Raises `ValueError` here, at once, when the
+    maker is not bound to `postgresql+asyncpg`.
     """
     _prepare(session_maker())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import warnings
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from arq import cron
-from arq.jobs import JobStatus
+from arq.jobs import DeserializationError, JobStatus, deserialize_job_raw, serialize_job
 from arq.worker import Retry, Worker, async_check_health, create_worker, func, get_kwargs
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
@@ -25,6 +26,7 @@ from tests import warm
 from tests.commands import started
 from tests.serving import eventually
 from tests.workers import Notes, Office, client, opened, process, until, working
+from worker import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -58,6 +60,26 @@ async def test_arq_is_given_its_settings_as_they_are(made: Callable[..., Any]) -
     assert "redis_pool" not in settings
     assert "job_deserializer" not in settings
     assert vars(made())["queue_name"] == "arq:queue:coord:default"
+
+
+def test_the_shops_worker_unpickles_nothing_that_somebody_wrote_into_arqs_queue(tmp_path: Path) -> None:
+    """As docs/security.md says that yours should, if it can; arq does unless it is told."""
+    touched = tmp_path / "touched"
+
+    class Forged:
+        def __reduce__(self) -> Any:
+            return touched.touch, ()
+
+    settings: dict[str, Any] = get_kwargs(Settings)
+    serializer, deserializer = settings["job_serializer"], settings["job_deserializer"]
+    forged = pickle.dumps({"t": None, "f": "fulfil_order", "a": (Forged(),), "k": {}, "et": 0})
+    with pytest.raises(DeserializationError):
+        deserialize_job_raw(forged, deserializer=deserializer)
+    assert not touched.exists()
+    plain = serialize_job("task", (1,), {"two": 2}, None, 3, serializer=serializer)
+    assert [*deserialize_job_raw(plain, deserializer=deserializer)] == ["task", [1], {"two": 2}, None, 3]
+    deserialize_job_raw(forged)
+    assert touched.exists()
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "max_job"])

@@ -244,6 +244,15 @@ async def test_what_is_broken_in_a_workers_settings_is_found(
     assert await place.checks() == {check}
 
 
+async def test_a_workers_connections_beside_its_pool_are_counted(place: Place, settings: Callable[..., None]) -> None:
+    reserved = "current_setting('superuser_reserved_connections')::int"
+    room = await place.sql.fetchval(f"SELECT current_setting('max_connections')::int - {reserved}")
+    settings(pool_size=room - 6)
+    assert await place.checks() == set()
+    settings(pool_size=room - 5)
+    assert await place.checks() == {"connections"}
+
+
 class StatementPooling(PgBouncer):
     def _command(self, port: int) -> Any:
         program, file = super()._command(port)

@@ -36,6 +36,7 @@ from worker.environment import (
     DATABASE,
     DEFAULT_DATABASE_URL,
     DEFAULT_REDIS_URL,
+    METRICS_HOST,
     METRICS_PORT,
     REDIS,
 )
@@ -116,6 +117,11 @@ async def test_what_partners_are_told_is_told_once(namespace: Namespace) -> None
     async with namespace["session_maker"]() as session:
         assert [*await session.scalars(select(namespace["Usage"].calls))] == [1]
         assert [*await session.scalars(select(namespace["Letter"].id))] == []
+
+
+async def test_the_worker_of_the_scaling_page_serves_the_queue_that_is_enqueued_to(namespace: Namespace) -> None:
+    await run(ROOT / "docs" / "scaling.md", namespace)
+    assert namespace["Settings"].worker_config().keys.queue == namespace["job"].queue == "warehouse north"
 
 
 async def test_the_coordinator_of_the_waiting_page_wakes_a_wait(namespace: Namespace) -> None:
@@ -219,6 +225,7 @@ def test_the_variables_and_their_defaults_are_those_of_the_shop() -> None:
         ADMIN_TOKEN,
         CONSOLE_TOKEN,
         CONSOLE_READ_TOKEN,
+        METRICS_HOST,
         METRICS_PORT,
         "COORD_DEVELOPMENT",
         *SUITE,

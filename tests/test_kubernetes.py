@@ -12,7 +12,7 @@ import yaml
 from coord.worker.lifecycle import CANCELLED_SECONDS
 from coord.worker.settings import worker_settings
 from tests.shop import ROOT
-from worker.environment import METRICS_PORT
+from worker.environment import METRICS_HOST, METRICS_PORT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,7 +57,8 @@ def test_what_runs_in_the_pods_is_the_images() -> None:
         assert container["securityContext"]["readOnlyRootFilesystem"]
     (worker,) = PODS["shop-worker"]["containers"]
     assert worker["command"] == ["arq", "worker.Settings"]
-    assert worker["env"] == [{"name": METRICS_PORT, "value": str(worker["ports"][0]["containerPort"])}]
+    port = str(worker["ports"][0]["containerPort"])
+    assert worker["env"] == [{"name": METRICS_PORT, "value": port}, {"name": METRICS_HOST, "value": "0.0.0.0"}]
 
 
 def test_the_services_and_budgets_select_the_pods() -> None:

@@ -291,10 +291,10 @@ async def test_the_dashboard_and_the_rules_ask_for_what_a_scrape_has(
 async def test_the_shop_answers_prometheus_in_its_api_and_on_its_workers_port(
     database_url: str, redis_url: str
 ) -> None:
-    port = free_port()
+    port, host = free_port(), "127.0.0.2"  # not the one that it has unless told otherwise
     async with empty_database(database_url) as database, running(API, database, redis_url) as api:
         url = (await api.says(SERVING, within=60))[1]
-        work = running(WORKER, database, redis_url, COORD_METRICS_PORT=str(port))
+        work = running(WORKER, database, redis_url, COORD_METRICS_PORT=str(port), COORD_METRICS_HOST=host)
         async with work as worker, httpx.AsyncClient() as client:
             await worker.says(WORKING, within=60)
             placed = (await client.post(f"{url}/orders", json={"sku": "tea", "quantity": 1})).json()
@@ -302,6 +302,6 @@ async def test_the_shop_answers_prometheus_in_its_api_and_on_its_workers_port(
             assert answer.json()["status"] == "rejected"
             assert "total;dur=" in answer.headers["server-timing"]
             of_api = Scrape((await client.get(f"{url}/metrics")).text)
-            of_worker = Scrape((await client.get(f"http://127.0.0.1:{port}/metrics")).text)
+            of_worker = Scrape((await client.get(f"http://{host}:{port}/metrics")).text)
     assert of_api.value("coord_wait_seconds_count", outcome="changed") == 1
     assert of_worker.value("coord_jobs_finished_total", task="fulfil_order", outcome="done") == 1

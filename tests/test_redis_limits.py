@@ -67,8 +67,9 @@ def documented() -> tuple[list[str], list[str]]:
 
 
 async def allow(office: Office, name: str, rights: list[str], *refused: str) -> str:
-    """A user that has these rights and no other; his URL."""
-    rules = ["resetkeys", "resetchannels", "-@all", "~*", "&*", "on", ">secret", *rights, *refused]
+    """A user that has these rights, on the documented keys and channels, and no other; his URL."""
+    own = ["~{coord:*", "~arq:*", "&coord:*"]
+    rules = ["resetkeys", "resetchannels", "-@all", *own, "on", ">secret", *rights, *refused]
     redis: Any = office.redis
     await redis.execute_command("ACL", "SETUSER", name, *rules)
     url = make_url(office.redis_url).set(username=name, password="secret")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import coord
+import coord.console
 import coord.http
 import coord.testing
 from tests import comparison
@@ -76,7 +77,7 @@ def test_the_reference_has_every_public_name_once() -> None:
     text = "".join(page.read_text() for page in (DOCS / "reference").glob("*.md"))
     named = re.findall(r"^::: (.*)$", text, re.MULTILINE)
     assert len(named) == len(set(named))
-    for package in (coord, coord.http):
+    for package in (coord, coord.http, coord.console, coord.testing):
         expected = {f"{package.__name__}.{name}" for name in package.__all__}
         assert expected <= set(named), expected - set(named)
 

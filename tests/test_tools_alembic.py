@@ -82,7 +82,7 @@ class Project:
 
 def included() -> str:
     """`include_name` as the page has it."""
-    page = (ROOT / "docs" / "tenants.md").read_text()
+    page = (ROOT / "docs" / "existing-alembic.md").read_text()
     (block,) = [block for block in page.split("```") if "def include_name" in block]
     return block.removeprefix("python\n")
 

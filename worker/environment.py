@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Never
 
 from arq.connections import RedisSettings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 DATABASE = "COORD_DATABASE_URL"
 REDIS = "COORD_REDIS_URL"
 METRICS_PORT = "COORD_METRICS_PORT"
+METRICS_HOST = "COORD_METRICS_HOST"
 ADMIN_TOKEN = "COORD_ADMIN_TOKEN"
 CONSOLE_TOKEN = "COORD_CONSOLE_TOKEN"
 CONSOLE_READ_TOKEN = "COORD_CONSOLE_READ_TOKEN"
@@ -73,6 +75,15 @@ def metrics_port() -> int | None:
     if not text.isdecimal() or not 0 < int(text) < 65_536:
         refuse(METRICS_PORT, "is the number of a port")
     return int(text)
+
+
+def metrics_host() -> str:
+    """Where it listens for Prometheus: on this machine alone unless told otherwise."""
+    text = os.environ.get(METRICS_HOST) or "127.0.0.1"
+    try:
+        return str(ip_address(text))
+    except ValueError:
+        refuse(METRICS_HOST, "is an IP address, such as 0.0.0.0")
 
 
 def is_development() -> bool:

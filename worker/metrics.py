@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coord.metrics import Metrics
 from worker.database import engine
-from worker.environment import metrics_port
+from worker.environment import metrics_host, metrics_port
 
 metrics = Metrics()
 metrics.watch(engine)
@@ -12,4 +12,4 @@ metrics.watch(engine)
 
 def serve_metrics() -> None:
     if (port := metrics_port()) is not None:
-        metrics.serve(port)
+        metrics.serve(port, host=metrics_host())

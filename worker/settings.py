@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 from typing import Any
 
 from coord import worker_settings
@@ -30,12 +31,19 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
     await close_database()
 
 
+def serialize(value: Any) -> bytes:
+    """For arq's own jobs: it would unpickle whatever somebody has written into its queue."""
+    return json.dumps(value).encode()
+
+
 Settings = worker_settings(
     [fulfil_order],
     session_maker=session_maker,
     redis=redis_url(),
     max_jobs=MAX_JOBS,
     job_timeout=30,
+    job_serializer=serialize,
+    job_deserializer=json.loads,
     on_startup=on_startup,
     on_shutdown=on_shutdown,
 )

@@ -45,7 +45,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(importlib.metadata.version("coord"), prog_name="coord")
 def commands() -> None:
-    """Jobs, locks and waits that agree: see what they do, and steer them."""
+    """See coord's jobs, queues, workers and locks, act on them, check a set-up, and run one for development."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

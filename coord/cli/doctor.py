@@ -48,7 +48,9 @@ WITH_LEDGER: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (fleet.know
 @url_option
 @click.option("--redis", envvar="COORD_REDIS_URL", metavar="URL", help="Redis, COORD_REDIS_URL unless given")
 @click.option("--worker", metavar="module.Class", help="the worker settings, for its pool and its engine")
-@click.option("--namespace", default=NAMESPACE, show_default=True)
+@click.option(
+    "--namespace", default=NAMESPACE, show_default=True, help="that of the Coordinators; with --worker it is known"
+)
 @json_option
 @asynchronous
 async def command(url: str | None, redis: str | None, worker: str | None, namespace: str, as_json: bool) -> int:
@@ -117,7 +119,7 @@ async def _away(engine: AsyncEngine, address: str) -> Finding | None:
         what = f"{address} cannot be used: {reason(error)}"
         if "pooling mode" in what:  # PgBouncer's words
             return Finding("pgbouncer", what, "pool_mode = transaction, or session")
-        return Finding("postgresql", what, "start it, or mend the URL")
+        return Finding("postgresql", what, "start it, or correct the URL")
     return None
 
 
@@ -139,7 +141,7 @@ async def _redis(url: str | None, stack: AsyncExitStack) -> tuple[Redis | None, 
     try:
         await client.execute_command("PING")
     except (RedisError, OSError) as error:
-        do = "start it, or mend the URL; meanwhile waits go by polling and jobs wait"
+        do = "start it, or correct the URL; meanwhile waits go by polling and jobs wait"
         return None, Finding("redis", f"Redis cannot be used: {error}", do)
     return client, None
 

@@ -35,7 +35,7 @@ def command() -> None:
 @json_option
 @asynchronous
 async def list_(url: str | None, as_json: bool, **filters: Any) -> None:
-    """The newest first."""
+    """List jobs, the newest first."""
     async with session_of(url) as session:
         found = [dataclasses.asdict(report) for report in await list_jobs(session, **filters)]
     columns = ("id", "task", "state", "attempt", "queue", "created_at", "finished_at", "error")
@@ -48,7 +48,7 @@ async def list_(url: str | None, as_json: bool, **filters: Any) -> None:
 @json_option
 @asynchronous
 async def show_(job_id: UUID, url: str | None, as_json: bool) -> None:
-    """All that the ledger has of one job: its arguments and tracebacks too."""
+    """Show all that the ledger has of one job: its arguments and traceback too."""
     async with session_of(url) as session:
         report = dataclasses.asdict(await get_job(session, job_id))
         tried = [dataclasses.asdict(each) for each in await list_attempts(session, job_id)]
@@ -69,7 +69,7 @@ async def show_(job_id: UUID, url: str | None, as_json: bool) -> None:
 @url_option
 @asynchronous
 async def retry(ids: tuple[UUID, ...], url: str | None) -> None:
-    """Have failed or cancelled jobs run again; all of them, or none. They begin within five seconds."""
+    """Run failed or cancelled jobs again; all of them, or none. They begin within five seconds."""
     async with session_of(url) as session:
         for job_id in ids:
             await retry_job(session, job_id)
@@ -81,7 +81,7 @@ async def retry(ids: tuple[UUID, ...], url: str | None) -> None:
 @url_option
 @asynchronous
 async def cancel(ids: tuple[UUID, ...], url: str | None) -> int:
-    """Have jobs not run, or not run on. Exit status 1 if one had ended otherwise."""
+    """Cancel jobs: one that is queued never runs, one that runs is stopped. Exit status 1 if one was done or failed."""
     states = {}
     async with session_of(url) as session:
         for job_id in ids:

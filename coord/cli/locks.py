@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @json_option
 @asynchronous
 async def command(url: str | None, as_json: bool) -> None:
-    """Who holds which table, and who waits behind whom, each with its job and request."""
+    """Show who holds which table, and who waits behind whom, each with its job and request."""
     async with session_of(url) as session:
         found = await blocking(session)
     if as_json:

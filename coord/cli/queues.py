@@ -20,7 +20,7 @@ def command() -> None:
 @json_option
 @asynchronous
 async def list_(url: str | None, as_json: bool) -> None:
-    """What waits in each queue: due, for later, and for how long the oldest is due."""
+    """List queues: what is due, what is for later, how long the oldest job is due, and how many workers there are."""
     async with session_of(url) as session:
         depths = await queue_depths(session, await living_workers(session))
     found = [
@@ -43,7 +43,7 @@ async def list_(url: str | None, as_json: bool) -> None:
 @url_option
 @asynchronous
 async def pause(queue: str, url: str | None) -> None:
-    """Have workers take nothing more of the queue; what runs goes on to its end."""
+    """Pause a queue: within two seconds workers take nothing more of it; what runs goes on to its end."""
     async with session_of(url) as session:
         await pause_queue(session, queue)
         await session.commit()
@@ -55,7 +55,7 @@ async def pause(queue: str, url: str | None) -> None:
 @url_option
 @asynchronous
 async def resume(queue: str, url: str | None) -> None:
-    """Have workers take jobs of the queue again."""
+    """Resume a queue: within two seconds workers take its jobs again."""
     async with session_of(url) as session:
         await resume_queue(session, queue)
         await session.commit()

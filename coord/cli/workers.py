@@ -14,7 +14,7 @@ from coord.fleet import living_workers
 @json_option
 @asynchronous
 async def command(url: str | None, as_json: bool) -> None:
-    """The workers that have a heartbeat, the oldest first."""
+    """List the workers that have a heartbeat, the oldest first."""
     async with session_of(url) as session:
         living = await living_workers(session)
     found = [

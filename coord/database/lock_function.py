@@ -1,7 +1,7 @@
 """`coord_lock`, which `create_ledger` installs: the locks of one call, with their deadline, in one statement.
 
-A plpgsql function, since savepoint, time-out, LOCK, the time-out as it was and release are five round trips otherwise,
-two of them while the table is locked. It runs with the caller's rights.
+A plpgsql function, since savepoint, SHOW, time-out, LOCK, the time-out as it was and release are six round trips
+otherwise, two of them while the table is locked. It runs with the caller's rights.
 """
 
 from __future__ import annotations

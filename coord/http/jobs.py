@@ -59,7 +59,10 @@ class StateAnswer(BaseModel):
 
 
 def job_status_routes(get_db: Callable[..., Any]) -> APIRouter:
-    """`GET /jobs/{job_id}`: the state of a job, for clients that know its id, which cannot be guessed."""
+    """`GET /jobs/{job_id}`: the state of a job, for clients that know its id.
+
+    Ids have 62 random bits; only that of a `periodic` schedule's job follows from the schedule and its slot.
+    """
     router = APIRouter(prefix="/jobs", tags=["jobs"])
     database = Depends(get_db)
 

@@ -44,11 +44,11 @@ class Arrival(NamedTuple):
 class RequestLimits:
     """ASGI middleware: bounds a request's head, body, and time, and notes when it arrived.
 
-    One deadline holds for everything a handler waits for, its connection, its locks and its row: `Prefer: wait=N`, or
-    `wait`, the most that counts, and `margin` seconds more; what would hardly wait at all has twice the margin. When it
-    has passed and no response has begun, the handler is cancelled, its transaction rolled back, and the response is
-    503, or 408 if it is the client's body that is missing. A response that has begun, a stream, takes as long as it
-    takes. What the application's handler for `Exception` makes of an error is sent from here as well.
+    One deadline holds for everything a handler waits for, its connection, its locks and its row: the seconds of
+    `Prefer: wait=N`, at most `wait`, and `margin` seconds more, but never less than twice the margin. When it has
+    passed and no response has begun, the handler is cancelled, its transaction rolled back, and the response is 503, or
+    408 if it is the client's body that is missing. A response that has begun, a stream, takes as long as it takes. What
+    the application's handler for `Exception` makes of an error is sent from here as well.
 
     With `server_timing` the answers of `Reply` and `Poll` have a `Server-Timing` header, which names the tables that
     were waited for. A request's `X-Request-ID` is kept with the jobs that it enqueues, for their lines in the log.

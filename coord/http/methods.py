@@ -15,7 +15,9 @@ _HEAD = "coord.head"
 class HeadRequests:
     """ASGI middleware: HEAD is answered as GET would be, without the body (RFC 9110, section 9.3.2).
 
-    app.add_middleware(HeadRequests)
+        app.add_middleware(HeadRequests)
+
+    `Allow`, of a 405, then lists HEAD too.
     """
 
     def __init__(self, app: ASGIApp) -> None:

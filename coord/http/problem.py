@@ -116,9 +116,11 @@ def problem_of(kind: Kind, detail: str | None = None, **members: Any) -> JSONRes
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """For a route's `responses=`: the problem documents it may answer with; for an application's, those of any route.
 
-    app = FastAPI(exception_handlers=problem_handlers(), responses=problems())
+        app = FastAPI(exception_handlers=problem_handlers(), responses=problems())
 
-    @app.get("/orders/{order_id}", responses=problems(404, 422))
+        @app.get("/orders/{order_id}", responses=problems(404, 422))
+
+    Without statuses they are those that any route may answer: 408, 413, 422, 431, 500 and 503.
     """
     return {status: _declared(status) for status in statuses or ANYWHERE}
 

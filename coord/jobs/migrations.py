@@ -99,7 +99,7 @@ _INDEXES_IN_2 = ("coord_jobs_due", "coord_jobs_turn", "coord_jobs_waiting")
 def _to_2(connection: Connection) -> None:
     """Renamed columns, priorities, what is known of deaths; queues, attempts, schedules.
 
-    Locks the jobs for as long as it takes to index what is queued: see `docs/operation.md`, "Upgrading".
+    Locks the jobs for as long as it takes to index what is queued: see `docs/upgrade.md`.
     """
     connection.execute(create_lock_function)
     for statement in _TO_2:

@@ -173,17 +173,17 @@ async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport
 
 
 async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
-    """Have the job not run, or not run on; the caller commits. Joins the session's transaction, and waits for no
-    running job.
+    """Cancel the job; the caller commits. Joins the session's transaction, and waits for no running job.
 
-    `cancelled`: it has not begun its transaction, and never will. `running`: it has; its worker cancels the task, rolls
-    back and marks the job, or the job is done first. `done`, `failed`: it was too late. `RowNotFoundError`.
+    Returns `cancelled`: it has not begun its transaction, and never will; `running`: it has, and its worker cancels the
+    task, rolls back and marks the job, unless the job is done first; `done`, `failed`: it was too late. Raises
+    `RowNotFoundError`.
     """
     return await session_of(session).run_sync(_cancel, job_id)
 
 
 async def retry_job(session: AnySession, job_id: UUID) -> Job:
-    """Have a failed or cancelled job run again, with an attempt more; the caller commits.
+    """Queue a failed or cancelled job again, with one attempt more; the caller commits.
 
     Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
     another unfinished one with its unique key, `RowNotFoundError`.

@@ -50,7 +50,7 @@ async def tables(setup: Setup) -> AsyncIterator[Finding]:
             yield Finding("indexes", what, f"CREATE INDEX as `coord schema` prints it: {missing[0]}")
         function = func.to_regprocedure(f"{place}coord_lock(text, text[], double precision)")
         if await connection.scalar(select(function)) is None:
-            what = "coord_lock is missing: each lock takes five round trips, two of them while the table is locked"
+            what = "coord_lock is missing: each lock takes six round trips, two of them while the table is locked"
             yield Finding("function", what, "run the CREATE FUNCTION that `coord schema` prints")
         own = names[:]
         own.remove(place + versions.name)

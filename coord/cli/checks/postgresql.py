@@ -9,6 +9,7 @@ from sqlalchemy.pool import QueuePool
 
 from coord.cli.checks.finding import Finding, Setup
 from coord.database.engine import engine_of
+from coord.worker.state import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from coord.worker.config import WorkerConfig
 
 OLDEST = 140_000
-OWN_CONNECTIONS = 4
-"""Of a worker, beside its pool."""
+OWN_CONNECTIONS = MAX_CONNECTIONS + 2
+"""Of a worker, beside its pool: for maintenance, a rescue and the heartbeat."""
 CROWDED = 0.9
 _SERVER = text("""
     SELECT current_setting('server_version_num')::int AS version, current_setting('server_version') AS spelled,
@@ -75,5 +76,5 @@ async def _pool(worker: WorkerConfig, room: int) -> AsyncIterator[Finding]:
         what = f"the pool keeps {pool.size()} connections for {worker.max_jobs} jobs at a time"
         yield Finding("pool", what, f"pool_size={worker.max_jobs + 2}, or fewer max_jobs")
     if pool.size() + OWN_CONNECTIONS > room:
-        what = f"one worker may open {pool.size() + OWN_CONNECTIONS} connections, and PostgreSQL has room for {room}"
+        what = f"one worker opens {pool.size() + OWN_CONNECTIONS} connections, and PostgreSQL has room for {room}"
         yield Finding("connections", what, "raise max_connections, or make the pool smaller")
