@@ -226,11 +226,6 @@ def _note_session(session: Session, _transaction: SessionTransaction, connection
         connection.info[_SESSION] = ref(session)
 
 
-def is_of_session(connection: Connection) -> bool:
-    """Whether a session has begun its transaction, and gives it back to the pool at the transaction's end."""
-    return _SESSION in connection.info
-
-
 def _is_committing(connection: Connection) -> bool:
     """Whether a listener of the engine's `commit` has sent the statement, after the last check that can be made.
 
