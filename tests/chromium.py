@@ -18,7 +18,7 @@ from playwright.async_api import async_playwright
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from playwright.async_api import BrowserContext, ConsoleMessage, Page, Request
+    from playwright.async_api import Browser, BrowserContext, ConsoleMessage, Page, Request
 
 LOCK = Path(tempfile.gettempdir()) / "coord-chromium.lock"
 INSTALL_SECONDS = 400
@@ -77,14 +77,21 @@ class Watched:
 
 
 @contextlib.asynccontextmanager
-async def browsing(**options: Any) -> AsyncIterator[BrowserContext]:
-    """A browser with an empty profile."""
-    with tempfile.TemporaryDirectory(prefix="coord-chromium-", ignore_cleanup_errors=True) as profile:
-        async with async_playwright() as playwright:
-            context = await playwright.chromium.launch_persistent_context(
-                profile, executable_path=program(), args=[*OPTIONS], chromium_sandbox=False, **options
-            )
-            try:
-                yield context
-            finally:
-                await context.close()
+async def launched() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=program(), args=[*OPTIONS], chromium_sandbox=False)
+        try:
+            yield browser
+        finally:
+            await browser.close()
+
+
+@contextlib.asynccontextmanager
+async def browsing(browser: Browser, **options: Any) -> AsyncIterator[BrowserContext]:
+    """A page of its own, whose profile is empty."""
+    context = await browser.new_context(**options)
+    try:
+        await context.new_page()
+        yield context
+    finally:
+        await context.close()

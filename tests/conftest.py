@@ -8,6 +8,7 @@ there; one given Redis is shared out by database number, so it must hold nothing
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,11 +24,11 @@ import coord.waiting.watcher
 from coord.database.engine import prepare
 from coord.database.lock_function import create_lock_function
 from tests import warm
-from tests.models import Base
+from tests.models import Base, empty
 from tests.pooler import create_engine
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Generator, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -56,6 +57,18 @@ LONGEST = (
     "console_browser",
 )
 """Files that are begun first, so that at the end no process is left with one of them."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """What is imported and collected stays: to look for garbage in it, now and later, would take seconds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -131,15 +144,9 @@ def session_maker(engine: AsyncEngine) -> async_sessionmaker[AsyncSession]:
 @pytest.fixture
 async def tables(engine: AsyncEngine) -> AsyncIterator[None]:
     """Empty tables; emptied again afterwards, which also shows that a test left no lock behind."""
-    names = [table.key for table in Base.metadata.sorted_tables]
-    statement = "TRUNCATE " + ", ".join(".".join(f'"{part}"' for part in name.split(".")) for name in names)
-    async with engine.begin() as connection:
-        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
-        await connection.exec_driver_sql(statement)
+    await empty(engine, Base.metadata)
     yield
-    async with engine.begin() as connection:
-        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
-        await connection.exec_driver_sql(statement)
+    await empty(engine, Base.metadata)
 
 
 @pytest.fixture

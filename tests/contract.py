@@ -17,6 +17,7 @@ class Contract:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self._components = document["components"]
+        self._validators: dict[str, Any] = {}
         self._operations = {
             (method.upper(), re.compile(re.sub(r"\{\w+\}", "[^/]+", path))): operation
             for path, operations in document["paths"].items()
@@ -49,4 +50,7 @@ class Contract:
         return operation
 
     def _valid(self, schema: dict[str, Any], value: Any) -> None:
-        jsonschema_rs.validator_for({**schema, "components": self._components}).validate(value)
+        written = json.dumps(schema)
+        if written not in self._validators:
+            self._validators[written] = jsonschema_rs.validator_for({**schema, "components": self._components})
+        self._validators[written].validate(value)

@@ -11,7 +11,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import select, text, update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import Job, JobState, create_db_dependency, job_transaction
@@ -34,6 +34,7 @@ from coord.http import (
 from coord.jobs.ids import new_id
 from coord.jobs.model import Worker
 from tests.ledger import a_task, delivered
+from tests.models import empty
 from tests.serving import eventually, served
 from worker.models import Base, Order, OrderStatus
 
@@ -62,11 +63,9 @@ async def orders(engine: AsyncEngine, ledger: None) -> AsyncIterator[None]:
     """The shop's tables, empty, beside an empty ledger; emptied again, which also shows that nobody holds a lock."""
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
-        await connection.execute(text("TRUNCATE orders, stock"))
+    await empty(engine, Base.metadata)
     yield
-    async with engine.begin() as connection:
-        await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
-        await connection.execute(text("TRUNCATE orders, stock"))
+    await empty(engine, Base.metadata)
 
 
 def user(request: Request) -> str:

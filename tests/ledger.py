@@ -14,6 +14,7 @@ from coord import Job, create_ledger, enqueue
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.model import Ledger
 from coord.queue.message import Message
+from tests.models import empty
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -30,20 +31,9 @@ async def ledger(engine: AsyncEngine) -> AsyncIterator[None]:
     """The ledger's tables, empty; emptied again afterwards, which also shows that a test left no lock behind."""
     async with engine.begin() as connection:
         await create_ledger(connection)
-    await _empty(engine)
+    await empty(engine, Ledger.metadata)
     yield
-    await _empty(engine)
-
-
-async def _empty(engine: AsyncEngine) -> None:
-    """A TRUNCATE takes ten times as long, since it makes new files."""
-    names = [name for name in Ledger.metadata.tables if name != "coord_schema"]
-    deletes = "; ".join(f"DELETE FROM {name}" for name in names)
-    async with engine.begin() as connection:
-        raw = await connection.get_raw_connection()
-        await connection.exec_driver_sql("SET LOCAL lock_timeout = '5s'")
-        assert raw.driver_connection is not None
-        await raw.driver_connection.execute(f"LOCK TABLE {', '.join(names)}; {deletes}")
+    await empty(engine, Ledger.metadata)
 
 
 async def a_task(ctx: Any, *args: Any, **kwargs: Any) -> None:

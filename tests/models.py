@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from sqlalchemy import ForeignKey, Table
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.mutable import MutableDict
 from sqlalchemy.orm import DeclarativeBase, Mapped, composite, mapped_column, relationship
+
+if TYPE_CHECKING:
+    from sqlalchemy import MetaData
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 
 @dataclass
@@ -56,6 +60,20 @@ class Reserved(Base):
     __table_args__ = {"schema": "Other Shop"}  # noqa: RUF012
     id: Mapped[int] = mapped_column(primary_key=True)
     status: Mapped[str] = mapped_column(default="pending")
+
+
+async def empty(engine: AsyncEngine, metadata: MetaData) -> None:
+    """All of these tables, in one transaction; within five seconds, or somebody has left a lock behind.
+
+    A TRUNCATE takes ten times as long, since it makes new files.
+    """
+    quoted = engine.dialect.identifier_preparer.format_table
+    names = [quoted(table) for table in reversed(metadata.sorted_tables) if table.name != "coord_schema"]
+    deletes = "; ".join(f"DELETE FROM {name}" for name in names)
+    async with engine.connect() as connection:
+        raw = await connection.get_raw_connection()
+        assert raw.driver_connection is not None
+        await raw.driver_connection.execute(f"SET LOCAL lock_timeout = '5s'; LOCK TABLE {', '.join(names)}; {deletes}")
 
 
 def table_of(model: type[Base]) -> Table:

@@ -21,6 +21,7 @@ from arq.worker import create_worker
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import create_ledger, job_transaction, lock_tables, worker_settings
+from tests.pooler import UNTOLD
 from tests.shop import ROOT, emptied, empty_database
 from worker.models import Base, Order, OrderStatus, Stock
 
@@ -47,6 +48,11 @@ def blocks(page: Path, language: str) -> list[Block]:
     text = page.read_text()
     found = [match for match in BLOCK.finditer(text) if match[1] == language]
     return [Block(match[2], text.count("\n", 0, match.start(2))) for match in found]
+
+
+def examples(page: Path) -> list[Block]:
+    """What runs in the page's namespace."""
+    return [block for block in blocks(page, "python") if not FILE.match(block.text)]
 
 
 def prose(page: Path) -> str:
@@ -94,7 +100,7 @@ async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
 @asynccontextmanager
 async def working(namespace: Namespace, functions: Sequence[Any]) -> AsyncIterator[None]:
     """A worker that runs them, in this event loop."""
-    engine = create_async_engine(namespace["database_url"], pool_size=5)
+    engine = create_async_engine(namespace["database_url"], pool_size=5, **UNTOLD)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
     redis_url = namespace["redis_url"]
     settings = worker_settings(functions, session_maker=sessions, redis=redis_url, handle_signals=False)
@@ -113,12 +119,10 @@ async def working(namespace: Namespace, functions: Sequence[Any]) -> AsyncIterat
 async def run(page: Path, namespace: Namespace) -> None:
     """All of the page's examples that are no files."""
     session_maker, workers = namespace["session_maker"], namespace[WORKERS]
-    has_tasks = any(TASKS.search(block.text) for block in blocks(page, "python"))
-    if not has_tasks:
+    has_tasks = any(TASKS.search(block.text) for block in examples(page))
+    if not has_tasks and any(fulfil_order.__name__ in block.text for block in examples(page)):
         await workers.enter_async_context(working(namespace, [fulfil_order]))
-    for block in blocks(page, "python"):
-        if FILE.match(block.text):
-            continue
+    for block in examples(page):
         async with session_maker() as session:
             pending = Order(sku="tea", quantity=1)
             session.add(pending)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import uuid
 from datetime import UTC, datetime, timedelta
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from coord.console import console
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.model import attempts, jobs
 from coord.telemetry import REQUEST_ID
-from tests.chromium import browsing
+from tests.chromium import browsing, launched
 from tests.desk import FULL
 from tests.models import Base
 from tests.serving import served
@@ -204,10 +205,10 @@ async def main(aside: Path) -> None:
                     asyncio.ensure_future(wait_for_row_change(each, Job, ids["blocked"], timeout=300))
                     for each in (session, another)
                 ]
-                for name, (width, height) in WIDTHS.items():
-                    for scheme in SCHEMES:
+                async with launched() as browser:
+                    for (name, (width, height)), scheme in product(WIDTHS.items(), SCHEMES):
                         size = {"width": width, "height": height}
-                        async with browsing(viewport=size, color_scheme=scheme) as context:
+                        async with browsing(browser, viewport=size, color_scheme=scheme) as context:
                             await photograph(context, url, ids, f"{name}-{scheme}", aside)
                 for wait in waits:
                     wait.cancel()

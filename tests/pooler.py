@@ -10,6 +10,7 @@ import os
 import uuid
 from typing import Any
 
+import asyncpg
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
@@ -19,6 +20,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "named": {**UNCACHED, "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__"},
     "prepared": {},
 }
+
+UNTOLD: dict[str, Any] = {"connect_args": {"connection_class": asyncpg.Connection}}
+"""Of an engine whose connections no other process can be told how to make: a worker's heartbeat is a thread then."""
 
 
 def create_engine(database_url: str, **options: Any) -> AsyncEngine:

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 API = """
 import json, os
-import asyncpg
-from arq import create_pool
-from arq.connections import RedisSettings
 
 async def answer():
+    import asyncpg
+    from arq import create_pool
+    from arq.connections import RedisSettings
     connection = await asyncpg.connect(os.environ["COORD_DATABASE_URL"].replace("+asyncpg", ""))
     await connection.execute("CREATE TABLE IF NOT EXISTS visits (at timestamptz DEFAULT now())")
     await connection.execute("INSERT INTO visits DEFAULT VALUES")

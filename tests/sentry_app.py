@@ -29,6 +29,7 @@ sentry_sdk.init("http://key@127.0.0.1:1/1", transport=Kept, traces_sample_rate=1
 # After it, as its documentation asks for.
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
+from tests.pooler import UNTOLD
 from tests.round_trip import application, rename, running
 
 
@@ -37,7 +38,7 @@ async def fail(ctx: dict[str, Any]) -> None:
 
 
 async def main(database_url: str, redis_url: str) -> None:
-    engine = create_async_engine(database_url, pool_size=15)
+    engine = create_async_engine(database_url, pool_size=15, **UNTOLD)
     maker = async_sessionmaker(engine, expire_on_commit=False)
     app = application(maker, redis_url)
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+MAX_PAUSE_SECONDS = 0.05
+"""Between two looks for what is waited for."""
+
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
@@ -34,7 +37,8 @@ async def served(app: Any, **client_options: Any) -> AsyncIterator[httpx.AsyncCl
         task = asyncio.create_task(server.serve(sockets=[listener]))
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            async with httpx.AsyncClient(base_url=url, timeout=30, **client_options) as client:
+            options = {"verify": False, "trust_env": False, **client_options}  # to read certificates takes its time
+            async with httpx.AsyncClient(base_url=url, timeout=30, **options) as client:
                 yield client
         finally:
             server.should_exit = True
@@ -42,9 +46,13 @@ async def served(app: Any, **client_options: Any) -> AsyncIterator[httpx.AsyncCl
 
 
 async def eventually(condition: Any, *, within: float = 5.0, message: str = "") -> Any:
-    """The first true result of `condition`, which may be asynchronous, looked at again until the time is up."""
+    """The first true result of `condition`, which may be asynchronous, looked at again until the time is up.
+
+    Ever less often: most looks are statements, which on a busy machine keep from happening what is looked for.
+    """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within
+    pause = 0.005
     while True:
         result = condition()
         if isawaitable(result):
@@ -53,7 +61,8 @@ async def eventually(condition: Any, *, within: float = 5.0, message: str = "") 
             return result
         if loop.time() > deadline:
             raise AssertionError(message or f"not true within {within} s, last seen: {result!r}")
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(pause)
+        pause = min(1.2 * pause, MAX_PAUSE_SECONDS)
 
 
 async def all_given_back(engine: AsyncEngine, *, within: float = 5.0) -> None:

@@ -99,12 +99,12 @@ async def emptied(redis_url: str) -> None:
 
 
 @contextlib.asynccontextmanager
-async def empty_database(database_url: str) -> AsyncIterator[str]:
-    """A new database beside the given one, dropped at the end."""
+async def empty_database(database_url: str, template: str = "template1") -> AsyncIterator[str]:
+    """A new database beside the given one, dropped at the end; with what is in the template."""
     name = f"coord_shop_{uuid.uuid4().hex[:12]}"
     url = make_url(database_url)
     server = await asyncpg.connect(dsn_of(database_url))
-    await server.execute(f'CREATE DATABASE "{name}"')
+    await server.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}"')
     try:
         yield url.set(database=name).render_as_string(hide_password=False)
     finally:

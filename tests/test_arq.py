@@ -382,7 +382,7 @@ async def test_a_burst_runs_what_is_due_in_the_ledger(
     source = office if coordinated else script
     jobs = [await source.enqueue("quick") for _ in range(3)]
     strange = await source.enqueue("nobody_knows")
-    async with process(office, notes, "--burst", started=False) as worker:
+    async with process(office, notes, "--burst", started=False, heartbeat_process=False) as worker:
         assert await worker.exit_status(within=30) == 0
     assert {(await office.row(job)).state for job in jobs} == {"done"}
     assert (await office.row(strange)).state == "queued"

@@ -37,7 +37,7 @@ async def test_a_blocked_job_stands_beneath_the_job_that_holds_its_table(
     observer: asyncpg.Connection,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    async with process(office, notes, COORD_TEST_GRACE="5") as worker:
+    async with process(office, notes, heartbeat_process=False, COORD_TEST_GRACE="5") as worker:
         first = await office.enqueue("hold_lock", "go")
         await notes.say(first, "locked")
         second = await office.enqueue("hold_lock", "go")

@@ -20,7 +20,7 @@ from coord.http.limits import MAX_WAIT_SECONDS
 from coord.worker.lifecycle import CANCELLED_SECONDS as LAST
 from coord.worker.maintenance.beat import HEALTH_SECONDS as HEALTHY
 from coord.worker.settings import worker_settings
-from tests.commands import ended
+from tests import warm
 from tests.serving import eventually
 from tests.shop import API, SERVING, WORKER, WORKING, emptied, empty_database, running
 from worker.environment import DATABASE, DEFAULT_DATABASE_URL, DEFAULT_REDIS_URL, REDIS
@@ -134,8 +134,9 @@ def test_a_worker_that_has_died_is_not_healthy_at_the_next_check() -> None:
 
 
 async def succeeds(command: list[str], **environment: str) -> bool:
-    path = str(Path(sys.executable).parent)
-    status, *_ = await ended(*command, cwd=ROOT, env={"PATH": path, **environment})
+    """Of `python` and of programs that are modules."""
+    module = command[1:] if command[0] == "python" else command
+    status, *_ = await warm.ended(*module, env=environment)
     return status == 0
 
 

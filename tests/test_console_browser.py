@@ -10,14 +10,16 @@ import pytest
 from playwright.async_api import expect
 
 from coord import Job, JobState, wait_for_row_change
-from tests.chromium import Watched, browsing
+from tests.chromium import Watched, browsing, launched
 from tests.desk import FULL, READ, mounted
 from tests.serving import served
 from tests.workers import process
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import asyncpg
-    from playwright.async_api import Page
+    from playwright.async_api import Browser, Page
 
     from tests.workers import Notes, Office
 
@@ -25,6 +27,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixture
 """Chromium may have to be installed first."""
 
 WITHIN_MS = 20_000
+
+
+@pytest.fixture(scope="module")
+async def browser() -> AsyncIterator[Browser]:
+    async with launched() as browser:
+        yield browser
 
 
 async def sign_in(page: Page, token: str) -> None:
@@ -47,13 +55,13 @@ async def failed(office: Office, notes: Notes) -> Job:
 
 
 async def test_who_is_on_call_sees_what_waits_for_what_and_acts(
-    office: Office, notes: Notes, tables: None, observer: asyncpg.Connection
+    browser: Browser, office: Office, notes: Notes, tables: None, observer: asyncpg.Connection
 ) -> None:
     expect.set_options(timeout=WITHIN_MS)
     async with (
-        process(office, notes, COORD_TEST_GRACE="5"),
+        process(office, notes, heartbeat_process=False, COORD_TEST_GRACE="5"),
         served(mounted(office.session_maker)) as client,
-        browsing(viewport={"width": 1280, "height": 900}) as context,
+        browsing(browser, viewport={"width": 1280, "height": 900}) as context,
     ):
         page = context.pages[0]
         watched = Watched(page, str(client.base_url))
@@ -129,13 +137,13 @@ async def actions(page: Page, url: str, office: Office, notes: Notes) -> None:
 
 
 async def test_a_wait_is_seen_while_it_lasts_and_a_reader_is_offered_nothing(
-    office: Office, notes: Notes, tables: None
+    browser: Browser, office: Office, notes: Notes, tables: None
 ) -> None:
     expect.set_options(timeout=WITHIN_MS)
     async with (
-        process(office, notes),
+        process(office, notes, heartbeat_process=False),
         served(mounted(office.session_maker)) as client,
-        browsing(viewport={"width": 390, "height": 844}, color_scheme="dark") as context,
+        browsing(browser, viewport={"width": 390, "height": 844}, color_scheme="dark") as context,
     ):
         page = context.pages[0]
         url = f"{client.base_url}/console"
@@ -162,12 +170,13 @@ async def test_a_wait_is_seen_while_it_lasts_and_a_reader_is_offered_nothing(
         assert (watched.errors, watched.elsewhere) == ([], [])
 
 
-async def test_the_pages_can_be_read_by_keyboard_and_without_a_script(office: Office) -> None:
+async def test_the_pages_can_be_read_by_keyboard_and_without_a_script(browser: Browser, office: Office) -> None:
     expect.set_options(timeout=WITHIN_MS)
     await office.enqueue("quick")
     async with served(mounted(office.session_maker)) as client:
         url = f"{client.base_url}/console"
-        async with browsing(viewport={"width": 1280, "height": 900}, java_script_enabled=False) as context:
+        size = {"width": 1280, "height": 900}
+        async with browsing(browser, viewport=size, java_script_enabled=False) as context:
             page = context.pages[0]
             await page.goto(f"{url}/jobs")
             await sign_in(page, FULL)

@@ -68,6 +68,7 @@ async def left_behind(directory: Path) -> list[str]:
 
 @pytest.mark.slow
 async def test_it_holds_twice_and_leaves_no_process(tmp_path: Path) -> None:
+    lay(tmp_path / ".coord/demo/postgresql")
     last = 0
     for _ in range(2):
         async with demo(tmp_path, "--orders", "40") as process:

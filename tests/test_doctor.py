@@ -49,6 +49,17 @@ def servers() -> Iterator[tuple[str, str]]:
             yield postgresql.url, valkey.url
 
 
+@pytest.fixture(scope="module")
+async def with_ledger(servers: tuple[str, str]) -> AsyncIterator[str]:
+    """A database to be copied."""
+    async with empty_database(servers[0]) as url:
+        engine = create_async_engine(url)
+        async with engine.begin() as connection:
+            await create_ledger(connection)
+        await engine.dispose()
+        yield str(make_url(url).database)
+
+
 class Place:
     """A set-up that is sound, until a test breaks it."""
 
@@ -81,13 +92,9 @@ class Place:
 
 
 @pytest.fixture
-async def place(servers: tuple[str, str]) -> AsyncIterator[Place]:
+async def place(servers: tuple[str, str], with_ledger: str) -> AsyncIterator[Place]:
     async with contextlib.AsyncExitStack() as stack:
-        url = await stack.enter_async_context(empty_database(servers[0]))
-        engine = create_async_engine(url)
-        async with engine.begin() as connection:
-            await create_ledger(connection)
-        await engine.dispose()
+        url = await stack.enter_async_context(empty_database(servers[0], with_ledger))
         sql = await asyncpg.connect(dsn_of(url))
         stack.push_async_callback(sql.close)
         redis: Any = Redis.from_url(servers[1])

@@ -25,7 +25,8 @@ import coord.cli
 from coord import Job, JobState, LockMode, enqueue, lock_tables, wait_for_row_change
 from coord.database.engine import CONNECTION_CHECK
 from coord.waiting.watcher import MAX_WAITERS
-from tests.pages import BLOCK, DOCS, FILE, Namespace, blocks, prose, run
+from tests import warm
+from tests.pages import BLOCK, DOCS, FILE, Namespace, blocks, examples, prose, run
 from tests.project import Dev
 from tests.serving import eventually, served
 from tests.shop import ROOT, emptied
@@ -51,7 +52,13 @@ DECISIONS = sorted((ROOT / "docs" / "decisions").glob("*.md"))
 FOR_WHO_CARRIES_ON = [CONTRIBUTING, *DECISIONS]
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+RUN_ELSEWHERE = {"sessions", "errors", "recipes", "partners", "waiting", "http", "security"}
+"""Pages whose examples run in tests that look at what comes of them, below and in tests/test_http_documentation.py."""
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if examples(page) and page.stem not in RUN_ELSEWHERE], ids=lambda page: page.stem
+)
 async def test_every_example_of_a_page_runs(page: Path, namespace: Namespace) -> None:
     await run(page, namespace)
 
@@ -165,7 +172,9 @@ async def test_the_project_in_the_readme_answers_with_the_workers_result(
     assert sorted(order["invoice_number"] for order in orders) == list(range(1, 21))
 
 
-def test_the_tests_on_the_testing_page_pass_for_the_project_in_the_readme(tmp_path: Path) -> None:
+def test_the_tests_on_the_testing_page_pass_for_the_project_in_the_readme(
+    tmp_path: Path, database_url: str, redis_url: str
+) -> None:
     for page in (README, ROOT / "docs" / "testing.md"):
         for block in blocks(page, "python"):
             match = FILE.match(block.text)
@@ -175,8 +184,11 @@ def test_the_tests_on_the_testing_page_pass_for_the_project_in_the_readme(tmp_pa
         "[pytest]\nasyncio_default_fixture_loop_scope = function\nasyncio_mode = auto\n"
     )
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("COORD_", "PYTEST_"))}
+    servers = {"COORD_TEST_DATABASE_URL": database_url, "COORD_TEST_REDIS_URL": redis_url}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:schemathesis", "-W", "error"]
-    ended = subprocess.run(command, check=False, cwd=tmp_path, env=clean, capture_output=True, text=True, timeout=100)
+    ended = subprocess.run(
+        command, check=False, cwd=tmp_path, env={**clean, **servers}, capture_output=True, text=True, timeout=100
+    )
     assert re.search(r"^3 passed", ended.stdout, re.MULTILINE), ended.stdout
 
 
@@ -238,14 +250,13 @@ def startups() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("command", "line"), startups())
-def test_a_start_that_fails_says_the_line_on_the_page(command: str, line: str) -> None:
+async def test_a_start_that_fails_says_the_line_on_the_page(command: str, line: str) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("COORD_")}
-    programs = {**clean, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    ended = subprocess.run(
-        command, check=False, shell=True, cwd=ROOT, env=programs, capture_output=True, text=True, timeout=30
-    )
-    assert ended.returncode != 0
-    assert ended.stderr == f"{line}\n"
+    variables, program = re.fullmatch(r"((?:\w+=\S+ )*)(.+)", command).groups()  # type: ignore[union-attr]
+    given = dict(variable.split("=", 1) for variable in variables.split())
+    status, _, error = await warm.ended(*program.split(), env={**clean, **given})
+    assert status != 0
+    assert error == f"{line}\n"
 
 
 def test_every_error_is_on_the_errors_page() -> None:

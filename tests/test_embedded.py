@@ -219,6 +219,7 @@ time.sleep(600)
 
 
 def test_kill_9_of_the_parent_leaves_no_server(directory: Path) -> None:
+    lay(directory / "postgresql")
     command = [sys.executable, "-c", PARENT, str(directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         try:

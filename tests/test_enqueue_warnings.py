@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +12,7 @@ from fastapi.responses import StreamingResponse
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord import create_db_context, create_db_dependency, enqueue, get_transaction
-from tests.commands import ended
+from tests import warm
 from tests.counter import jobs_of
 from tests.ledger import a_task
 from tests.serving import eventually, served
@@ -181,6 +180,6 @@ async def test_a_process_without_a_coordinator_says_so_once(
     async with session_maker() as session, session.begin():
         job = await enqueue(session, a_task, 1)
     environment: dict[str, Any] = {**os.environ, "COORD_DATABASE_URL": database_url, "COORD_REDIS_URL": redis_url}
-    status, _, said = await ended(sys.executable, "-c", PROCESS, acts, str(job.id), env=environment)
+    status, _, said = await warm.ended("-c", PROCESS, acts, str(job.id), env=environment)
     assert status == 0, said
     assert said.count("No Coordinator is open in this process") == len(said.splitlines()) == lines, said

@@ -29,6 +29,7 @@ from coord import (
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.model import jobs
 from coord.queue.keys import QueueKeys
+from tests.clusters import lay
 from tests.faults.test_failover import Replica
 from tests.ledger import a_task
 from tests.models import User
@@ -165,7 +166,8 @@ class Beside:
 async def beside(redis_url: str) -> AsyncIterator[Beside]:
     with tempfile.TemporaryDirectory(prefix="coord-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
-        with PostgreSQL(directory / "primary", settings={"fsync": "off", "max_connections": "80"}) as server:
+        settings = {"fsync": "off", "max_connections": "80"}
+        with PostgreSQL(lay(directory / "primary"), settings=settings) as server:
             async with prepared(server, redis_url) as primary:
                 replica = Replica(directory / "replica", server)
                 await asyncio.to_thread(replica.start)

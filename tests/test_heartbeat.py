@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
@@ -19,11 +20,12 @@ from coord import set_progress, worker_settings
 from coord.jobs.model import JobState
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Board
+from tests import workers
 from tests.commands import started
 from tests.ledger import a_task
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.workers import Working, until, working
+from tests.workers import Working, until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from tests.workers import Office
 
 ANSWERS = 30
+working = partial(workers.working, heartbeat_process=True)
 
 
 async def test_a_worker_stopped_at_any_step_of_its_start_is_not_on_the_list(office: Office) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import socket
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from sqlalchemy import text
 from coord import cancel_job, get_job, job_transaction, list_attempts, set_result
 from coord.worker.maintenance.pruner import Pruner
 from tests.serving import eventually
-from tests.workers import Notes, Office, a_state, process, working
+from tests.workers import Office, a_state, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -76,20 +75,6 @@ async def test_an_attempt_that_is_cancelled_leaves_a_row(office: Office) -> None
     async with office.session_maker() as session:
         [attempt] = await list_attempts(session, job.id)
     assert (attempt.number, attempt.outcome, attempt.error) == (1, "cancelled", None)
-
-
-async def test_an_attempt_that_died_with_its_worker_leaves_a_row(office: Office, notes: Notes) -> None:
-    async with process(office, notes) as first:
-        job = await office.enqueue("hold", "killed")
-        await notes.say(job, "starts")
-        first.signal(signal.SIGKILL)
-        async with process(office, notes) as second:
-            notes.let("killed")
-            assert (await office.final(job, within=20)).attempt == 2
-            async with office.session_maker() as session:
-                [attempt] = await list_attempts(session, job.id)
-            assert (attempt.number, attempt.outcome, attempt.pid) == (1, "died", first.pid)
-            assert second.pid != first.pid
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["set inside the block", "returned"])

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 TOKEN = "correct-horse-battery"
-SECONDS = 20.0
+SECONDS = 10.0
 USUAL = {200, 201, 202, 304, 400, 401, 404, 422}
 HEALTH = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 

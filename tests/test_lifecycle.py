@@ -53,7 +53,7 @@ async def test_what_does_not_finish_is_begun_elsewhere_at_once_as_the_same_attem
         jobs = [await office.enqueue(task, "go") for task in ("hold", "hold_lock", "hold_transaction", "plain")]
         for job, what in zip(jobs, ["starts", "locked", "entered", "starts"], strict=True):
             await notes.say(job, what)
-        async with process(office, notes) as other:
+        async with process(office, notes, heartbeat_process=False) as other:
             worker.signal(signal.SIGTERM)
             await worker.says("This worker stops")
             if hurried:
@@ -124,7 +124,7 @@ async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, 
                 assert worker.count("Traceback") == 0, worker.lines
             await asyncio.to_thread(server.start)
             notes.let("go")
-            async with process(other, notes):
+            async with process(other, notes, heartbeat_process=False):
                 rows = [await other.final(job) for job in jobs]
     assert [(row.state, row.attempt) for row in rows] == [("done", 1)] * 2
 
@@ -229,7 +229,7 @@ async def test_closed_in_the_middle_of_its_work_a_worker_leaves_nothing(office: 
 
     jobs = [await office.enqueue(task) for _ in range(200)]
     for round_ in range(1, 9):
-        async with working(office, [task], max_jobs=7) as worker:
+        async with working(office, [task], max_jobs=7, heartbeat_process=round_ % 4 == 0) as worker:
             await until(lambda round_=round_: len(ran) >= 15 * round_)  # type: ignore[misc]
             await worker.stop()
             await until_gone(office)

@@ -53,7 +53,7 @@ steps = st.one_of(
     st.tuples(st.just("keep turns")),
     st.tuples(st.just("cancel"), st.integers(0, 9)),
 )
-common = settings(max_examples=30, deadline=None, suppress_health_check=[*HealthCheck])
+common = settings(max_examples=20, deadline=None, suppress_health_check=[*HealthCheck])
 
 
 @dataclass

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("coord", "worker", "api")
 """Each may import those before it, and itself."""
 SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py"))]
+OF_COORD = [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "coord"]
 PLUGIN = ROOT / "pytest_coord.py"
 LONGEST_FILE, LONGEST_BODY = 300, 40
 SHIPPED = {".py", ".typed", ".html", ".css", ".js", ".svg"}
@@ -97,10 +98,18 @@ def foreign_private_names(tree: ast.AST, own: set[str], here: set[str]) -> set[s
     return found
 
 
-def test_no_private_name_of_another_library_is_used_but_those_that_are_listed() -> None:
-    trees = [ast.parse(path.read_text()) for path in (*sorted((ROOT / "coord").rglob("*.py")), PLUGIN)]
-    own = set().union(*map(defined_in, trees))
-    found = set().union(*(foreign_private_names(tree, own, defined_in(tree)) for tree in trees))
+Trees = dict[Path, ast.Module]
+
+
+@pytest.fixture(scope="module")
+def trees() -> Trees:
+    return {path: ast.parse(path.read_text()) for path in (*SOURCES, PLUGIN)}
+
+
+def test_no_private_name_of_another_library_is_used_but_those_that_are_listed(trees: Trees) -> None:
+    shipped = [trees[path] for path in (*OF_COORD, PLUGIN)]
+    own = set().union(*map(defined_in, shipped))
+    found = set().union(*(foreign_private_names(tree, own, defined_in(tree)) for tree in shipped))
     assert found == set(PRIVATE_NAMES)
     assert len(PRIVATE_NAMES) <= 6
 
@@ -126,10 +135,10 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def imported(path: Path) -> set[str]:
+def imported(path: Path, tree: ast.Module) -> set[str]:
     """The top-level packages that a file imports."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -149,18 +158,18 @@ def test_the_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     assert metadata.endswith((ROOT / "README.md").read_text())
 
 
-def test_the_public_names_are_those_that_the_package_imports() -> None:
-    tree = ast.parse((ROOT / "coord" / "__init__.py").read_text())
+def test_the_public_names_are_those_that_the_package_imports(trees: Trees) -> None:
+    tree = trees[ROOT / "coord" / "__init__.py"]
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module != "__future__"]
     names = [alias.asname or alias.name for node in imports for alias in node.names]
     assert coord.__all__ == sorted(name for name in names if not name.startswith("_"))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=name_of)
-def test_imports_go_from_the_application_to_the_library(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0]
-    above = LAYERS[LAYERS.index(layer) + 1 :]
-    assert not imported(path) & {*above, "demo", "benchmarks", "tests"}
+def test_imports_go_from_the_application_to_the_library(trees: Trees) -> None:
+    for path in SOURCES:
+        layer = path.relative_to(ROOT).parts[0]
+        above = LAYERS[LAYERS.index(layer) + 1 :]
+        assert not imported(path, trees[path]) & {*above, "demo", "benchmarks", "tests"}, path
 
 
 PARTS = [
@@ -171,35 +180,30 @@ PARTS = [
 """Of coord, bottom first: each imports only what comes before it, for type checking too."""
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.relative_to(ROOT).parts[0] == "coord"], ids=name_of)
-def test_packages_import_in_one_order_without_circles(path: Path) -> None:
-    part = path.relative_to(ROOT / "coord").parts[0].removesuffix(".py")
-    if part == "__init__":
-        return
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "coord":
-            names = [alias.name for alias in node.names] if node.module == "coord" else [node.module.split(".")[1]]
-            assert all(PARTS.index(name) <= PARTS.index(part) for name in names), f"line {node.lineno}"
+def test_packages_import_in_one_order_without_circles(trees: Trees) -> None:
+    for path in OF_COORD:
+        part = path.relative_to(ROOT / "coord").parts[0].removesuffix(".py")
+        for node in ast.walk(trees[path]) if part != "__init__" else ():
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "coord":
+                names = [alias.name for alias in node.names] if node.module == "coord" else [node.module.split(".")[1]]
+                assert all(PARTS.index(name) <= PARTS.index(part) for name in names), f"{path}, line {node.lineno}"
 
 
-@pytest.mark.parametrize(
-    "modules", [["coord"], ["worker.settings"], ["api"], ["pytest_coord", "coord.testing"]], ids=" ".join
-)
-def test_an_import_connects_nothing_and_starts_nothing(modules: list[str]) -> None:
+def test_an_import_connects_nothing_and_starts_nothing() -> None:
+    modules = ["coord", "pytest_coord", "coord.testing", "worker.settings", "api"]
     command = [sys.executable, "-c", CONNECTS_NOTHING, *modules]
     ended = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=90)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("path", [*SOURCES, PLUGIN], ids=name_of)
-def test_no_file_and_no_function_is_long(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= LONGEST_FILE
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
-            assert length <= LONGEST_BODY, f"{node.name} has {length} lines"
+def test_no_file_and_no_function_is_long(trees: Trees) -> None:
+    for path in (*SOURCES, PLUGIN):
+        assert len(path.read_text().splitlines()) <= LONGEST_FILE, path
+        for node in ast.walk(trees[path]):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+                length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert length <= LONGEST_BODY, f"{node.name} of {path} has {length} lines"
 
 
 def test_no_test_starts_a_program_that_is_left_to_the_garbage() -> None:

@@ -47,10 +47,19 @@ def slots(schedule: Periodic, since: datetime, hours: float, step: float = 60.0)
     return found
 
 
-@pytest.mark.parametrize("step", [1.0, 47.0, 299.0])
-def test_a_line_that_names_its_hour_runs_once_on_the_day_whose_hour_comes_twice(step: float) -> None:
+@pytest.mark.parametrize(
+    ("since", "hours", "step"),
+    [
+        (at("2026-10-25", "01:00"), 4, 1.0),
+        (at("2026-10-24", "12:00"), 36, 47.0),
+        (at("2026-10-24", "12:00"), 36, 299.0),
+    ],
+)
+def test_a_line_that_names_its_hour_runs_once_on_the_day_whose_hour_comes_twice(
+    since: datetime, hours: float, step: float
+) -> None:
     schedule = periodic(a_task, "30 2 * * *", timezone="Europe/Berlin")
-    found = slots(schedule, at("2026-10-24", "12:00"), 36, step)
+    found = slots(schedule, since, hours, step)
     assert found == [at("2026-10-25", "02:30", fold=0)]
 
 

@@ -56,7 +56,10 @@ async def test_a_ledger_in_a_schema_of_its_own_is_found_by_everybody(
         redis = client(redis_url)
         await redis.flushdb()
         office = Office(sessions, redis, redis_url, url)
-        async with Coordinator(sessions, redis=redis_url), working(office, [rename], engine=tenant):
+        async with (
+            Coordinator(sessions, redis=redis_url),
+            working(office, [rename], engine=tenant, heartbeat_process=True),
+        ):
             async with sessions() as session:
                 session.add(User(id=1, name="new"))
                 job = await enqueue(session, rename, 1)

@@ -10,7 +10,7 @@ import pytest
 from coord.testing.history import RULES
 from tests.planted import situations
 from tests.planted.bugs import BUGS, STANDARD
-from tests.planted.edits import DoesNotApplyError, Edit, copy_with
+from tests.planted.edits import DoesNotApplyError, Edit, copy_with, edited
 from tests.planted.harmless import HARMLESS
 from tests.planted.world import running
 from tests.shop import emptied
@@ -70,14 +70,14 @@ async def test_a_situation_holds_without_a_bug(name: str, tmp_path: Path, databa
 
 
 @pytest.mark.parametrize("name", [*BUGS, *HARMLESS])
-def test_an_edit_applies_to_the_library_as_it_is(name: str, tmp_path: Path) -> None:
-    copy_with(BUGS[name].edits if name in BUGS else [HARMLESS[name]], tmp_path)
+def test_an_edit_applies_to_the_library_as_it_is(name: str) -> None:
+    assert edited(BUGS[name].edits if name in BUGS else [HARMLESS[name]])
 
 
 @pytest.mark.parametrize("old", ["no such text", "import"])
-def test_an_edit_that_does_not_apply_once_is_an_error(old: str, tmp_path: Path) -> None:
+def test_an_edit_that_does_not_apply_once_is_an_error(old: str) -> None:
     with pytest.raises(DoesNotApplyError, match=r"coord/locks.py has this \d+ times, and not once"):
-        copy_with([Edit("coord/locks.py", old, "")], tmp_path)
+        edited([Edit("coord/locks.py", old, "")])
 
 
 def test_there_are_twenty_bugs_of_many_kinds_and_ten_harmless_changes() -> None:

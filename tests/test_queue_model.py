@@ -291,5 +291,5 @@ def test_without_each_bound_a_job_would_run_twice(bound: str, value: float, bloc
 
 TestQueueModel = QueueModel.TestCase
 TestQueueModel.settings = settings(
-    max_examples=400, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck]
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[*HealthCheck]
 )

@@ -166,7 +166,7 @@ def _once_a_statement(action: Callable[..., None], *, of_row: bool) -> Callable[
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=75, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     listeners=st.lists(
         st.tuples(st.sampled_from(SESSION_EVENTS + MAPPER_EVENTS + ENGINE_EVENTS), st.sampled_from(ACTIONS)), max_size=3

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ from coord.testing.history import (
     check,
 )
 from coord.testing.history.records import from_line, to_line
-from tests.shop import ROOT
+from tests import warm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,7 +82,7 @@ def _answer(name: str, value: str, is_answered: bool, is_read: bool, has_landed:
 
 
 @given(histories())
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_a_legal_history_is_accepted(history: History) -> None:
     assert check(history).holds, check(history)
 
@@ -184,7 +183,7 @@ def test_each_rule_is_broken_by_something() -> None:
 
 
 @given(histories(), st.sampled_from(sorted(CORRUPTIONS)), st.randoms(use_true_random=False))
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_a_corruption_is_found_among_whatever_else_there_is(history: History, name: str, chance: Any) -> None:
     corrupt, rules = CORRUPTIONS[name]
     others = [one for one in history if not isinstance(one, Number | Calm | FaultSpan)]
@@ -280,18 +279,18 @@ def _named(record: Record, name: str, number: int) -> dict[str, Any]:
     return fields[type(record)]
 
 
-def test_a_file_is_checked_again_from_the_command_line(tmp_path: Path) -> None:
+async def test_a_file_is_checked_again_from_the_command_line(tmp_path: Path) -> None:
     written(tmp_path / "legal", LEGAL)
     written(tmp_path / "broken", changed(Effect, times=2)(LEGAL))
     (tmp_path / "torn").write_text(to_line(LEGAL[0]) + "\n" + '{"record": "Effect", "eff')
-    command = [sys.executable, "-m", "coord.testing.history"]
     ended = {
-        name: subprocess.run([*command, tmp_path / name], cwd=ROOT, check=False, capture_output=True, text=True)
+        name: await warm.ended("coord.testing.history", str(tmp_path / name), env=os.environ)
         for name in ("legal", "broken", "torn", "missing")
     }
-    assert {name: one.returncode for name, one in ended.items()} == {"legal": 0, "broken": 1, "torn": 2, "missing": 2}
-    assert "parcel 0 was applied 2 times; job job is done after attempt 1" in ended["broken"].stdout
-    assert f"{tmp_path / 'torn'}, line 2: no record of a history" in ended["torn"].stderr
+    statuses = {name: status for name, (status, _, _) in ended.items()}
+    assert statuses == {"legal": 0, "broken": 1, "torn": 2, "missing": 2}
+    assert "parcel 0 was applied 2 times; job job is done after attempt 1" in ended["broken"][1]
+    assert f"{tmp_path / 'torn'}, line 2: no record of a history" in ended["torn"][2]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from coord.testing.servers import DATABASE, REDIS, open_host
 from tests.project import until
 from tests.shop import dsn_of
 
@@ -76,7 +77,6 @@ MODES = {
     "strict": (STRICT, "@pytest.mark.asyncio", ""),
     "strict, marked with the module's loop": (STRICT, '@pytest.mark.asyncio(loop_scope="module")', ""),
     "strict, the session's loop": ((*STRICT, *OF_THE_SESSION), "@pytest.mark.asyncio", ""),
-    "auto": (AUTO, "", ""),
     "auto, the session's loop": ((*AUTO, *OF_THE_SESSION), "", ""),
     "auto, fixtures in the session's loop only": ((*AUTO, "-o", "asyncio_default_fixture_loop_scope=session"), "", ""),
     "anyio": (STRICT, "@pytest.mark.anyio", "@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n"),
@@ -86,6 +86,7 @@ MODES = {
         "@pytest.fixture\ndef anyio_backend():\n    return 'asyncio'\n",
     ),
 }
+"""`XDIST` and what fails below are run in auto mode with a loop for each test."""
 
 
 class Runs:
@@ -245,12 +246,22 @@ def test_without_an_event_loop_it_says_what_is_missing(runs: Runs) -> None:
     assert "coord_session_maker needs an event loop: of pytest-asyncio, or of anyio's plugin" in said
 
 
-def test_a_variable_that_is_malformed_is_named(runs: Runs) -> None:
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        (DATABASE, "postgresql://localhost/postgres", "needs the driver postgresql+asyncpg, not postgresql"),
+        (DATABASE, "secret", "malformed"),
+        (REDIS, "localhost", "malformed"),
+    ],
+)
+def test_a_variable_that_is_malformed_is_named(variable: str, value: str, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{variable}: {said}")):
+        with open_host(lambda _connection: None, {variable: value}):
+            pytest.fail("it was taken")
+
+
+def test_a_run_whose_variable_is_malformed_says_so(runs: Runs) -> None:
     runs.write("test_it.py", "def test_it(coord_servers):\n    pass\n")
-    assert "COORD_TEST_DATABASE_URL: needs the driver postgresql+asyncpg, not postgresql" in runs.end(
-        COORD_TEST_DATABASE_URL="postgresql://localhost/postgres"
-    )
-    assert "COORD_TEST_DATABASE_URL: malformed" in runs.end(COORD_TEST_DATABASE_URL="secret")
     assert "COORD_TEST_REDIS_URL: malformed" in runs.end(COORD_TEST_REDIS_URL="localhost")
 
 

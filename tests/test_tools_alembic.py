@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -15,6 +12,8 @@ from alembic.config import Config
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import create_ledger
+from tests import warm
+from tests.pooler import UNTOLD
 from tests.round_trip import application, rename, running
 from tests.shop import ROOT, dsn_of, empty_database
 from tests.test_migrations import described
@@ -33,7 +32,14 @@ class User(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str]
 """
-ALEMBIC = "import shlex, sys; from alembic.config import main; [main(shlex.split(line)) for line in sys.argv[1:]]"
+ALEMBIC = """
+import shlex, sys, warnings
+from alembic.config import main
+
+warnings.simplefilter("error")
+for line in sys.argv[1:]:
+    main(shlex.split(line))
+"""
 BOTH, ALONE = "[Base.metadata, Job.metadata]", "Base.metadata"
 
 
@@ -56,28 +62,20 @@ class Project:
             )
         env.write_text(f"from models import Base\nfrom coord import Job\n{text}")
 
-    def run(self, *commands: str) -> str:
+    async def run(self, *commands: str) -> str:
         """One after the other in one process: most of what each takes is imports."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(self.directory), str(ROOT)])}
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", ALEMBIC, *commands],
-            check=False,
-            cwd=self.directory,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        status, out, error = await warm.ended("-c", ALEMBIC, *commands, env=os.environ, cwd=self.directory)
+        assert status == 0, out + error
+        return out
 
-    def migrate(self, *names: str) -> list[str]:
+    async def migrate(self, *names: str) -> list[str]:
         """Generate a migration and run it, for each name; the migrations."""
-        self.run(*(line for name in names for line in (f"revision --autogenerate -m {name}", "upgrade head")))
+        await self.run(*(line for name in names for line in (f"revision --autogenerate -m {name}", "upgrade head")))
         found = [path.read_text() for path in self.directory.glob("migrations/versions/*.py")]
         return sorted(found, key=lambda text: names.index(text.partition("\n")[0].removeprefix('"""')))
 
-    def finds_nothing(self) -> bool:
-        return "No new upgrade operations detected" in self.run("check")
+    async def finds_nothing(self) -> bool:
+        return "No new upgrade operations detected" in await self.run("check")
 
 
 def included() -> str:
@@ -99,7 +97,7 @@ async def test_a_generated_migration_makes_the_ledger_and_nothing_is_left_for_a_
 ) -> None:
     async with empty_database(database_url) as url, empty_database(database_url) as other:
         project = Project(tmp_path, url, BOTH)
-        made, second = await asyncio.to_thread(project.migrate, "first", "second")
+        made, second = await project.migrate("first", "second")
         assert "create_table('coord_jobs'" in made
         assert "create_table('users'" in made
         assert second.partition("def upgrade")[2].count("op.") == 0
@@ -112,7 +110,7 @@ async def test_a_generated_migration_makes_the_ledger_and_nothing_is_left_for_a_
             for kind, rows in by_alembic.items()
         }
         assert own == by_coord
-        assert await asyncio.to_thread(project.finds_nothing)
+        assert await project.finds_nothing()
         await round_trip(url, redis_url)
         for observer in observers:
             await observer.close()
@@ -127,10 +125,10 @@ async def test_a_ledger_that_is_there_is_left_as_it_is(
         observer = await asyncpg.connect(dsn_of(url))
         before = await described(observer, schema or "public")
         project = Project(tmp_path, url, target)
-        [made] = await asyncio.to_thread(project.migrate, "first")
+        [made] = await project.migrate("first")
         assert "create_table('users'" in made
         assert "coord_" not in made
-        assert await asyncio.to_thread(project.finds_nothing)
+        assert await project.finds_nothing()
         await make(url)
         after = await described(observer, schema or "public")
         assert {kind: [row for row in rows if row in after[kind]] for kind, rows in before.items()} == before
@@ -139,7 +137,7 @@ async def test_a_ledger_that_is_there_is_left_as_it_is(
 
 
 async def round_trip(url: str, redis_url: str) -> None:
-    engine = create_async_engine(url, pool_size=15)
+    engine = create_async_engine(url, pool_size=15, **UNTOLD)
     maker = async_sessionmaker(engine, expire_on_commit=False)
     async with running(application(maker, redis_url), [rename], maker, redis_url, url) as http:
         assert (await http.post("/users/1")).json() == "renamed"

@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from tests.ledger import ledger  # noqa: F401 - a fixture
+from tests.pooler import UNTOLD
 from tests.round_trip import application, rename, running
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ async def test_the_round_trip_is_seen_statement_by_statement(
 ) -> None:
     exporter, provider = InMemorySpanExporter(), TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    engine = create_async_engine(database_url, pool_size=15)
+    engine = create_async_engine(database_url, pool_size=15, **UNTOLD)
     # Its bound is SQLAlchemy 2.0; it works on 2.1 when it is told to.
     instrumentor = SQLAlchemyInstrumentor()
     instrumentor.instrument(engine=engine.sync_engine, tracer_provider=provider, skip_dep_check=True)

@@ -19,6 +19,7 @@ from coord import (
     lock_tables,
     wait_for_row_change,
 )
+from tests.pooler import UNTOLD
 from tests.round_trip import running
 from tests.shop import empty_database
 
@@ -43,7 +44,7 @@ async def test_a_hero_is_trained_before_the_answer(
     database_url: str, redis_url: str, read_settings: Mapping[str, str] | None
 ) -> None:
     async with empty_database(database_url) as url:
-        engine = create_async_engine(url, pool_size=15)
+        engine = create_async_engine(url, pool_size=15, **UNTOLD)
         async with engine.begin() as connection:
             await connection.run_sync(SQLModel.metadata.create_all)
             await create_ledger(connection)

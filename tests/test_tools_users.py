@@ -22,6 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase
 
 from coord import Coordinator, create_db_dependency, create_ledger, enqueue, job_transaction, wait_for_row_change
+from tests.pooler import UNTOLD
 from tests.round_trip import running
 from tests.shop import empty_database
 
@@ -57,7 +58,7 @@ class Accounts(UUIDIDMixin, BaseUserManager[Account, uuid.UUID]):
 
 async def test_who_registers_is_verified_before_the_answer_and_can_log_in(database_url: str, redis_url: str) -> None:
     async with empty_database(database_url) as url:
-        engine = create_async_engine(url, pool_size=15)
+        engine = create_async_engine(url, pool_size=15, **UNTOLD)
         async with engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
             await create_ledger(connection)

@@ -171,7 +171,7 @@ async def test_after_a_death_the_others_have_their_turns(office: Office, notes: 
         two = await office.enqueue(held, "killed")
         await waiting(office, 1)
         first.signal(signal.SIGKILL)
-        async with process(office, notes):
+        async with process(office, notes, heartbeat_process=False):
             notes.let("killed")
             for job in (one, two):
                 assert (await office.final(job, within=25)).state == "done"

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tests.clusters import lay
 from tests.pages import FILE, blocks
 from tests.project import Dev, until
 from tests.shop import ROOT
@@ -31,6 +32,7 @@ def followed(directory: Path) -> Iterator[Dev]:
     assert len(files) == len(blocks(PAGE, "python"))
     for name, text in files:
         (directory / name).write_text(text)
+    lay(directory / ".coord/postgresql")
     dev = Dev(directory, *shlex.split(DEV.removeprefix("coord dev --app api:app --worker worker.Settings")))
     try:
         until(lambda: "ready at" in dev.output, lambda: dev.output, within=60)

@@ -1,8 +1,9 @@
-"""`python -m arq …` and `python -m uvicorn …` without the second that their imports take.
+"""`python -m arq …`, `python -m uvicorn …` and `python -c …` without the second that their imports take.
 
 A server forks them: a process that has imported what each of them imports, and nothing of the tests' or the shop's own.
-What comes out is a process like any other, with its own pid, environment, arguments and stderr, which can be killed and
-frozen; that it was forked is all that differs. Whatever still runs when the tests end, however they end, is killed.
+What comes out is a process like any other, with its own pid, environment, arguments, directory and output, which can be
+killed and frozen; that it was forked is all that differs. Whatever still runs when the tests end, however they end, is
+killed.
 
 Variables that Python itself reads (`PYTHON…`) are those of the tests.
 """
@@ -50,8 +51,11 @@ MAX_REQUEST_BYTES = 1_000_000
 class Process:
     """What `asyncio.create_subprocess_exec` gives, as far as the tests need it."""
 
-    def __init__(self, pid: int, stderr: asyncio.StreamReader, status: asyncio.StreamReader) -> None:
+    def __init__(
+        self, pid: int, stdout: asyncio.StreamReader, stderr: asyncio.StreamReader, status: asyncio.StreamReader
+    ) -> None:
         self.pid = pid
+        self.stdout = stdout
         self.stderr = stderr
         self.returncode: int | None = None
         self._ending = asyncio.create_task(self._end(status), name=f"end of process {pid}")
@@ -83,13 +87,14 @@ class Server:
             command = [sys.executable, "-m", __name__, str(theirs.fileno())]
             self._process = subprocess.Popen(command, cwd=PROJECT, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
 
-    async def start(self, *command: str, env: Mapping[str, str]) -> Process:
-        """The module `command[0]` with its arguments, in the project's directory; its stderr is piped."""
-        (stderr, theirs), (status, told) = await _piped(), await _piped()
-        socket.send_fds(self._control, [json.dumps([command, dict(env)]).encode()], [theirs, told])
-        os.close(theirs)
-        os.close(told)
-        return Process(int(await status.readline()), stderr, status)
+    async def start(self, *command: str, env: Mapping[str, str], cwd: Path, reads_stdout: bool) -> Process:
+        """The module `command[0]`, or after `-c` a text, with its arguments; its stderr is piped."""
+        (stdout, out), (stderr, error), (status, told) = [await _piped() for _ in range(3)]
+        request = json.dumps([command, dict(env), str(cwd), reads_stdout]).encode()
+        socket.send_fds(self._control, [request], [out, error, told])
+        for fd in (out, error, told):
+            os.close(fd)
+        return Process(int(await status.readline()), stdout, stderr, status)
 
     def close(self) -> None:
         """End it, and with it every process that it has forked."""
@@ -109,10 +114,23 @@ async def _piped() -> tuple[asyncio.StreamReader, int]:
 _servers: list[Server] = []
 
 
-async def start(*command: str, env: Mapping[str, str]) -> Process:
+async def start(*command: str, env: Mapping[str, str], cwd: Path = PROJECT, reads_stdout: bool = False) -> Process:
+    """What it writes to stdout is lost unless it is read."""
     if not _servers:
         _servers.append(Server())
-    return await _servers[0].start(*command, env=env)
+    return await _servers[0].start(*command, env=env, cwd=cwd, reads_stdout=reads_stdout)
+
+
+async def ended(*command: str, env: Mapping[str, str], cwd: Path = PROJECT) -> tuple[int, str, str]:
+    """Its status, and what it has written to stdout and stderr. One that is not waited for to its end is killed."""
+    process = await start(*command, env=env, cwd=cwd, reads_stdout=True)
+    try:
+        out, error, status = await asyncio.gather(process.stdout.read(), process.stderr.read(), process.wait())
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    return status, out.decode(), error.decode()
 
 
 def close() -> None:
@@ -136,12 +154,13 @@ def serve(control: socket.socket) -> list[str]:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it ends with the tests, after them
     signal.signal(signal.SIGCHLD, reap)
     while True:
-        request, (stderr, status), *_ = _received(control, running)
+        request, (stdout, stderr, status) = _received(control, running)
         if (pid := os.fork()) == 0:
             for fd in (status, *running.values()):
                 os.close(fd)
             control.close()
-            return _become(stderr, *json.loads(request))
+            return _become(stdout, stderr, *json.loads(request))
+        os.close(stdout)
         os.close(stderr)
         os.write(status, f"{pid}\n".encode())
         running[pid] = status
@@ -149,7 +168,7 @@ def serve(control: socket.socket) -> list[str]:
 
 
 def _received(control: socket.socket, running: Mapping[int, int]) -> tuple[bytes, list[int]]:
-    request, fds, *_ = socket.recv_fds(control, MAX_REQUEST_BYTES, 2)
+    request, fds, *_ = socket.recv_fds(control, MAX_REQUEST_BYTES, 3)
     if not request:
         _end(running)
     return request, fds
@@ -169,22 +188,32 @@ def _tell(status: int, code: int) -> None:
     os.close(status)
 
 
-def _become(stderr: int, command: list[str], env: dict[str, str]) -> list[str]:
+def _become(
+    stdout: int, stderr: int, command: list[str], env: dict[str, str], cwd: str, reads_stdout: bool
+) -> list[str]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDWR)
-    for theirs, ours in ((nothing, 0), (nothing, 1), (stderr, 2)):
+    for theirs, ours in ((nothing, 0), (stdout if reads_stdout else nothing, 1), (stderr, 2)):
         os.dup2(theirs, ours)
-    os.close(nothing)
-    os.close(stderr)
+    for fd in (nothing, stdout, stderr):
+        os.close(fd)
     os.environ.clear()
     os.environ.update(env)
+    os.chdir(cwd)
+    sys.path[0] = cwd
     return command
 
 
 if __name__ == "__main__":
+    gc.disable()
     for _name in IMPORTED:
         importlib.import_module(_name)
     gc.freeze()  # so that what is shared stays so
     _module, *sys.argv[1:] = serve(socket.socket(fileno=int(sys.argv[1])))
-    runpy.run_module(_module, run_name="__main__", alter_sys=True)
+    gc.enable()
+    if _module == "-c":
+        sys.argv[0] = "-c"
+        exec(compile(sys.argv.pop(1), "<string>", "exec", dont_inherit=True), {"__name__": "__main__"})  # noqa: S102 - as Python does
+    else:
+        runpy.run_module(_module, run_name="__main__", alter_sys=True)

@@ -17,10 +17,11 @@ from sqlalchemy.ext.asyncio import async_sessionmaker
 from coord import create_ledger, job_transaction, lock_tables, worker_settings
 from coord.jobs.attempt import ATTEMPT
 from tests.models import Item, User
-from tests.pooler import create_engine
+from tests.pooler import UNTOLD, create_engine
 
 NOTES = Path(os.environ.get("COORD_TEST_NOTES", "/nonexistent"))
-engine = create_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0})
+untold = UNTOLD["connect_args"] if os.environ.get("COORD_TEST_HEARTBEAT") == "thread" else {}
+engine = create_engine(os.environ["COORD_DATABASE_URL"], pool_size=15, connect_args={"timeout": 5.0, **untold})
 session_maker = async_sessionmaker(engine, expire_on_commit=False)
 
 

@@ -32,6 +32,7 @@ from coord.worker.state import WorkerState
 from tests import warm
 from tests.clusters import lay
 from tests.models import User, table_of
+from tests.pooler import UNTOLD
 from tests.serving import eventually
 from tests.shop import Command
 
@@ -173,7 +174,7 @@ async def office(ledger: None, database_url: str, redis_url: str) -> AsyncIterat
         await office.redis.flushdb()
         async with office.session_maker.begin() as session:
             await session.execute(text(EFFECTS))
-            await session.execute(text("TRUNCATE effects"))
+            await session.execute(text("DELETE FROM effects"))
         yield office
 
 
@@ -243,11 +244,20 @@ class Working:
 
 @contextlib.asynccontextmanager
 async def working(
-    office: Office, functions: Sequence[Any], *, engine: dict[str, Any] | None = None, **settings: Any
+    office: Office,
+    functions: Sequence[Any],
+    *,
+    engine: dict[str, Any] | None = None,
+    heartbeat_process: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Working]:
-    """A worker of this process that takes jobs, with an engine of its own unless it is given a `session_maker`."""
+    """A worker of this process that takes jobs, with an engine of its own unless it is given a `session_maker`.
+
+    Its heartbeat is a thread, unless the test is about the process that it is elsewhere, which takes a second to start.
+    """
     database_url = settings.pop("database_url", office.database_url)
-    own = create_async_engine(database_url, **{"pool_size": 15, "max_overflow": 5, **(engine or {})})
+    connections = {} if heartbeat_process else UNTOLD
+    own = create_async_engine(database_url, **{"pool_size": 15, "max_overflow": 5, **connections, **(engine or {})})
     options = {"redis": office.redis_url, "handle_signals": False, **settings}
     options.setdefault("session_maker", async_sessionmaker(own, expire_on_commit=False))
     made = worker_settings(functions, **options)
@@ -322,14 +332,16 @@ async def process(
     *options: str,
     started: bool = True,
     module: str = "tests.worker_app.Settings",
+    heartbeat_process: bool = True,
     **variables: str,
 ) -> AsyncIterator[Process]:
-    """A worker as a process of its own, which takes jobs."""
+    """A worker as a process of its own, which takes jobs; its heartbeat's is another, or a thread."""
     environment = {
         "COORD_DATABASE_URL": office.database_url,
         "COORD_REDIS_URL": office.redis_url,
         "COORD_TEST_NOTES": str(notes.directory),
         "COORD_TEST_GRACE": "1",
+        "COORD_TEST_HEARTBEAT": "process" if heartbeat_process else "thread",
     }
     running = Process(await warm.start("arq", module, *options, env={**os.environ, **environment, **variables}))
     try:

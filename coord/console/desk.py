@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import finalize
@@ -71,7 +71,9 @@ class Desk:
         return open_waits(engines_of(self.session_maker()))
 
 
+@cache
 def _environment(version: str) -> Environment:
+    """One for all consoles of a process: each would compile the templates again."""
     made = Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,

@@ -16,6 +16,7 @@ from sqlalchemy import make_url
 
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.dev.server import free_port
+from tests.clusters import lay
 from tests.faults.program import CLOCK, Program
 from tests.serving import eventually
 from tests.shop import SERVING, WORKER, WORKING, Network, dsn_of, waiting_for_locks
@@ -113,7 +114,7 @@ class Stack:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         settings = {"fsync": "off", "max_connections": str(CONNECTIONS)}
-        self.postgresql = PostgreSQL(directory / "postgresql", settings=settings)
+        self.postgresql = PostgreSQL(lay(directory / "postgresql"), settings=settings)
         self.valkey = Valkey(directory / "valkey")
         self.members: list[Member] = []
         self.url = f"http://127.0.0.1:{free_port()}"

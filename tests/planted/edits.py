@@ -26,16 +26,23 @@ class DoesNotApplyError(AssertionError):
     """The library has changed: the edit must follow it."""
 
 
-def copy_with(edits: Iterable[Edit], directory: Path) -> Path:
-    """The library and the application, copied there and edited."""
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "coord", directory / "coord", ignore=ignored)
-    shutil.copy(ROOT / "tests" / "planted" / APPLICATION, directory / APPLICATION)
+def edited(edits: Iterable[Edit]) -> dict[str, str]:
+    """The files that they change, as they are then: such that Python can compile them."""
+    texts: dict[str, str] = {}
     for edit in edits:
-        path = directory / edit.path
-        text = path.read_text()
+        text = texts.get(edit.path) or (ROOT / edit.path).read_text()
         if (times := text.count(edit.old)) != 1:
             raise DoesNotApplyError(f"{edit.path} has this {times} times, and not once:\n{edit.old}")
-        path.write_text(text.replace(edit.old, edit.new))
-        compile(path.read_text(), str(path), "exec", dont_inherit=True)
+        texts[edit.path] = text.replace(edit.old, edit.new)
+        compile(texts[edit.path], edit.path, "exec", dont_inherit=True)
+    return texts
+
+
+def copy_with(edits: Iterable[Edit], directory: Path) -> Path:
+    """The library and the application, copied there and edited; what is compiled of the rest comes along."""
+    half_written = shutil.ignore_patterns("*.pyc.*")  # by another process, which renames it in a moment
+    shutil.copytree(ROOT / "coord", directory / "coord", ignore=half_written)
+    shutil.copy(ROOT / "tests" / "planted" / APPLICATION, directory / APPLICATION)
+    for name, text in edited(edits).items():
+        (directory / name).write_text(text)
     return directory
