@@ -29,11 +29,12 @@ serve: $(READY) ## start the stack and keep it up
 	@$(BIN)/python -m demo --serve
 
 # What failed beside other tests is run again by itself, and fails if it fails then: two cores may be too busy for it.
+# Of those that run alone only their files are collected.
 test: $(READY) ## the whole suite, on a PostgreSQL and a Valkey of its own
 	@$(BIN)/python -m pytest $(BESIDE) -m "not alone and not faults" || \
 		{ echo "== Again by itself: what has failed"; \
 		$(BIN)/python -m pytest --last-failed --last-failed-no-failures none -m "not alone and not faults"; }
-	@$(BIN)/python -m pytest -m "alone and not planted"
+	@$(BIN)/python -m pytest -m "alone and not planted" $$(grep -rl --include="test_*.py" "mark\.alone" tests)
 
 test-fast: $(READY) ## the suite without its slow tests
 	@$(BIN)/python -m pytest $(BESIDE) -m "not slow"

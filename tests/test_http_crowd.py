@@ -173,7 +173,7 @@ async def fulfilled_without_a_gap(database: asyncpg.Connection) -> None:
     assert len(fulfilled) == await database.fetchval("SELECT count(*) FROM coord_idempotency_keys")
 
 
-STREAMS, ORDERS, CHANGES = 500, 50, 20
+STREAMS, ORDERS, CHANGES = 500, 50, 8
 
 
 @dataclass

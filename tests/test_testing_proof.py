@@ -22,16 +22,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PAGE = ROOT / "docs" / "proof.md"
-APPLICATION = "booking.py"
+APPLICATION, PROOF = "booking.py", "test_proof.py"
 
 
-def project(directory: Path) -> str:
-    """The page's files, an application and a proof of it; the proof's name."""
+def project(directory: Path, given: str) -> str:
+    """The page's files, an application and a proof of it with this given; the proof's name."""
     files = {match[1]: block.text for block in blocks(PAGE, "python") if (match := FILE.match(block.text))}
     for name, text in files.items():
         (directory / name).write_text(text)
-    assert [*files] == [APPLICATION, "test_proof.py"]
-    return "test_proof.py"
+    assert [*files] == [APPLICATION, PROOF]
+    assert files[PROOF].count("seconds=20") == 1
+    (directory / PROOF).write_text(files[PROOF].replace("seconds=20", given))
+    return PROOF
 
 
 def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +45,7 @@ def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[s
 @pytest.mark.alone
 @pytest.mark.timeout(200)
 def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None:
-    ended = run_by_its_user(tmp_path, project(tmp_path))
+    ended = run_by_its_user(tmp_path, project(tmp_path, "seconds=8"))
     assert ended.returncode == 0, ended.stdout
     assert "everything holds; seed " in ended.stdout
     assert re.search(r"faults +\d+ × ", ended.stdout)
@@ -54,11 +56,9 @@ def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp_path: Path) -> None:
-    name = project(tmp_path)
+    name = project(tmp_path, "seconds=0.5, pace=80, faults=[]")
     application = tmp_path / APPLICATION
     application.write_text(application.read_text().replace(", lock_tables(session, [Booking]):", ":"))
-    test = tmp_path / name
-    test.write_text(test.read_text().replace("seconds=20", "seconds=3, pace=40, faults=[]"))
     ended = run_by_its_user(tmp_path, name)
     assert ended.returncode == 1, ended.stdout
     assert re.search(r"BROKEN: .*; seed \d+ repeats it, the history is /", ended.stdout)

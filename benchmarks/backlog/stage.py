@@ -41,7 +41,7 @@ class Scale:
 
 
 FULL = Scale(later=1_000_000, due=100_000, ahead=70.0, warm=2_000, idle_seconds=20.0, scripts=10)
-QUICK = Scale(later=20_000, due=200, ahead=0.0, warm=100, idle_seconds=2.0, scripts=1)
+QUICK = Scale(later=5_000, due=200, ahead=0.0, warm=100, idle_seconds=1.0, scripts=1)
 
 
 async def drain(ctx: dict[str, Any]) -> None:

@@ -42,5 +42,5 @@ QUICK = Scale(
     think_seconds=0.02,
     requesters=20,
     warm_seconds=0.2,
-    crowd_seconds=1.0,
+    crowd_seconds=0.7,
 )
