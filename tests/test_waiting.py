@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Table,
+    event,
     select,
     text,
     update,
@@ -25,6 +26,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
+import coord.waiting.poller
 from coord import (
     RowNotFoundError,
     UncommittedChangesError,
@@ -221,6 +223,30 @@ async def test_a_pool_of_one_serves_two_hundred_waits(database_url: str, observe
         assert [row.name for row in rows] == [f"after {n}" for n in range(1, 201)]
         await all_given_back(engine)
     await engine.dispose()
+
+
+async def test_more_rows_than_one_query_reads_are_all_watched(
+    engine: AsyncEngine, session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many at a time, whichever of them changes."""
+    monkeypatch.setattr(coord.waiting.poller, "MAX_KEYS_PER_QUERY", 3)
+    sizes: set[int] = set()
+
+    def note(_connection: Any, _cursor: Any, _statement: str, parameters: Any, *_: Any) -> None:
+        sizes.update(len(each) for each in parameters if isinstance(each, list))
+
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 8) AS n")
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    async with AsyncExitStack() as stack:
+        stack.callback(event.remove, engine.sync_engine, "before_cursor_execute", note)
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(8)]
+        tasks = {n: waiting(session, User, n) for n, session in enumerate(sessions, start=1)}
+        await registered(8)
+        for n in (8, 1, 5, 2, 7, 3, 6, 4):
+            await observer.execute("UPDATE users SET name = 'after' WHERE id = $1", n)
+            assert (await tasks.pop(n)).name == "after"
+            assert not any(task.done() for task in tasks.values())
+    assert max(sizes) == 3
 
 
 async def test_the_callers_read_only_transaction_is_ended_and_an_explicit_block_is_not(
