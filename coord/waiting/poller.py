@@ -58,12 +58,13 @@ class Poller:
     before it began, so that none is given a row older than what its caller has seen.
 
     It outlives its last waiter until it is closed, so that a class that is waited for now and then costs no new ones.
-    The loop runs in an empty `contextvars.Context`: a hook of the application finds no caller's values there.
+    The loop, and the alarms of its waits, run in an empty `context`: a hook finds no caller's values there.
     """
 
     def __init__(self, watcher: Watcher, reader: Reader) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Any]] = {}
+        self.context = contextvars.Context()
         self.generation = 0
         """The number of the read that is under way, or was the last."""
         self.error: Exception | None = None
@@ -103,7 +104,7 @@ class Poller:
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
-            self.task = asyncio.create_task(self._run(), name=name, context=contextvars.Context())
+            self.task = asyncio.create_task(self._run(), name=name, context=self.context)
             self.task.add_done_callback(self._ended)
 
     def remove(self, waiter: Waiter[Any]) -> None:

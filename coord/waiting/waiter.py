@@ -83,7 +83,7 @@ class Waiter(Generic[M]):
 
     def _set_alarm(self, when: float | None) -> None:
         if when is not None:
-            self._alarm = asyncio.get_running_loop().call_at(when, self.on_deadline, when)
+            self._alarm = asyncio.get_running_loop().call_at(when, self.on_deadline, when, context=self._poller.context)
 
     def _awake(self) -> None:
         if self._alarm is not None:
