@@ -27,6 +27,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import aliased
 
 import coord.waiting.poller
+import coord.waiting.waiter
+import coord.waiting.watcher
 from coord import (
     RowNotFoundError,
     UncommittedChangesError,
@@ -138,6 +140,26 @@ async def test_no_change_is_a_timeout_that_says_what_and_how_long(session_maker:
         assert isinstance(caught.value, TimeoutError)
         with pytest.raises(WaitTimeoutError):
             await wait_for_row_change(session, User, user, timeout=0)
+
+
+async def test_a_deadline_that_is_far_when_the_wait_begins_is_kept(
+    session_maker: SessionMaker, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that begins while another waits, and once that has gone."""
+    for module in (coord.waiting.waiter, coord.waiting.watcher):
+        monkeypatch.setattr(module, "NEAR_SECONDS", 0.1)
+
+    async def seconds(timeout: float) -> float:
+        began = time.monotonic()
+        async with session_maker() as session:
+            with pytest.raises(WaitTimeoutError):
+                await wait_for_row_change(session, User, user, interval=60, timeout=timeout)
+        return time.monotonic() - began
+
+    async with asyncio.timeout(10):
+        for timeouts in ((0.4, 0.7), (0.5,)):
+            waited = await asyncio.gather(*map(seconds, timeouts))
+            assert all(timeout <= took < timeout + 1 for timeout, took in zip(timeouts, waited, strict=True))
 
 
 async def test_only_the_watched_columns_count(session_maker: SessionMaker, observer: Connection) -> None:
