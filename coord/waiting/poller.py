@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import inspect
+from sqlalchemy.orm.attributes import instance_state
 
 from coord.database.target import column_names
 from coord.observation import tell_waiters
@@ -270,15 +270,15 @@ class Poller:
             for key in rest:
                 values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
                 # Compared for each of them, since that also completes their baselines.
-                found_by = [] if values is None else [waiter.differs_in(values) for waiter in due[key]]
-                if values is None or any(each is not None for each in found_by):
+                if [waiter for waiter in due[key] if values is None or waiter.differs_in(values) is not None]:
                     whole.add(key)
-                for waiter in () if key in whole else due[key]:
+                    continue
+                for waiter in due[key]:
                     waiter.on_unchanged()
         rows = await self.reader.entities([*whole]) if whole else {}
         for key in whole:
             row = rows.get(key)
-            values = None if row is None else inspect(row).dict
+            values = None if row is None else instance_state(row).dict
             for waiter in due[key]:
                 waiter.receive(row, values, alone=len(due[key]) == 1)
 
