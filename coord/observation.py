@@ -116,14 +116,13 @@ class ObservedWait:
     `waiter` is a `Waiter` of `coord/waiting/`, and `session` SQLAlchemy's own.
     """
 
-    __slots__ = ("_began", "_job", "_scope", "_session", "_span", "_waiter")
+    __slots__ = ("_job", "_scope", "_session", "_span", "_waiter")
 
     def __init__(self, session: Any, waiter: Any, job: Any) -> None:
         self._session, self._waiter, self._job = session, waiter, job
         self._scope = telemetry.internal(f"wait {waiter.target.mapper.class_.__name__}")
 
     def __enter__(self) -> None:
-        self._began = monotonic()
         self._span = self._scope.__enter__()
 
     def __exit__(
@@ -136,7 +135,7 @@ class ObservedWait:
             self._scope.__exit__(kind, error, traceback)
 
     def _note(self, outcome: str) -> None:
-        waiter, began = self._waiter, self._began
+        waiter, began = self._waiter, self._waiter.began
         message = (waiter.job.last_message() if waiter.job is not None else None) or waiter.last_message()
         if message is not None and self._job is None and message[1] < began:
             message = None  # about a change before this wait

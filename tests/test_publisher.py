@@ -170,6 +170,18 @@ async def test_what_redis_does_not_answer_is_dropped_and_what_comes_later_is_not
     await scene.has_heard(3)
 
 
+async def test_after_a_slow_answer_nothing_waits_for_long(scene: Scene) -> None:
+    """The pause after a pipeline grows with how long that took, up to a limit."""
+    scene.publish(1)
+    await scene.has_heard(1)
+    await scene.redis.client_pause(500, all=False)
+    scene.publish(2)
+    await scene.has_heard(2)
+    scene.publish(3)
+    async with asyncio.timeout(0.4):
+        await scene.has_heard(3)
+
+
 async def test_what_redis_refuses_is_told(redis_url: str) -> None:
     async with Redis.from_url(redis_url) as redis:
         await redis.acl_setuser(

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Integer,
     MetaData,
     Table,
+    event,
     select,
     text,
     update,
@@ -25,6 +26,9 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
 
+import coord.waiting.poller
+import coord.waiting.waiter
+import coord.waiting.watcher
 from coord import (
     RowNotFoundError,
     UncommittedChangesError,
@@ -138,6 +142,26 @@ async def test_no_change_is_a_timeout_that_says_what_and_how_long(session_maker:
             await wait_for_row_change(session, User, user, timeout=0)
 
 
+async def test_a_deadline_that_is_far_when_the_wait_begins_is_kept(
+    session_maker: SessionMaker, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of one that begins while another waits, and once that has gone."""
+    for module in (coord.waiting.waiter, coord.waiting.watcher):
+        monkeypatch.setattr(module, "NEAR_SECONDS", 0.1)
+
+    async def seconds(timeout: float) -> float:
+        began = time.monotonic()
+        async with session_maker() as session:
+            with pytest.raises(WaitTimeoutError):
+                await wait_for_row_change(session, User, user, interval=60, timeout=timeout)
+        return time.monotonic() - began
+
+    async with asyncio.timeout(10):
+        for timeouts in ((0.4, 0.7), (0.5,)):
+            waited = await asyncio.gather(*map(seconds, timeouts))
+            assert all(timeout <= took < timeout + 1 for timeout, took in zip(timeouts, waited, strict=True))
+
+
 async def test_only_the_watched_columns_count(session_maker: SessionMaker, observer: Connection) -> None:
     await observer.execute("INSERT INTO accounts VALUES ('eu', 7, 'open', 0, 1)")
     async with session_maker() as session:
@@ -221,6 +245,30 @@ async def test_a_pool_of_one_serves_two_hundred_waits(database_url: str, observe
         assert [row.name for row in rows] == [f"after {n}" for n in range(1, 201)]
         await all_given_back(engine)
     await engine.dispose()
+
+
+async def test_more_rows_than_one_query_reads_are_all_watched(
+    engine: AsyncEngine, session_maker: SessionMaker, observer: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So many at a time, whichever of them changes."""
+    monkeypatch.setattr(coord.waiting.poller, "MAX_KEYS_PER_QUERY", 3)
+    sizes: set[int] = set()
+
+    def note(_connection: Any, _cursor: Any, _statement: str, parameters: Any, *_: Any) -> None:
+        sizes.update(len(each) for each in parameters if isinstance(each, list))
+
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 8) AS n")
+    event.listen(engine.sync_engine, "before_cursor_execute", note)
+    async with AsyncExitStack() as stack:
+        stack.callback(event.remove, engine.sync_engine, "before_cursor_execute", note)
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(8)]
+        tasks = {n: waiting(session, User, n) for n, session in enumerate(sessions, start=1)}
+        await registered(8)
+        for n in (8, 1, 5, 2, 7, 3, 6, 4):
+            await observer.execute("UPDATE users SET name = 'after' WHERE id = $1", n)
+            assert (await tasks.pop(n)).name == "after"
+            assert not any(task.done() for task in tasks.values())
+    assert max(sizes) == 3
 
 
 async def test_the_callers_read_only_transaction_is_ended_and_an_explicit_block_is_not(

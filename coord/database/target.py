@@ -101,8 +101,13 @@ def _columns(mapper: Mapper[Any], columns: Sequence[Any] | None) -> ColumnNames:
         return known
     if isinstance(columns, str) or not isinstance(columns, list | tuple | set | frozenset) or not columns:
         raise ValueError(f"columns is a list of at least one attribute of {_name(mapper)}, not {columns!r}")
-    wanted = {_column(mapper, column, known) for column in columns}
-    return tuple(name for name in known if name in wanted)
+    return _in_order(mapper, frozenset(_column(mapper, column, known) for column in columns))
+
+
+@lru_cache(maxsize=256)
+def _in_order(mapper: Mapper[Any], names: frozenset[str]) -> ColumnNames:
+    """One tuple for all waits for the same columns, of which there may be thousands."""
+    return tuple(name for name in column_names(mapper) if name in names)
 
 
 def _column(mapper: Mapper[Any], column: object, known: ColumnNames) -> str:

@@ -66,6 +66,8 @@ def _note_end(session: Session, transaction: SessionTransaction) -> None:
                 len(lost),
                 lost[0],
             )
+        if not session.info:
+            session.info.clear()  # an emptied dict keeps its table, and a session may wait for long
 
 
 @event.listens_for(Session, "after_commit")

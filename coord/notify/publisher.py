@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager, suppress
+from time import monotonic
 
 from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
@@ -17,8 +18,9 @@ Batch = Mapping[Hashable, Commands]
 """Commands by what they are about, in order; of two about the same the later ones count."""
 
 
-MIN_INTERVAL_SECONDS = 0.004
-"""Between pipelines while several publish at once: a pipeline costs nearly the same however many commands it has."""
+PAUSE = 4
+"""After a pipeline, times as long as it took, which a process or a Redis that is busy makes long."""
+MAX_PAUSE_SECONDS = 0.02
 OUTAGE_PAUSE_SECONDS = 0.1
 """Before the next attempt while Redis is away; what is published meanwhile is sent then."""
 
@@ -26,8 +28,9 @@ OUTAGE_PAUSE_SECONDS = 0.1
 class Publisher:
     """Sends commands to one Redis. `publish` waits for nothing and reports nothing.
 
-    What is published while an answer is awaited is sent together, so that batches grow with the load. A lone command is
-    not delayed. `on_result` is called with None when Redis has carried a pipeline out, else with the error.
+    What is published while an answer is awaited, or in the pause after it, is sent together: a pipeline costs nearly
+    the same however many commands it has. The pause is the longer the more there is to do, and a lone command is not
+    delayed. `on_result` is called with None when Redis has carried a pipeline out, else with the error.
     """
 
     def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
@@ -36,8 +39,6 @@ class Publisher:
         self._pending: dict[Hashable, Commands] = {}
         self._sent: dict[Hashable, Commands] = {}
         """What was sent together, until all of it is answered."""
-        self._calls = 0
-        """How often `publish` was called for what is pending."""
         self._is_proven = False
         """Whether Redis has answered since the last failure."""
         self._wanted = asyncio.Event()
@@ -62,7 +63,6 @@ class Publisher:
     def publish(self, batch: Batch) -> None:
         """Send the commands soon, together with whatever else there is by then."""
         _add(self._pending, batch)
-        self._calls += 1
         if self._pending:
             self._idle.clear()
             self._wanted.set()
@@ -72,16 +72,14 @@ class Publisher:
         return key in self._pending or key in self._sent
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._wanted.wait()
-            self._wanted.clear()
-            while self._pending:
-                gap, self._calls = MIN_INTERVAL_SECONDS * (self._calls > 1), 0
-                next_at = loop.time() + gap
-                await self._send()
-                await asyncio.sleep(next_at - loop.time())
-            self._idle.set()
+            began = monotonic()
+            await self._send()
+            if not self._pending:
+                self._wanted.clear()
+                self._idle.set()
+            await asyncio.sleep(min(PAUSE * (monotonic() - began), MAX_PAUSE_SECONDS))
 
     async def _send(self) -> None:
         self._sent, self._pending = self._pending, {}

@@ -24,6 +24,7 @@ Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
 
 
+_CHANGEABLE = (list, dict, set, bytearray)
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
     (Integer, int),
     (Boolean, bool),
@@ -119,4 +120,4 @@ def is_certain(kind: TypeEngine[Any], seen: Any, value: Any) -> bool:
 
 def own_copy(value: Any) -> Any:
     """A value that may be changed in place, as one of which that cannot be seen elsewhere."""
-    return copy.deepcopy(value) if isinstance(value, list | dict | set | bytearray) else value
+    return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value

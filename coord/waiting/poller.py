@@ -9,21 +9,19 @@ import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import inspect
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm.attributes import instance_state
 
 from coord.database.target import column_names
 from coord.observation import tell_waiters
-from coord.retryable import is_server_away, sqlstate_of
+from coord.retryable import is_server_away
+from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader, concerns_all_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-    from collections.abc import Set as AbstractSet
+    from collections.abc import Mapping
 
     from coord.database.target import Key
     from coord.notify.bell import Bell
     from coord.notify.channels import Channels
-    from coord.waiting.reader import Reader
     from coord.waiting.waiter import Waiter
     from coord.waiting.watcher import Watcher
 
@@ -60,12 +58,13 @@ class Poller:
     before it began, so that none is given a row older than what its caller has seen.
 
     It outlives its last waiter until it is closed, so that a class that is waited for now and then costs no new ones.
-    The loop runs in an empty `contextvars.Context`: a hook of the application finds no caller's values there.
+    The loop, and the alarms of its waits, run in an empty `context`: a hook finds no caller's values there.
     """
 
     def __init__(self, watcher: Watcher, reader: Reader) -> None:
         self.reader = reader
         self.waiters: dict[Key, list[Any]] = {}
+        self.context = contextvars.Context()
         self.generation = 0
         """The number of the read that is under way, or was the last."""
         self.error: Exception | None = None
@@ -75,7 +74,7 @@ class Poller:
         self._channels: Channels | None = None
         self._listeners: dict[Key | None, _Listener] = {}
         self._intervals: Counter[float] = Counter()
-        self._due: set[Key] = set()
+        self._due: dict[Key, None] = {}
         self._changed: set[Key] = set()
         """Those of the due rows that had a message: they have probably changed."""
         self._deferred: set[Key] = set()
@@ -105,7 +104,7 @@ class Poller:
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
-            self.task = asyncio.create_task(self._run(), name=name, context=contextvars.Context())
+            self.task = asyncio.create_task(self._run(), name=name, context=self.context)
             self.task.add_done_callback(self._ended)
 
     def remove(self, waiter: Waiter[Any]) -> None:
@@ -156,7 +155,7 @@ class Poller:
 
     def request(self, key: Key) -> None:
         """Have the row read as soon as can be."""
-        self._due.add(key)
+        self._due[key] = None
         self._awake.set()
 
     def _request_later(self, key: Key) -> None:
@@ -205,15 +204,21 @@ class Poller:
         tick = loop.time() - random.uniform(0, self._interval)  # so that processes do not read in step
         while self.waiters:
             await self._sleep_after(tick)
-            keys: Iterable[Key] = self._due
             if (now := loop.time()) >= tick + self._interval:
                 # Ticks stay evenly spaced unless a whole one was missed.
-                tick, keys = tick + self._interval if now < tick + 2 * self._interval else now, self.waiters
-            self.generation += 1
-            due = {key: [*self.waiters[key]] for key in keys if key in self.waiters}
-            changed, self._due, self._changed = self._changed, set(), set()
-            if due:
-                await self._poll(due, changed)
+                tick = tick + self._interval if now < tick + 2 * self._interval else now
+                self._due |= dict.fromkeys(self.waiters)
+            await self._read_due()
+
+    async def _read_due(self) -> None:
+        """One query's worth; its waits are woken before the next is held in memory."""
+        self.generation += 1
+        keys = [key for key in self._due if key in self.waiters]
+        due = {key: [*self.waiters[key]] for key in keys[:MAX_KEYS_PER_QUERY]}
+        self._due = dict.fromkeys(keys[MAX_KEYS_PER_QUERY:])
+        changed, self._changed = self._changed, self._changed & self._due.keys()
+        if due:
+            await self._poll(due, changed)
 
     @property
     def _interval(self) -> float:
@@ -230,7 +235,7 @@ class Poller:
             finally:
                 timer.cancel()
 
-    async def _poll(self, due: Due, changed: AbstractSet[Key]) -> None:
+    async def _poll(self, due: Due, changed: set[Key]) -> None:
         last = [waiter for waiters in due.values() for waiter in waiters if waiter.last]
         try:
             if self.reader.settings is None:
@@ -255,7 +260,7 @@ class Poller:
             for waiter in shared[key]:
                 waiter.on_identity(found.get(key))
 
-    async def _read_rows(self, due: Due, changed: AbstractSet[Key]) -> None:
+    async def _read_rows(self, due: Due, changed: set[Key]) -> None:
         """The watched columns of every row, and the whole row where they differ or a message came."""
         whole = {key for key, waiters in due.items() if key in changed or any(waiter.fresh for waiter in waiters)}
         if rest := [key for key in due if key not in whole]:
@@ -265,15 +270,15 @@ class Poller:
             for key in rest:
                 values = dict(zip(names, found[key][1:], strict=True)) if key in found else None
                 # Compared for each of them, since that also completes their baselines.
-                found_by = [] if values is None else [waiter.differs_in(values) for waiter in due[key]]
-                if values is None or any(each is not None for each in found_by):
+                if [waiter for waiter in due[key] if values is None or waiter.differs_in(values) is not None]:
                     whole.add(key)
-                for waiter in () if key in whole else due[key]:
+                    continue
+                for waiter in due[key]:
                     waiter.on_unchanged()
         rows = await self.reader.entities([*whole]) if whole else {}
         for key in whole:
             row = rows.get(key)
-            values = None if row is None else inspect(row).dict
+            values = None if row is None else instance_state(row).dict
             for waiter in due[key]:
                 waiter.receive(row, values, alone=len(due[key]) == 1)
 
@@ -283,9 +288,9 @@ class Poller:
             if self.error is None:
                 logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
             self.error = error
-            self._due.update(due)
+            self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-        elif len(due) > 1 and (self.reader.settings is not None or not _concerns_all(error)):
+        elif len(due) > 1 and (self.reader.settings is not None or not concerns_all_rows(error)):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 await self._poll({key: due[key] for key in half}, set())
@@ -293,8 +298,3 @@ class Poller:
             for waiters in due.values():
                 for waiter in waiters:
                     waiter.on_read_error(error)
-
-
-def _concerns_all(error: Exception) -> bool:
-    """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-    return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")

@@ -15,10 +15,10 @@ from sqlalchemy.pool import QueuePool
 
 from coord.database.schemas import Schemas
 from coord.database.target import ColumnNames, Key, Target
+from coord.retryable import sqlstate_of
 from coord.waiting.statements import columns_of, comparisons_of, entity_of, identities_of, options_of, parameters_of
 
 Found = dict[Key, Sequence[Any]]
-
 
 MAX_KEYS_PER_QUERY = 5_000
 READ_TIMEOUT_SECONDS = 5.0
@@ -76,18 +76,12 @@ class Reader:
         return READ_TIMEOUT_SECONDS
 
     async def _rows(self, keys: Sequence[Key], statement: Callable[..., Select[Any]]) -> Found:
-        found: Found = {}
-        for start in range(0, len(keys), MAX_KEYS_PER_QUERY):
-            chunk = keys[start : start + MAX_KEYS_PER_QUERY]
-            # For an array PostgreSQL makes a plan each time, which takes longer than the rest.
-            one = len(chunk) == 1
-            session = AsyncSession(self.engine, autoflush=False)
-            async with asyncio.timeout(self._limit):
-                rows = await session.run_sync(
-                    self._fetch, statement(one=one), parameters_of(self.mapper, chunk, one=one)
-                )
-            found.update((chunk[row[0] - 1], row) for row in rows)
-        return found
+        # For an array PostgreSQL makes a plan each time, which takes longer than the rest.
+        one = len(keys) == 1
+        session = AsyncSession(self.engine, autoflush=False)
+        async with asyncio.timeout(self._limit):
+            rows = await session.run_sync(self._fetch, statement(one=one), parameters_of(self.mapper, keys, one=one))
+        return {keys[row[0] - 1]: row for row in rows}
 
     def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
         """All of it in one greenlet: checkout, query and return."""
@@ -108,3 +102,8 @@ class Reader:
                     # that it is over if it could not encode the values.
                     connection.exec_driver_sql("SELECT 1")
                 raise
+
+
+def concerns_all_rows(error: Exception) -> bool:
+    """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
+    return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")

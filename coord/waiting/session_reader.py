@@ -13,7 +13,7 @@ from sqlalchemy import inspect, text
 from sqlalchemy.exc import InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import InstanceState, Mapper, Session, undefer
-from sqlalchemy.orm.attributes import set_committed_value
+from sqlalchemy.orm.attributes import instance_state, set_committed_value
 
 from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import bind_for_writes, engine_of, own_connection
@@ -111,18 +111,19 @@ class SessionReader(Generic[M]):
         this instance, so that it may become the session's.
         """
         session = self.session.sync_session
-        state: InstanceState[M] = inspect(row)
+        state: InstanceState[M] = instance_state(row)
+        values = state.dict
         assert state.key is not None
         own: M | None = session.identity_map.get(state.key)
         if _has_more_than_columns(state.mapper, own):
             return await self._refreshed(own, deadline)
         if own is not None or not alone:
             for name in column_names(state.mapper):
-                state.dict[name] = own_copy(state.dict[name])
+                values[name] = own_copy(values[name])
             if own is not None and state.mapper.version_id_col is not None:
                 # merge() refuses another version as that of an outdated row.
                 version = state.mapper.get_property_by_column(state.mapper.version_id_col).key
-                set_committed_value(own, version, state.dict[version])
+                set_committed_value(own, version, values[version])
             return session.merge(row, load=False)
         session.add(row)
         return row
@@ -239,7 +240,7 @@ def _has_more_than_columns(mapper: Mapper[Any], own: Any) -> bool:
         return True
     if own is None:
         return False
-    state = inspect(own)
+    state: InstanceState[Any] = instance_state(own)
     return bool(state.modified or mapper.composites or any(each.key in state.dict for each in mapper.relationships))
 
 

@@ -11,6 +11,8 @@ from coord.errors import WaitTimeoutError
 from coord.waiting.baseline import Baseline
 from coord.waiting.poller import Poller
 
+NEAR_SECONDS = 2.0
+"""Before an alarm, when it has a timer: to have one all the time would make a wait larger by half a KiB."""
 LAST_READ_SECONDS = 0.8
 """How long after its deadline a wait may still learn of a change that was there at the deadline."""
 
@@ -24,6 +26,7 @@ class Waiter(Generic[M]):
     """Whether its row is read soon after it is registered, without a message."""
     __slots__ = (
         "_alarm",
+        "_alarm_at",
         "_poller",
         "_signal",
         "awaits_message",
@@ -45,7 +48,10 @@ class Waiter(Generic[M]):
     ) -> None:
         self._poller = poller
         self._signal: asyncio.Future[None] | None = None
+        self._alarm_at: float | None = None
+        """When `on_deadline` is to be called, on the loop's clock."""
         self._alarm: asyncio.TimerHandle | None = None
+        """Its timer, once that is near."""
         self.target = target
         self.began = monotonic()
         self.baseline = baseline
@@ -82,13 +88,19 @@ class Waiter(Generic[M]):
         return self._signal
 
     def _set_alarm(self, when: float | None) -> None:
-        if when is not None:
-            self._alarm = asyncio.get_running_loop().call_at(when, self.on_deadline, when)
+        self._alarm_at, self._alarm = when, None
+        self.set_timer(asyncio.get_running_loop())
+
+    def set_timer(self, loop: asyncio.AbstractEventLoop) -> None:
+        """If the alarm is near and has none; called again and again, since most waits are over before it is."""
+        when = self._alarm_at
+        if when is not None and self._alarm is None and when < loop.time() + NEAR_SECONDS:
+            self._alarm = loop.call_at(when, self.on_deadline, when, context=self._poller.context)
 
     def _awake(self) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
-        self._signal = self._alarm = None
+        self._signal = self._alarm = self._alarm_at = None
 
     def wake(self) -> None:
         if self._signal is not None and not self._signal.done():

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -24,7 +25,7 @@ from coord.notify.channels import Channels
 from coord.observation import tell_waiters
 from coord.waiting.poller import Poller
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, Reader, Settings
-from coord.waiting.waiter import Waiter
+from coord.waiting.waiter import NEAR_SECONDS, Waiter
 
 Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | None
 """`read_settings`: what the rows that a session reads depend on."""
@@ -77,6 +78,8 @@ class Watcher:
         self._lingering: set[Poller] = set()
         """Pollers that may have no waiters any more, until it is looked again."""
         self._draining = False
+        self._timers: asyncio.TimerHandle | None = None
+        """While there are waits: the next `_set_timers`."""
 
     @classmethod
     def of(cls, engine: AsyncEngine) -> Watcher:
@@ -114,7 +117,22 @@ class Watcher:
         if (poller := self._pollers.get(key)) is None:
             poller = self._pollers[key] = Poller(self, Reader(self.engine, mapper, schemas, settings))
             poller.subscribe(*self._bell)
+        if self._timers is None:
+            self._set_timers_later()
         return poller
+
+    def _set_timers_later(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timers = loop.call_later(NEAR_SECONDS / 2, self._set_timers, context=Context())
+
+    def _set_timers(self) -> None:
+        """Of the waits whose alarms are near by now."""
+        self._timers, loop = None, asyncio.get_running_loop()
+        waiting = [poller for poller in self._pollers.values() if poller.waiters]
+        for waiter in [each for poller in waiting for waiters in poller.waiters.values() for each in waiters]:
+            waiter.set_timer(loop)
+        if waiting:
+            self._set_timers_later()
 
     def on_leave(self, poller: Poller, waiter: Waiter[Any]) -> None:
         self.waiters -= waiter.counts
