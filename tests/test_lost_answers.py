@@ -412,7 +412,7 @@ async def test_who_may_not_ask_since_when_the_server_serves_connects_all_the_sam
 async def test_an_error_that_a_listener_of_the_applications_makes_another_of_is_waited_for_by_nobody(
     office: Office, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It raises, and so keeps others from being told that the statement has ended."""
+    """It raises, and so keeps others from being told; the statement has ended with the call all the same."""
     engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
 
     def translate(_context: Any) -> None:

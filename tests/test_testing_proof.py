@@ -7,12 +7,16 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NotConnectedError
 
-from coord.testing.history import RULES, HistoryFile
+import coord.testing.proof.client
+from coord.dev.server import free_port
+from coord.testing.history import RULES, HistoryFile, Recorder
 from coord.testing.proof import Application, prove
+from coord.testing.proof.client import GaveUp, Visit
 from coord.testing.proof.links import Link
 from coord.testing.proof.prove import LATE_SECONDS
 from tests.pages import FILE, blocks
@@ -39,6 +43,24 @@ def project(directory: Path, given: str) -> str:
 def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--rootdir", str(directory), name]
     return subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+
+
+async def test_what_a_client_chooses_does_not_depend_on_how_often_it_had_to_ask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a seed repeats what the clients of a proof do."""
+    monkeypatch.setattr(coord.testing.proof.client, "GIVE_UP_SECONDS", 0.0)
+    monkeypatch.setattr(coord.testing.proof.client, "PAUSE_SECONDS", (0.01, 0.01))
+    nobody = f"http://127.0.0.1:{free_port()}"
+    with Recorder(tmp_path / "history.jsonl") as recorder:
+        async with httpx.AsyncClient(base_url=nobody, trust_env=False) as http:
+            first, other = (Visit(1, 2, http, recorder, lambda: None, lambda _: None) for _ in range(2))
+            with pytest.raises(GaveUp):
+                await first.ask("GET", "/")
+            monkeypatch.setattr(coord.testing.proof.client, "GIVE_UP_SECONDS", 0.1)
+            with pytest.raises(GaveUp):
+                await other.ask("GET", "/")
+    assert first.random.random() == other.random.random()
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ class Visit:
         self.number = number
         """From 0 on."""
         self.random = Random(f"{seed} {number}")
+        self._pauses = Random(f"{seed} {number} pauses")  # how often it asks again is no matter of the seed's
         self._http = http
         self._recorder = recorder
         self._calm = calm
@@ -69,7 +70,7 @@ class Visit:
                 text = f"client {self.number} gave up {method} {path} after {GIVE_UP_SECONDS:g} s, with {answer}"
                 self._recorder.write(Complaint(text, "served"))
                 raise GaveUp(text)
-            await asyncio.sleep(pause * self.random.uniform(0.5, 1.5))
+            await asyncio.sleep(pause * self._pauses.uniform(0.5, 1.5))
             pause = min(2 * pause, PAUSE_SECONDS[1])
 
     async def send(
