@@ -35,9 +35,9 @@ async def interruptible(
     `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
     `give_up` is called before that.
     """
-    task = asyncio.create_task(work)
     ended = asyncio.get_running_loop().create_future()  # a cancellation of the caller's ends this, and not the work
-    task.add_done_callback(partial(_tell, ended))
+    task = asyncio.create_task(_telling(work, ended))
+    task.add_done_callback(partial(_tell, ended, work))
     timer = None if limit is None else asyncio.get_running_loop().call_later(limit, _tell, ended)
     try:
         await ended
@@ -121,9 +121,20 @@ async def _limited(work: Coroutine[Any, Any, T]) -> T:
         return await work
 
 
-def _tell(ended: asyncio.Future[None], task: asyncio.Task[Any] | None = None) -> None:
+async def _telling(work: Coroutine[Any, Any, T], ended: asyncio.Future[None]) -> T:
+    """In the task's last step, an iteration of a busy loop before its callbacks: the caller may hold a lock by now."""
+    try:
+        return await work
+    finally:
+        _tell(ended)
+
+
+def _tell(
+    ended: asyncio.Future[None], work: Coroutine[Any, Any, Any] | None = None, task: asyncio.Task[Any] | None = None
+) -> None:
     """Of its end, or of the end of its time."""
-    if task is not None:
+    if work is not None and task is not None:
+        work.close()  # which has not begun if its task was cancelled before its first step
         _retrieve(task)
     if not ended.done():
         ended.set_result(None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -218,3 +219,22 @@ async def test_who_shares_a_connection_takes_turns_on_it(engine: AsyncEngine, us
 async def user(observer: Connection, tables: None) -> int:
     found: int = await observer.fetchval("INSERT INTO users (name) VALUES ('before') RETURNING id")
     return found
+
+
+async def test_work_that_is_cancelled_before_its_first_step_is_closed() -> None:
+    """As by a loop that ends: Python would warn of a coroutine that was never awaited."""
+    began = False
+
+    async def work() -> None:
+        nonlocal began
+        began = True
+
+    own = asyncio.current_task()
+    caller = asyncio.create_task(interruptible(work()))
+    await asyncio.sleep(0)
+    for task in asyncio.all_tasks() - {own, caller}:
+        task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert not began
+    gc.collect()

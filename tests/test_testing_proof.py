@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import httpx
@@ -14,9 +15,9 @@ from redis.exceptions import ConnectionError as NotConnectedError
 
 import coord.testing.proof.client
 from coord.dev.server import free_port
-from coord.testing.history import RULES, HistoryFile, Recorder
+from coord.testing.history import RULES, Complaint, HistoryFile, Operation, Recorder
 from coord.testing.proof import Application, prove
-from coord.testing.proof.client import GaveUp, Visit
+from coord.testing.proof.client import IN_THE_CALM, GaveUp, Visit
 from coord.testing.proof.links import Link
 from coord.testing.proof.prove import LATE_SECONDS
 from tests.pages import FILE, blocks
@@ -54,13 +55,29 @@ async def test_what_a_client_chooses_does_not_depend_on_how_often_it_had_to_ask(
     nobody = f"http://127.0.0.1:{free_port()}"
     with Recorder(tmp_path / "history.jsonl") as recorder:
         async with httpx.AsyncClient(base_url=nobody, trust_env=False) as http:
-            first, other = (Visit(1, 2, http, recorder, lambda: None, lambda _: None) for _ in range(2))
+            first, other = (Visit(1, 2, http, recorder, lambda: 1, lambda _: None) for _ in range(2))
             with pytest.raises(GaveUp):
                 await first.ask("GET", "/")
             monkeypatch.setattr(coord.testing.proof.client, "GIVE_UP_SECONDS", 0.1)
             with pytest.raises(GaveUp):
                 await other.ask("GET", "/")
     assert first.random.random() == other.random.random()
+
+
+async def test_a_client_gives_up_for_what_was_asked_in_the_calm_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a long storm one of thousands meets a fault with every request, which says nothing of the application."""
+    monkeypatch.setattr(coord.testing.proof.client, "GIVE_UP_SECONDS", 0.0)
+    monkeypatch.setattr(coord.testing.proof.client, "PAUSE_SECONDS", (0.001, 0.001))
+    calm = iter([*range(20), *[20] * 100])
+    asked: list[Operation] = []
+    with Recorder(tmp_path / "history.jsonl") as recorder:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{free_port()}", trust_env=False) as http:
+            with pytest.raises(GaveUp):
+                await Visit(1, 2, http, recorder, lambda: next(calm), asked.append).ask("GET", "/")
+    assert [each.calm for each in asked] == [False] * 10 + [True] * IN_THE_CALM
+    assert Counter(type(record) for record in HistoryFile(tmp_path / "history.jsonl"))[Complaint] == 1
 
 
 @pytest.mark.slow

@@ -28,11 +28,7 @@ def _note_schemas(session: Session, _transaction: SessionTransaction, connection
 
 def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:
     """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
-    options: Mapping[str, Any] = getattr(session, "execution_options", {})
-    if "schema_translate_map" not in options:
-        bind = bind_of(session, **bind_arguments)
-        options = {} if bind is None else bind.get_execution_options()
-    return _schemas(options)
+    return _before_any(session, bind_of(session, **bind_arguments))
 
 
 def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
@@ -40,7 +36,14 @@ def schemas_in_use(session: Session, **bind_arguments: Any) -> Schemas:
     bind = bind_of(session, **bind_arguments)
     known: dict[Engine, Schemas] = session.info.get(_SCHEMAS, {})
     found = None if bind is None else known.get(bind.engine)
-    return schemas_of(session, **bind_arguments) if found is None else found
+    return _before_any(session, bind) if found is None else found
+
+
+def _before_any(session: Session, bind: Engine | Connection | None) -> Schemas:
+    options: Mapping[str, Any] = getattr(session, "execution_options", {})
+    if bind is not None and "schema_translate_map" not in options:
+        options = bind.get_execution_options()
+    return _schemas(options)
 
 
 def is_untranslated(mapper: Mapper[Any]) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from hiredis import pack_command
 from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
@@ -61,14 +62,8 @@ async def exchange(connection: Connection, commands: Commands) -> list[Any]:
 
 
 def packed(commands: Commands) -> bytes:
-    """As Redis reads them (RESP, arrays of bulk strings); redis-py's own packing takes more than twice as long."""
-    parts = []
-    for command in commands:
-        parts.append(b"*%d\r\n" % len(command))
-        for each in command:
-            value = each if isinstance(each, bytes) else str(each).encode()
-            parts.append(b"$%d\r\n%b\r\n" % (len(value), value))
-    return b"".join(parts)
+    """As Redis reads them."""
+    return b"".join(map(pack_command, commands))  # type: ignore[arg-type]  # its stub knows of one part only
 
 
 async def _answer(connection: Connection) -> Any:

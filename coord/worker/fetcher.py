@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Sequence
@@ -29,6 +28,8 @@ BLOCK_SECONDS = 0.5
 """How long a pop waits for something to come. It is never cancelled: what it brought would be lost for seconds."""
 IDLE_SECONDS = 0.5
 """Between two looks whether the worker may take something."""
+SAY_SECONDS = 0.05
+"""By which what is to be said may wait for a slot to become free, and for the pop that it then goes out with."""
 BACKOFF_SECONDS = (0.1, 2.0)
 """Before the second attempt to reach Redis, and before any later one at most."""
 BACK_SECONDS = 1.75
@@ -106,8 +107,7 @@ class Fetcher:
     async def _round(self) -> None:
         self._running.changed.clear()
         free = self._running.free if self._may_take else 0
-        if free <= 0 and not self._commands:
-            await self._idle()
+        if free <= 0 and await self._has_changed():
             return
         asked = asyncio.get_running_loop().time()
         popped = await self._exchange(free)
@@ -134,12 +134,17 @@ class Fetcher:
         elif popped:
             logger.warning("%d jobs came too late to be begun here; they are handed over again", len(popped))
 
-    async def _idle(self) -> None:
-        """Until something ends here, or for a while; by then there may be more."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(IDLE_SECONDS):
+    async def _has_changed(self) -> bool:
+        """Wait until something ends here, or for a while; whether there is nothing to be said before the next look."""
+        limit = IDLE_SECONDS if not self._commands else SAY_SECONDS if self._may_take else 0
+        try:
+            async with asyncio.timeout(limit):
                 await self._running.changed.wait()
+        except TimeoutError:
+            if self._commands:
+                return False
         self._more = True
+        return True
 
     async def _exchange(self, free: int) -> Popped:
         """Say what there is to say, and pop for so many free slots."""

@@ -20,6 +20,8 @@ SENT = "http11.send_request_headers.started"
 PAUSE_SECONDS = (0.5, 5.0)
 """Before a request that was not answered well is sent again, on average, and before any later time at most."""
 GIVE_UP_SECONDS = 90.0
+IN_THE_CALM = 3
+"""Requests of a client that gives up which no fault has met: who has met nothing but faults goes on asking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class Shown:
 
 
 class GaveUp(Exception):
-    """A client was not answered well for a minute and a half."""
+    """A client was not answered well for a minute and a half, and not in the calm either."""
 
 
 class Visit:
@@ -57,15 +59,17 @@ class Visit:
         self._recorder = recorder
         self._calm = calm
         self._tell = tell
+        self._in_the_calm = 0
 
     async def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
         """`send` it again and again until the answer is a success, or raise `GaveUp`, which is in the history."""
+        self._in_the_calm = 0
         until, pause = self._recorder.now() + GIVE_UP_SECONDS, PAUSE_SECONDS[0]
         while True:
             response = await self.send(method, path, **options)
             if response is not None and response.is_success:
                 return response
-            if self._recorder.now() > until:
+            if self._recorder.now() > until and self._in_the_calm >= IN_THE_CALM:
                 answer = "no answer" if response is None else response.status_code
                 text = f"client {self.number} gave up {method} {path} after {GIVE_UP_SECONDS:g} s, with {answer}"
                 self._recorder.write(Complaint(text, "served"))
@@ -118,6 +122,7 @@ class Visit:
             job=shown.job,
             calm=calm is not None and calm == self._calm(),
         )
+        self._in_the_calm += operation.calm
         self._tell(operation)
         return response
 
