@@ -103,6 +103,21 @@ async def test_no_more_jobs_run_than_a_worker_has_slots(office: Office) -> None:
     assert most == 3
 
 
+async def test_what_a_worker_has_taken_is_told_although_no_slot_is_free_for_more(office: Office) -> None:
+    goes_on = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        await goes_on.wait()
+
+    async with working(office, [task], max_jobs=1):
+        jobs = [await office.enqueue(task) for _ in range(2)]
+        await eventually(lambda: office.redis.zcard(KEYS.taken), within=1)
+        assert await office.redis.zcard(KEYS.feed) == 1
+        goes_on.set()
+        for job in jobs:
+            await office.final(job)
+
+
 async def test_workers_that_share_a_queue_run_every_job_once(office: Office) -> None:
     ran: list[tuple[str, str]] = []
     all_of_them = asyncio.Event()
