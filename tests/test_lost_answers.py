@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from sqlalchemy import event, make_url, text
+from sqlalchemy import event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -18,7 +18,7 @@ import coord.database.lost_answers
 from coord import Coordinator, job_transaction, lock_tables
 from coord.retryable import is_retryable
 from tests.faults.faults import at_commit
-from tests.models import User
+from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.shop import dsn_of, waiting_for_locks
@@ -454,3 +454,68 @@ async def test_what_another_role_waits_for_long_is_not_lost(
         await observer.execute("DROP ROLE later")
     assert made > 1, "somebody has asked"
     assert "was lost" not in caplog.text
+
+
+# Sessions that have several engines
+
+
+@contextlib.asynccontextmanager
+async def on_two_engines(office: Office, caplog: pytest.LogCaptureFixture) -> AsyncIterator[AsyncSession]:
+    """Users by one and items by the other; no connection of either is closed in the block."""
+    users, items = (create_async_engine(office.database_url, pool_size=1, max_overflow=0) for _ in range(2))
+    maker = async_sessionmaker(binds={User: users, Item: items}, expire_on_commit=False)
+    async with Coordinator(maker), maker() as session:
+        yield session
+    await users.dispose()
+    await items.dispose()
+    assert "was lost" not in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_a_session_has_of_one_engine_is_not_lost_while_its_flush_waits_at_another(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read from one, as from a replica; and what the commit flushes to the other waits for a table that is locked."""
+    async with on_two_engines(office, caplog) as session:
+        assert (await session.scalars(select(Item))).all() == []
+        session.add(User(id=1))
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+            commit = asyncio.create_task(session.commit())
+            await asyncio.sleep(LONG)
+        await commit
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_a_session_has_written_is_not_lost_while_it_asks_another_engine_in_the_same_call(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with on_two_engines(office, caplog) as session:
+        session.add(User(id=1))
+        await session.execute(select(func.count(Item.id), func.pg_sleep(LONG)))  # which flushes first
+        await session.commit()
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+SLOW_COMMIT = """
+    CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2.5); RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION take_long();
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON items DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION take_long();
+"""
+
+
+@pytest.mark.usefixtures("quick")
+async def test_of_two_commits_of_a_session_the_second_is_not_lost_while_the_first_takes_long(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    await observer.execute(SLOW_COMMIT)
+    try:
+        async with on_two_engines(office, caplog) as session:
+            session.add_all([User(id=1), Item(id=1)])
+            await session.commit()
+    finally:
+        await observer.execute("DROP FUNCTION take_long CASCADE")
+    assert await observer.fetchval("SELECT count(*) FROM users NATURAL JOIN items") == 1

@@ -15,7 +15,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from time import monotonic
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, DateTime, Integer, Row, column, event, func, select, table, tuple_
@@ -25,11 +25,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import another, backend_of, note_backends
+from coord.database.engine import another, backend_of, note_backends, session_that_uses
 from coord.database.transaction import connections_in_use
 
-Sent = tuple[float, greenlet]
-"""When something was sent, on the monotonic clock, and in which greenlet."""
+Sent = tuple[float, Connection]
+"""When something was sent, on the monotonic clock, and by which connection."""
 
 logger = logging.getLogger("coord.engine")
 
@@ -68,17 +68,21 @@ class LostAnswers:
     """Closes connections of an engine within the block whose answers were lost, some five seconds after that.
 
     Connects only while an answer is late. The backends are ended first, which frees their locks. Behind a pooler, which
-    does not say whose backend is whose, nothing is done. Watched are statements, and the COMMIT of sessions.
+    does not say whose backend is whose, nothing is done. Watched are statements, and the COMMIT of sessions that have
+    one connection: of several, nobody is told which one a session that commits waits for.
 
-    An answer is waited for until the greenlet ends in which it was asked for, since SQLAlchemy makes one for each call.
-    An engine that is told when statements end has, for each transaction, an eighth more of Python's calls to make.
+    An answer is waited for until the greenlet in which it was asked for ends, since SQLAlchemy makes one for each call,
+    or sends something else, by whichever engine. An engine that is told when statements end has, for each
+    transaction, an eighth more of Python's calls to make.
     """
+
+    _sent: ClassVar[dict[greenlet, Sent]] = {}
+    """What each greenlet has sent last; some have ended by now. One for all, since a session may have several engines:
+    while it waits for one of them, what it has of the others does nothing."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._watched = engine
         self._engine = another(engine)
-        self._sent: dict[Connection, Sent] = {}
-        """The answers that are waited for; or were, if the connection is closed or the greenlet has ended by now."""
         self._calm_since = 0.0
         self._is_connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -104,7 +108,8 @@ class LostAnswers:
         self._task.cancel()
         await asyncio.wait([self._task])
         await self._disconnect()
-        self._sent.clear()
+        for sender, _ in self._mine():
+            del self._sent[sender]
 
     def _on_statement(self, *arguments: Any) -> None:
         context: ExecutionContext = arguments[-1]
@@ -112,13 +117,13 @@ class LostAnswers:
 
     def _on_commit(self, session: Session) -> None:
         """COMMIT is sent when all is flushed."""
-        for connection in connections_in_use(session):
-            if connection.dialect is self._watched.dialect:
-                self._on_sent(connection)
+        connections = [*connections_in_use(session)]
+        if len(connections) == 1 and connections[0].dialect is self._watched.dialect:
+            self._on_sent(connections[0])
 
     def _on_sent(self, connection: Connection) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[connection] = monotonic(), getcurrent()
+            self._sent[getcurrent()] = monotonic(), connection
 
     async def _run(self) -> None:
         last = monotonic()
@@ -134,13 +139,19 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_awaited(connection, sent)}
-        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent[0] < late]
+        for sender, sent in self._mine():
+            if not _is_awaited(sender, sent):
+                del self._sent[sender]
+        suspects = [Suspect(sender, sent) for sender, sent in self._mine() if sent[0] < late]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
         elif self._is_connected and not suspects:
             await self._disconnect()
+
+    def _mine(self) -> list[tuple[greenlet, Sent]]:
+        """What was sent by way of the engine that is watched."""
+        return [(sender, sent) for sender, sent in [*self._sent.items()] if sent[1].dialect is self._watched.dialect]
 
     async def _look(self, suspects: Sequence[Suspect]) -> None:
         which = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
@@ -170,19 +181,18 @@ class LostAnswers:
 
     def _waits(self, suspect: Suspect) -> bool:
         """Whether it still waits for that answer."""
-        sent = suspect.sent
-        return self._sent.get(suspect.connection) == sent and _is_awaited(suspect.connection, sent)
+        return self._sent.get(suspect.sender) is suspect.sent and _is_awaited(suspect.sender, suspect.sent)
 
 
 class Suspect:
     """A connection on which an answer is late."""
 
-    def __init__(self, connection: Connection, sent: Sent) -> None:
-        self.connection = connection
+    def __init__(self, sender: greenlet, sent: Sent) -> None:
+        self.sender = sender
         self.sent = sent
-        self.driver = _driver(connection)
+        self.driver = _driver(sent[1])
         self.pid: int = self.driver.get_server_pid()
-        self.backend = backend_of(connection)
+        self.backend = backend_of(sent[1])
 
     def is_lost(self, server_started: object, row: Row[Any] | None) -> bool:
         """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
@@ -210,7 +220,14 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
 
-def _is_awaited(connection: Connection, sent: Sent) -> bool:
+def _is_awaited(sender: greenlet, sent: Sent) -> bool:
     """What SQLAlchemy asks the first connection of all is in no transaction, and nobody's to watch."""
+    connection = sent[1]
     is_open = not connection.closed and not connection.invalidated and connection.in_transaction()
-    return is_open and not sent[1].dead
+    return is_open and not sender.dead and not _commits_with_others(connection)
+
+
+def _commits_with_others(connection: Connection) -> bool:
+    """Whether its session sends COMMIT by one connection after the other, and does not say by which just now."""
+    session = session_that_uses(connection)
+    return session is not None and not session.is_active and len(connections_in_use(session)) > 1
