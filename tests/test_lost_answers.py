@@ -355,6 +355,27 @@ async def test_an_answer_that_is_only_late_is_not_lost(
 
 
 @pytest.mark.usefixtures("quick")
+async def test_a_statement_whose_values_a_slow_link_takes_long_to_carry_is_not_lost(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL does nothing meanwhile: it begins when it has all of them."""
+    loop, free = asyncio.get_running_loop(), dict[Any, float]()
+
+    def slowly(wire: Wire, data: bytes) -> bool:
+        """A megabyte a second."""
+        free[wire] = max(free.get(wire, 0.0), loop.time()) + len(data) / 1e6
+        loop.call_at(free[wire], wire.server.write, data)
+        return True
+
+    async with left_alone(way, caplog) as session:
+        way.on_request = slowly
+        length = await session.scalar(text("SELECT length(:it)"), {"it": "x" * int(LONG * 1e6)})
+        assert length == LONG * 1e6
+        await session.commit()
+        way.on_request = None
+
+
+.mark.usefixtures("quick")
 async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
     office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:

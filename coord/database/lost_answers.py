@@ -28,13 +28,15 @@ from coord.cancellation import interruptible
 from coord.database.engine import another, backend_of, note_backends, session_that_uses
 from coord.database.transaction import connections_in_use
 
-Sent = tuple[float, Connection]
-"""When something was sent, on the monotonic clock, and by which connection."""
+Sent = tuple[float, Connection, tuple[Any, ...]]
+"""When something was sent, on the monotonic clock, by which connection, and what: a statement and its values."""
 
 logger = logging.getLogger("coord.engine")
 
 ANSWER_SECONDS = 4.0
 """By which an answer is late, or the last part of one that no buffer had room for, before it counts as lost."""
+BYTES_PER_SECOND = 250_000
+"""That the slowest link carries: PostgreSQL does nothing before it has been sent all of a statement's values."""
 INTERVAL_SECONDS = 0.5
 LOOK_SECONDS = 1.5
 """For PostgreSQL to accept a connection and to say what its backends do."""
@@ -113,17 +115,17 @@ class LostAnswers:
 
     def _on_statement(self, *arguments: Any) -> None:
         context: ExecutionContext = arguments[-1]
-        self._on_sent(context.root_connection)
+        self._on_sent(context.root_connection, arguments[1:-1])
 
     def _on_commit(self, session: Session) -> None:
         """COMMIT is sent when all is flushed."""
         connections = [*connections_in_use(session)]
         if len(connections) == 1 and connections[0].dialect is self._watched.dialect:
-            self._on_sent(connections[0])
+            self._on_sent(connections[0], ())
 
-    def _on_sent(self, connection: Connection) -> None:
+    def _on_sent(self, connection: Connection, what: tuple[Any, ...]) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[getcurrent()] = monotonic(), connection
+            self._sent[getcurrent()] = monotonic(), connection, what
 
     async def _run(self) -> None:
         last = monotonic()
@@ -201,7 +203,13 @@ class Suspect:
         # Of another role's backend nothing may be seen, but that it is there.
         if row is None or row.backend_start not in (None, self.backend.started):
             return True
-        return row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
+        is_idle = row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
+        return is_idle and not self._may_be_on_its_way()
+
+    def _may_be_on_its_way(self) -> bool:
+        """Whether a slow link may still be carrying what was sent."""
+        at, _, what = self.sent
+        return monotonic() - at < ANSWER_SECONDS + _size(what) / BYTES_PER_SECOND
 
 
 async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None:
@@ -231,3 +239,13 @@ def _commits_with_others(connection: Connection) -> bool:
     """Whether its session sends COMMIT by one connection after the other, and does not say by which just now."""
     session = session_that_uses(connection)
     return session is not None and not session.is_active and len(connections_in_use(session)) > 1
+
+
+def _size(what: Any) -> int:
+    """Of what is sent, about: all that may be large is a text, bytes, or many of them."""
+    match what:
+        case str() | bytes() | bytearray() | memoryview():
+            return len(what)
+        case list() | tuple() | set():
+            return sum(map(_size, what))
+    return 0
