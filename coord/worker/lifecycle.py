@@ -136,7 +136,10 @@ class Lifecycle:
             await asyncio.sleep(0.02)
 
     async def _run_what_is_due(self) -> None:
-        """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over."""
+        """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over.
+
+        Of a queue that is paused it could run nothing.
+        """
         due = jobs.c.scheduled_at <= func.now(), jobs.c.task.in_([*self._config.tasks])
         while not self._hurry.is_set():
             try:
@@ -147,7 +150,7 @@ class Lifecycle:
                 await asyncio.sleep(BURST_SECONDS)  # the registry says that PostgreSQL is away
                 continue
             found -= {job_id for job_id, _ in self.registry.held_elsewhere}
-            if not found and not len(self.state.running):
+            if (not found or self.state.is_paused) and not len(self.state.running):
                 return
             await asyncio.sleep(BURST_SECONDS)
 
