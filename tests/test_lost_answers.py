@@ -196,12 +196,16 @@ async def test_a_job_whose_commit_was_answered_in_vain_is_done_and_its_worker_go
     assert await office.effects(job) == [1]
 
 
-async def test_a_job_that_begins_on_a_dead_connection_uses_up_no_attempt(office: Office, way: Proxy) -> None:
+@pytest.mark.parametrize("pings", [False, True])
+async def test_a_job_that_begins_on_a_dead_connection_uses_up_no_attempt(
+    office: Office, way: Proxy, pings: bool
+) -> None:
     async def task(ctx: dict[str, Any]) -> None:
         async with job_transaction(ctx) as session:
             await apply(session, ctx)
 
-    async with working(office, [task], database_url=way.url, engine={"pool_size": 1, "max_overflow": 0}):
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": pings}
+    async with working(office, [task], database_url=way.url, engine=pool):
         await office.final(await office.enqueue(task))
         lose(way)
         job = await office.enqueue(task)
@@ -239,6 +243,17 @@ async def test_a_session_of_a_coordinated_engine_is_told_and_the_next_one_has_a_
         assert is_retryable(caught.value)
         assert caught.value.connection_invalidated
         assert time.monotonic() - began < WITHIN
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+    await engine.dispose()
+
+
+async def test_a_connection_of_the_pool_that_is_pinged_in_vain_is_replaced(office: Office, way: Proxy) -> None:
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+    async with Coordinator(async_sessionmaker(engine)), asyncio.timeout(WITHIN):
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+        lose(way)
         async with AsyncSession(engine) as session:
             await session.execute(text("SELECT 1"))
     await engine.dispose()
@@ -304,12 +319,15 @@ async def test_what_only_takes_long_is_not_disturbed(
 
 @pytest.mark.usefixtures("quick")
 async def test_who_has_committed_and_keeps_the_connection_is_not_disturbed(office: Office) -> None:
-    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
-    async with Coordinator(async_sessionmaker(engine)), engine.connect() as connection:
-        pid = await connection.scalar(text("SELECT pg_backend_pid()"))
-        await connection.commit()
-        await asyncio.sleep(LONG)
-        assert await connection.scalar(text("SELECT pg_backend_pid()")) == pid
+    """Also by what the pool has asked when it gave it out."""
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+    async with Coordinator(async_sessionmaker(engine)):
+        for _ in range(2):
+            async with engine.connect() as connection:
+                pid = await connection.scalar(PID)
+                await connection.commit()
+                await asyncio.sleep(LONG)
+                assert await connection.scalar(PID) == pid
     await engine.dispose()
 
 

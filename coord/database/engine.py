@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import Mapper, Session, SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
@@ -180,7 +181,7 @@ def _given_up_late(driver: asyncpg.Connection) -> Iterator[None]:
         timer.cancel()
 
 
-def backend_of(connection: Connection) -> Backend | None:
+def backend_of(connection: Connection | ConnectionPoolEntry) -> Backend | None:
     """None if PostgreSQL has not said."""
     return connection.info.get(_BACKEND)
 

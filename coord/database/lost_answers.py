@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any, ClassVar, Self
 
@@ -25,7 +26,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import another, backend_of, note_backends, session_that_uses
+from coord.database.engine import Backend, another, backend_of, note_backends, session_that_uses
+from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
 
 Sent = tuple[float, Connection, tuple[Any, ...]]
@@ -70,8 +72,9 @@ class LostAnswers:
     """Closes connections of an engine within the block whose answers were lost, some five seconds after that.
 
     Connects only while an answer is late. The backends are ended first, which frees their locks. Behind a pooler, which
-    does not say whose backend is whose, nothing is done. Watched are statements, and the COMMIT of sessions that have
-    one connection: of several, nobody is told which one a session that commits waits for.
+    does not say whose backend is whose, nothing is done. Watched are statements, what a pool asks before it gives a
+    connection out, and the COMMIT of sessions that have one connection: of several, nobody is told which one a session
+    that commits waits for.
 
     An answer is waited for until the greenlet in which it was asked for ends, since SQLAlchemy makes one for each call,
     or sends something else, by whichever engine. An engine that is told when statements end has, for each
@@ -88,6 +91,7 @@ class LostAnswers:
         self._calm_since = 0.0
         self._is_connected = False
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pings: Pings | None = None
         self._task: asyncio.Task[None] | None = None
         statements = ("do_execute", "do_executemany", "do_execute_no_params")
         self._listeners: list[tuple[Any, str, Callable[..., None]]] = [
@@ -100,13 +104,16 @@ class LostAnswers:
         note_backends(self._watched)
         for target, name, listener in self._listeners:
             event.listen(target, name, listener)
+        self._pings = Pings(self._watched)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
+        assert self._pings is not None
         for target, name, listener in self._listeners:
             event.remove(target, name, listener)
+        self._pings.close()
         self._task.cancel()
         await asyncio.wait([self._task])
         await self._disconnect()
@@ -141,15 +148,27 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        for sender, sent in self._mine():
-            if not _is_awaited(sender, sent):
-                del self._sent[sender]
-        suspects = [Suspect(sender, sent) for sender, sent in self._mine() if sent[0] < late]
+        suspects = [*self._suspects(late)]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
         elif self._is_connected and not suspects:
             await self._disconnect()
+
+    def _suspects(self, late: float) -> Iterator[Suspect]:
+        """Where an answer has been waited for since before that; what nobody waits for any more is forgotten."""
+        assert self._pings is not None
+        for sender, sent in self._mine():
+            since, connection, what = sent
+            if not _is_awaited(sender, sent):
+                del self._sent[sender]
+            elif since < late:
+                waits = partial(self._waits, sender, sent)
+                yield Suspect(_driver(connection), backend_of(connection), waits, since, what)
+        for ping in self._pings.look():
+            if ping.seen_at < late:
+                waits = partial(self._pings.is_under_way, ping)
+                yield Suspect(ping.driver, backend_of(ping.entry), waits, ping.seen_at, ())
 
     def _mine(self) -> list[tuple[greenlet, Sent]]:
         """What was sent by way of the engine that is watched."""
@@ -167,13 +186,14 @@ class LostAnswers:
             lost = [
                 suspect
                 for suspect in suspects
-                if suspect.is_lost(server_started, found.get(suspect.pid)) and self._waits(suspect)
+                if suspect.is_lost(server_started, found.get(suspect.pid)) and suspect.waits()
             ]
             if lost:
                 await _end(connection, lost)
-            for suspect in filter(self._waits, lost):
-                logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
-                suspect.driver.terminate()
+            for suspect in lost:
+                if suspect.waits():
+                    logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
+                    suspect.driver.terminate()
 
     async def _disconnect(self) -> None:
         """The connection may be dead as well."""
@@ -181,20 +201,23 @@ class LostAnswers:
         with suppress(TimeoutError):
             await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
 
-    def _waits(self, suspect: Suspect) -> bool:
+    def _waits(self, sender: greenlet, sent: Sent) -> bool:
         """Whether it still waits for that answer."""
-        return self._sent.get(suspect.sender) is suspect.sent and _is_awaited(suspect.sender, suspect.sent)
+        return self._sent.get(sender) is sent and _is_awaited(sender, sent)
 
 
 class Suspect:
-    """A connection on which an answer is late."""
+    """A connection on which an answer is late; `waits` says whether it still is waited for."""
 
-    def __init__(self, sender: greenlet, sent: Sent) -> None:
-        self.sender = sender
-        self.sent = sent
-        self.driver = _driver(sent[1])
-        self.pid: int = self.driver.get_server_pid()
-        self.backend = backend_of(sent[1])
+    def __init__(
+        self, driver: Any, backend: Backend | None, waits: Callable[[], bool], since: float, what: tuple[Any, ...]
+    ) -> None:
+        self.driver = driver
+        self.pid: int = driver.get_server_pid()
+        self.backend = backend
+        self.waits = waits
+        self._since = since
+        self._what = what
 
     def is_lost(self, server_started: object, row: Row[Any] | None) -> bool:
         """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
@@ -208,8 +231,7 @@ class Suspect:
 
     def _may_be_on_its_way(self) -> bool:
         """Whether a slow link may still be carrying what was sent."""
-        at, _, what = self.sent
-        return monotonic() - at < ANSWER_SECONDS + _size(what) / BYTES_PER_SECOND
+        return monotonic() - self._since < ANSWER_SECONDS + _size(self._what) / BYTES_PER_SECOND
 
 
 async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None:
