@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.orm import Session
 
     from coord import Job
     from tests.proxy import Wire
@@ -526,13 +527,19 @@ async def test_what_a_session_has_of_one_engine_is_not_lost_while_its_flush_wait
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
 
 
+def write_and_ask(session: Session) -> None:
+    """As a query does that flushes first."""
+    session.flush()
+    session.execute(select(func.pg_sleep(LONG)), bind_arguments={"mapper": Item})
+
+
 @pytest.mark.usefixtures("quick")
 async def test_what_a_session_has_written_is_not_lost_while_it_asks_another_engine_in_the_same_call(
     office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with on_two_engines(office, caplog) as session:
         session.add(User(id=1))
-        await session.execute(select(func.count(Item.id), func.pg_sleep(LONG)))  # which flushes first
+        await session.run_sync(write_and_ask)
         await session.commit()
     assert await observer.fetchval("SELECT count(*) FROM users") == 1
 
