@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -126,7 +122,7 @@ async def get_job(session: AnySession, job_id: UUID) -> JobReport:
     found = (await session_of(session).run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
     if found is None:
         raise _not_found(job_id)
-    return _report(found, [] if found.state.is_final else await heartbeats(session))
+    return _report(found, _by_attempt([] if found.state.is_final else await heartbeats(session)))
 
 
 async def list_jobs(
@@ -158,7 +154,8 @@ async def list_jobs(
     if before is not None:
         statement = statement.where(jobs.c.id < before)
     found = (await session_of(session).run_sync(execute, statement)).all()
-    return [_report(row, beats) for row in found]
+    running = _by_attempt(beats)
+    return [_report(row, running) for row in found]
 
 
 async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport]:
@@ -286,9 +283,12 @@ def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
     return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
 
 
-def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
-    queued = row.state is JobState.QUEUED
-    beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
+def _by_attempt(beats: Iterable[Beat]) -> dict[tuple[UUID, int], Beat]:
+    return {(beat.id, beat.attempt): beat for beat in beats}
+
+
+def _report(row: Any, running: Mapping[tuple[UUID, int], Beat]) -> JobReport:
+    beat = running.get((row.id, row.attempt)) if row.state is JobState.QUEUED else None
     stored = {name: getattr(row, name) for name in JobReport.__slots__ if name in jobs.c}
     if beat is None:
         return JobReport(**stored, progress=None, worker=None)
