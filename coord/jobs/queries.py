@@ -176,7 +176,7 @@ async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
     task, rolls back and marks the job, unless the job is done first; `done`, `failed`: it was too late. Raises
     `RowNotFoundError`.
     """
-    return await session_of(session).run_sync(_cancel, job_id)
+    return await interruptible(session_of(session).run_sync(_cancel, job_id))
 
 
 async def retry_job(session: AnySession, job_id: UUID) -> Job:
@@ -185,7 +185,7 @@ async def retry_job(session: AnySession, job_id: UUID) -> Job:
     Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
     another unfinished one with its unique key, `RowNotFoundError`.
     """
-    return await session_of(session).run_sync(_retry, job_id)
+    return await interruptible(session_of(session).run_sync(_retry, job_id))
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
