@@ -44,6 +44,7 @@ from coord.jobs.model import (
     ledger_connection,
     workers,
 )
+from coord.jobs.turn import runs_in_turn
 from coord.notify.changes import collect
 
 MAX_LISTED_JOBS = 1_000
@@ -172,9 +173,9 @@ async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport
 async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
     """Cancel the job; the caller commits. Joins the session's transaction, and waits for no running job.
 
-    Returns `cancelled`: it has not begun its transaction, and never will; `running`: it has, and its worker cancels the
-    task, rolls back and marks the job, unless the job is done first; `done`, `failed`: it was too late. Raises
-    `RowNotFoundError`.
+    Returns `cancelled`: it has not begun its transaction, and never will; `running`: it has, or it runs with a key of
+    `one_at_a_time`, and its worker cancels the task, rolls back and marks the job, unless the job is done first;
+    `done`, `failed`: it was too late. Raises `RowNotFoundError`.
     """
     return await interruptible(session_of(session).run_sync(_cancel, job_id))
 
@@ -211,13 +212,14 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
 
 def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
     """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
-    free = free_of(select(jobs.c.id).where(is_queued, *conditions).order_by(jobs.c.id).limit(limit))
+    may_end = ~runs_in_turn(HEARTBEAT_EXPIRY_SECONDS)
+    free = free_of(select(jobs.c.id).where(is_queued, may_end, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
     ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
     for row in ended:
         collect(session, (job_mapper, (row["id"],)), Job(**row))
-    # What is unfinished still is locked: it runs, and its worker ends it. A row of its own for each who wishes it, so
-    # that none waits for another.
+    # What is unfinished still is locked, or has a turn: it runs, and its worker ends it. A row of its own for each who
+    # wishes it, so that none waits for another.
     wished = exists().where(cancellations.c.job_id == jobs.c.id)
     running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
     wish = insert(cancellations).from_select(["job_id"], running)
