@@ -14,7 +14,6 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
-    exists,
     func,
     insert,
     inspect,
@@ -31,6 +30,7 @@ from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.job_transaction import is_unwanted
 from coord.jobs.model import (
     Cancellation,
     Job,
@@ -220,8 +220,7 @@ def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], lim
         collect(session, (job_mapper, (row["id"],)), Job(**row))
     # What is unfinished still is locked, or has a turn: it runs, and its worker ends it. A row of its own for each who
     # wishes it, so that none waits for another.
-    wished = exists().where(cancellations.c.job_id == jobs.c.id)
-    running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
+    running = select(jobs.c.id).where(is_queued, *conditions, ~is_unwanted).limit(limit - len(ended))
     wish = insert(cancellations).from_select(["job_id"], running)
     wishes = execute(session, wish).rowcount if len(ended) < limit else 0
     collect(session, (inspect(Cancellation), None), beside=job_mapper)

@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.errors import LockTimeoutError
 from coord.jobs.attempt import Attempt
-from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, ours
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, is_unwanted, ours
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
@@ -204,7 +204,7 @@ class Finalizer:
 _lock = (
     select(
         jobs,
-        select(cancellations.c.job_id).where(cancellations.c.job_id == jobs.c.id).exists().label("is_unwanted"),
+        is_unwanted.label("is_unwanted"),
         func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
         func.pg_advisory_xact_lock_shared(WORKER_LOCK_CLASS, bindparam("lock")),
     )
