@@ -394,7 +394,7 @@ async def test_a_statement_whose_values_a_slow_link_takes_long_to_carry_is_not_l
         way.on_request = None
 
 
-.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
 async def test_where_an_address_leads_to_several_servers_nobody_else_is_asked(
     office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
 ) -> None:

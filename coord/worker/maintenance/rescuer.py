@@ -115,8 +115,9 @@ class Rescuer(Loop):
 async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
     """The jobs that a heartbeat has named, as far as they are still unfinished in that attempt, locked."""
     here = tuple_(jobs.c.id, jobs.c.attempt).in_([*named(told)])
-    rows = select(jobs, is_unwanted.label("is_unwanted")).where(is_queued, here).with_for_update(of=jobs, skip_locked=True)
-    return (await connection.execute(rows)).all() if told else []
+    rows = select(jobs, is_unwanted.label("is_unwanted")).where(is_queued, here)
+    locked = rows.with_for_update(of=jobs, skip_locked=True)
+    return (await connection.execute(locked)).all() if told else []
 
 
 def _next(row: Row[Any], pause: float) -> dict[str, Any]:
