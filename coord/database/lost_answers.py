@@ -48,6 +48,8 @@ HELD_UP_SECONDS = 2.5
 """Between two rounds, after which the event loop has been held up: it may not have read what has come."""
 IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
 """In which a backend has answered everything. What a role may not see has no state."""
+HALFWAY = ("active", "ClientRead")
+"""State and wait event of one that has been sent a part of what makes a statement."""
 
 _activity = table(
     "pg_stat_activity",
@@ -55,6 +57,7 @@ _activity = table(
     column("backend_start", DateTime(timezone=True)),
     column("state"),
     column("state_change"),
+    column("wait_event"),
     schema="pg_catalog",
 )
 _own, _server_started = func.pg_backend_pid(), func.pg_postmaster_start_time()
@@ -62,7 +65,7 @@ _idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state
 _what = (
     _own.label("own"),
     _server_started.label("server_started"),
-    *_activity.c["pid", "backend_start", "state"],
+    *_activity.c["pid", "backend_start", "state", "state_change", "wait_event"],
     _idle_seconds,
 )
 _ended = func.pg_terminate_backend(_activity.c.pid, TERMINATE_MILLISECONDS)
@@ -90,6 +93,8 @@ class LostAnswers:
         self._engine = another(engine)
         self._calm_since = 0.0
         self._is_connected = False
+        self._halfway: dict[int, object] = {}
+        """Which backends waited for the rest of a statement at the last look, and when they had got the first part."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pings: Pings | None = None
         self._task: asyncio.Task[None] | None = None
@@ -182,11 +187,11 @@ class LostAnswers:
             if rows[0].own != driver.get_server_pid():
                 return  # a pooler is between
             found = {row.pid: row for row in rows}
-            server_started = rows[0].server_started
+            server_started, stuck = rows[0].server_started, self._stuck(rows)
             lost = [
                 suspect
                 for suspect in suspects
-                if suspect.is_lost(server_started, found.get(suspect.pid)) and suspect.waits()
+                if suspect.is_lost(server_started, found.get(suspect.pid), stuck) and suspect.waits()
             ]
             if lost:
                 await _end(connection, lost)
@@ -194,6 +199,15 @@ class LostAnswers:
                 if suspect.waits():
                     logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
                     suspect.driver.terminate()
+
+    def _stuck(self, rows: Sequence[Row[Any]]) -> set[int]:
+        """Backends that wait for the rest of a statement, and did so at the last look.
+
+        Of a new one asyncpg sends the values when it is parsed, which may wait for its table's lock.
+        """
+        halfway = {row.pid: row.state_change for row in rows if (row.state, row.wait_event) == HALFWAY}
+        before, self._halfway = self._halfway, halfway
+        return {pid for pid, since in halfway.items() if before.get(pid) == since}
 
     async def _disconnect(self) -> None:
         """The connection may be dead as well."""
@@ -219,15 +233,15 @@ class Suspect:
         self._since = since
         self._what = what
 
-    def is_lost(self, server_started: object, row: Row[Any] | None) -> bool:
+    def is_lost(self, server_started: object, row: Row[Any] | None, stuck: set[int]) -> bool:
         """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
         if self.backend is None or self.backend.server_started != server_started:
             return False
         # Of another role's backend nothing may be seen, but that it is there.
         if row is None or row.backend_start not in (None, self.backend.started):
             return True
-        is_idle = row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
-        return is_idle and not self._may_be_on_its_way()
+        does_nothing = row.state in IDLE_STATES or row.pid in stuck
+        return does_nothing and bool(row.idle_seconds >= ANSWER_SECONDS) and not self._may_be_on_its_way()
 
     def _may_be_on_its_way(self) -> bool:
         """Whether a slow link may still be carrying what was sent."""
