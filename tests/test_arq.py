@@ -19,7 +19,7 @@ from arq.jobs import DeserializationError, JobStatus, deserialize_job_raw, seria
 from arq.worker import Retry, Worker, async_check_health, create_worker, func, get_kwargs
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import worker_settings
+from coord import pause_queue, worker_settings
 from coord.dev.embedded import Valkey
 from coord.worker.settings import DEFAULTS, REFUSED
 from tests import warm
@@ -407,6 +407,17 @@ async def test_a_burst_goes_on_after_its_connections_were_lost(
         assert await worker.exit_status(within=30) == 0
     assert [(row.state, row.attempt) for row in [await office.row(job) for job in jobs]] == [("done", 1)] * 3
     assert await office.workers() == []
+
+
+@pytest.mark.slow
+async def test_a_burst_ends_although_its_queue_is_paused(office: Office, notes: Notes) -> None:
+    async with office.session_maker() as session:
+        await pause_queue(session)
+        await session.commit()
+    job = await office.enqueue("quick")
+    async with process(office, notes, "--burst", started=False, heartbeat_process=False) as worker:
+        assert await worker.exit_status(within=30) == 0
+    assert (await office.row(job)).state == "queued"
 
 
 @pytest.mark.slow

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
+from arq.worker import Retry
 from sqlalchemy import make_url, select, text
 
 import coord.worker.failure
 import coord.worker.finalizer
-from coord import create_ledger, job_transaction, lock_tables
-from coord.jobs.model import attempts
+from coord import cancel_job, create_ledger, job_transaction, list_attempts, lock_tables
+from coord.jobs.model import attempts, cancellations
+from coord.worker.maintenance.canceller import Canceller
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import dsn_of
@@ -139,3 +141,29 @@ async def test_a_task_that_somebody_else_has_cancelled_is_handed_back(office: Of
         assert worker.lives
     assert (row.state, row.attempt, row.hand_backs, row.error) == ("done", 1, 1, None)
     assert begun == [1, 1]
+
+
+async def test_a_job_that_was_cancelled_as_its_attempt_failed_is_not_tried_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker has had no time to stop it; put off for an hour, it would be unfinished for an hour."""
+
+    async def no_round(_: Canceller) -> None: ...
+
+    monkeypatch.setattr(Canceller, "round", no_round)
+
+    async def task(ctx: dict[str, Any]) -> None:
+        async with job_transaction(ctx):
+            async with office.session_maker() as session:
+                assert await cancel_job(session, uuid.UUID(ctx["job_id"])) == "running"
+                await session.commit()
+            raise Retry(defer=3600)
+
+    async with working(office, [task]):
+        job = await office.enqueue(task)
+        row = await office.final(job)
+        await office.nothing_left_in_redis()
+    assert (row.state, row.attempt) == ("cancelled", 1)
+    async with office.session_maker() as session:
+        assert [tried.error for tried in await list_attempts(session, job.id)] == ["Retry: <Retry defer 3600.00s>"]
+        assert (await session.scalars(select(cancellations.c.job_id))).all() == []

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
+import arq.worker
 import pytest
-from arq.worker import func
-from sqlalchemy import select
+from sqlalchemy import func, insert, select
 
 from coord.jobs.model import queues
+from coord.worker.maintenance.leader import Leader
 from tests.serving import eventually
 from tests.shop import Network
-from tests.workers import working
+from tests.workers import a_state, working
 
 if TYPE_CHECKING:
     from uuid import UUID
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from tests.workers import Office
 
@@ -38,7 +43,7 @@ async def test_who_is_cut_off_from_one_server_alone_leads_nothing(office: Office
         async def task(ctx: dict[str, Any]) -> None:
             ran.append(worker)
 
-        return [func(task, name="task")]
+        return [arq.worker.func(task, name="task")]
 
     url = office.redis_url if server == "Redis" else office.database_url
     async with Network(url).opened() as network:
@@ -62,3 +67,16 @@ async def test_who_is_cut_off_from_one_server_alone_leads_nothing(office: Office
             await office.final(await script.enqueue("task"), within=2 * WITHIN)
             assert ran[1:] == ["eldest"]
             assert eldest.lives
+
+
+@pytest.mark.parametrize(("ahead", "leads"), [(2.0, False), (3600.0, True), (-1.0, True)])
+async def test_a_lease_holds_for_seconds_whatever_becomes_of_the_clock_by_which_it_was_given(
+    office: Office, engine: AsyncEngine, ahead: float, leads: bool
+) -> None:
+    """A replica that was promoted may have another one, and the leader may be gone together with the old primary."""
+    async with office.session_maker.begin() as session:
+        until = func.now() + timedelta(seconds=ahead)
+        await session.execute(insert(queues).values(name="default", leader=uuid4(), leader_until=until))
+    state = a_state(engine, office.redis)
+    await Leader(state).round()
+    assert state.is_leader == leads

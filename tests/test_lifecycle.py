@@ -9,9 +9,11 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import job_transaction, task_options
+from coord import job_transaction, task_options, worker_settings
 from coord.dev.embedded import Valkey
+from coord.worker.lifecycle import Lifecycle
 from tests.serving import eventually
 from tests.test_fetcher import measured
 from tests.workers import KEYS, Notes, Office, opened, process, until, working
@@ -236,3 +238,19 @@ async def test_closed_in_the_middle_of_its_work_a_worker_leaves_nothing(office: 
     async with working(office, [task]):
         rows = [await office.final(job) for job in jobs]
     assert {(row.state, row.attempt) for row in rows} == {("done", 1)}
+
+
+@pytest.mark.parametrize("mode", ["of the engine", "of its options"])
+async def test_an_engine_in_autocommit_mode_is_refused_at_the_start(
+    office: Office, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job would be done before its effect, and stay so without it."""
+    autocommit = {"isolation_level": "AUTOCOMMIT"}
+    engine = create_async_engine(office.database_url, **(autocommit if mode == "of the engine" else {}))
+    bind = engine if mode == "of the engine" else engine.execution_options(**autocommit)
+    settings: Any = worker_settings([], session_maker=async_sessionmaker(bind), redis=office.redis_url)
+    with pytest.raises(SystemExit):
+        await Lifecycle(settings.worker_config(), {}).start()
+    await engine.dispose()
+    assert "AUTOCOMMIT" in caplog.text
+    assert await office.workers() == []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
-from sqlalchemy import event, make_url, text
+from sqlalchemy import event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
@@ -18,7 +18,7 @@ import coord.database.lost_answers
 from coord import Coordinator, job_transaction, lock_tables
 from coord.retryable import is_retryable
 from tests.faults.faults import at_commit
-from tests.models import User
+from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.shop import dsn_of, waiting_for_locks
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.orm import Session
 
     from coord import Job
     from tests.proxy import Wire
@@ -121,6 +122,23 @@ async def _waits(observer: Connection) -> bool:
     return await waiting_for_locks(observer) == 1
 
 
+async def test_a_statement_that_was_parsed_in_vain_is_told_of(office: Office, way: Proxy, observer: Connection) -> None:
+    """A new one is parsed before its values are sent, which waits for a lock of its table; nobody is idle meanwhile."""
+    engine = create_async_engine(way.url)
+    async with Coordinator(async_sessionmaker(engine)), AsyncSession(engine) as session:
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+            late = asyncio.create_task(session.execute(text("INSERT INTO users (id) VALUES (:id)"), {"id": 1}))
+            await eventually(lambda: _waits(observer))
+            lose(way)
+        async with asyncio.timeout(WITHIN):
+            with pytest.raises(DBAPIError):
+                await late
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE NOWAIT")
+    await engine.dispose()
+
+
 async def test_what_a_session_had_locked_is_free_again(office: Office, way: Proxy, observer: Connection) -> None:
     """Also of a process that is no worker: nobody else would know that its client was cut off."""
     engine = create_async_engine(way.url)
@@ -196,12 +214,16 @@ async def test_a_job_whose_commit_was_answered_in_vain_is_done_and_its_worker_go
     assert await office.effects(job) == [1]
 
 
-async def test_a_job_that_begins_on_a_dead_connection_uses_up_no_attempt(office: Office, way: Proxy) -> None:
+@pytest.mark.parametrize("pings", [False, True])
+async def test_a_job_that_begins_on_a_dead_connection_uses_up_no_attempt(
+    office: Office, way: Proxy, pings: bool
+) -> None:
     async def task(ctx: dict[str, Any]) -> None:
         async with job_transaction(ctx) as session:
             await apply(session, ctx)
 
-    async with working(office, [task], database_url=way.url, engine={"pool_size": 1, "max_overflow": 0}):
+    pool = {"pool_size": 1, "max_overflow": 0, "pool_pre_ping": pings}
+    async with working(office, [task], database_url=way.url, engine=pool):
         await office.final(await office.enqueue(task))
         lose(way)
         job = await office.enqueue(task)
@@ -239,6 +261,17 @@ async def test_a_session_of_a_coordinated_engine_is_told_and_the_next_one_has_a_
         assert is_retryable(caught.value)
         assert caught.value.connection_invalidated
         assert time.monotonic() - began < WITHIN
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+    await engine.dispose()
+
+
+async def test_a_connection_of_the_pool_that_is_pinged_in_vain_is_replaced(office: Office, way: Proxy) -> None:
+    engine = create_async_engine(way.url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+    async with Coordinator(async_sessionmaker(engine)), asyncio.timeout(WITHIN):
+        async with AsyncSession(engine) as session:
+            await session.execute(text("SELECT 1"))
+        lose(way)
         async with AsyncSession(engine) as session:
             await session.execute(text("SELECT 1"))
     await engine.dispose()
@@ -304,12 +337,15 @@ async def test_what_only_takes_long_is_not_disturbed(
 
 @pytest.mark.usefixtures("quick")
 async def test_who_has_committed_and_keeps_the_connection_is_not_disturbed(office: Office) -> None:
-    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0)
-    async with Coordinator(async_sessionmaker(engine)), engine.connect() as connection:
-        pid = await connection.scalar(text("SELECT pg_backend_pid()"))
-        await connection.commit()
-        await asyncio.sleep(LONG)
-        assert await connection.scalar(text("SELECT pg_backend_pid()")) == pid
+    """Also by what the pool has asked when it gave it out."""
+    engine = create_async_engine(office.database_url, pool_size=1, max_overflow=0, pool_pre_ping=True)
+    async with Coordinator(async_sessionmaker(engine)):
+        for _ in range(2):
+            async with engine.connect() as connection:
+                pid = await connection.scalar(PID)
+                await connection.commit()
+                await asyncio.sleep(LONG)
+                assert await connection.scalar(PID) == pid
     await engine.dispose()
 
 
@@ -352,6 +388,27 @@ async def test_an_answer_that_is_only_late_is_not_lost(
         await session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": LONG})
         await session.commit()
         way.on_answer = None
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_statement_whose_values_a_slow_link_takes_long_to_carry_is_not_lost(
+    office: Office, way: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    """PostgreSQL does nothing meanwhile: it begins when it has all of them."""
+    loop, free = asyncio.get_running_loop(), dict[Any, float]()
+
+    def slowly(wire: Wire, data: bytes) -> bool:
+        """A megabyte a second."""
+        free[wire] = max(free.get(wire, 0.0), loop.time()) + len(data) / 1e6
+        loop.call_at(free[wire], wire.server.write, data)
+        return True
+
+    async with left_alone(way, caplog) as session:
+        way.on_request = slowly
+        for size in (1, int(LONG * 1e6)):  # of a new statement the second is sent when it is parsed
+            assert await session.scalar(text("SELECT length(:it)"), {"it": "x" * size}) == size
+        await session.commit()
+        way.on_request = None
 
 
 @pytest.mark.usefixtures("quick")
@@ -454,3 +511,74 @@ async def test_what_another_role_waits_for_long_is_not_lost(
         await observer.execute("DROP ROLE later")
     assert made > 1, "somebody has asked"
     assert "was lost" not in caplog.text
+
+
+# Sessions that have several engines
+
+
+@contextlib.asynccontextmanager
+async def on_two_engines(office: Office, caplog: pytest.LogCaptureFixture) -> AsyncIterator[AsyncSession]:
+    """Users by one and items by the other; no connection of either is closed in the block."""
+    users, items = (create_async_engine(office.database_url, pool_size=1, max_overflow=0) for _ in range(2))
+    maker = async_sessionmaker(binds={User: users, Item: items}, expire_on_commit=False)
+    async with Coordinator(maker), maker() as session:
+        yield session
+    await users.dispose()
+    await items.dispose()
+    assert "was lost" not in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_a_session_has_of_one_engine_is_not_lost_while_its_flush_waits_at_another(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Read from one, as from a replica; and what the commit flushes to the other waits for a table that is locked."""
+    async with on_two_engines(office, caplog) as session:
+        assert (await session.scalars(select(Item))).all() == []
+        session.add(User(id=1))
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE users IN EXCLUSIVE MODE")
+            commit = asyncio.create_task(session.commit())
+            await asyncio.sleep(LONG)
+        await commit
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+def write_and_ask(session: Session) -> None:
+    """As a query does that flushes first."""
+    session.flush()
+    session.execute(select(func.pg_sleep(LONG)), bind_arguments={"mapper": Item})
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_a_session_has_written_is_not_lost_while_it_asks_another_engine_in_the_same_call(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with on_two_engines(office, caplog) as session:
+        session.add(User(id=1))
+        await session.run_sync(write_and_ask)
+        await session.commit()
+    assert await observer.fetchval("SELECT count(*) FROM users") == 1
+
+
+SLOW_COMMIT = """
+    CREATE FUNCTION take_long() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(2.5); RETURN NULL; END';
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION take_long();
+    CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON items DEFERRABLE INITIALLY DEFERRED
+        FOR EACH ROW EXECUTE FUNCTION take_long();
+"""
+
+
+@pytest.mark.usefixtures("quick")
+async def test_of_two_commits_of_a_session_the_second_is_not_lost_while_the_first_takes_long(
+    office: Office, observer: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    await observer.execute(SLOW_COMMIT)
+    try:
+        async with on_two_engines(office, caplog) as session:
+            session.add_all([User(id=1), Item(id=1)])
+            await session.commit()
+    finally:
+        await observer.execute("DROP FUNCTION take_long CASCADE")
+    assert await observer.fetchval("SELECT count(*) FROM users NATURAL JOIN items") == 1

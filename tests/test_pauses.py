@@ -10,6 +10,7 @@ import pytest
 
 from coord import pause_queue, resume_queue, task_options
 from coord.queue.keys import QueueKeys
+from coord.worker.maintenance.registry import WorkerRegistry
 from tests.serving import eventually
 from tests.workers import Office, until, working
 
@@ -61,6 +62,36 @@ async def test_a_paused_queue_begins_nothing_until_it_is_resumed_and_what_runs_g
             return b"paused" not in await healthy()
 
         await eventually(says_nothing)
+
+
+async def test_a_worker_that_starts_takes_nothing_before_it_knows_whether_its_queue_is_paused(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However late PostgreSQL says so."""
+    begun: list[str] = []
+    answers = asyncio.Event()
+    look = WorkerRegistry.round
+
+    async def late(registry: WorkerRegistry) -> None:
+        await answers.wait()
+        await look(registry)
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.append(ctx["job_id"])
+
+    monkeypatch.setattr(WorkerRegistry, "round", late)
+    await change(office, pause_queue)
+    async with working(office, [task]) as worker:
+        state = worker.worker.ctx["coord.lifecycle"].state
+        await until(lambda: state.clock.is_set)
+        job = await office.enqueue(task)
+        await asyncio.sleep(1)  # in which somebody might take it
+        answers.set()
+        await until(lambda: state.is_paused)
+        await office.waiting(1)
+        assert begun == []
+        await change(office, resume_queue)
+        assert (await office.final(job)).state == "done"
 
 
 async def test_other_queues_go_on(office: Office) -> None:

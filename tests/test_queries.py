@@ -9,9 +9,11 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import anyio
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import (
     Coordinator,
@@ -39,7 +41,7 @@ from tests.workers import KEYS
 
 if TYPE_CHECKING:
     from asyncpg import Connection
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncSession
 
     from coord import Job
 
@@ -513,3 +515,24 @@ async def test_progress_that_json_would_change_is_refused(session_maker: Session
 def test_progress_belongs_to_a_job_of_the_ledger(ctx: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match="set_progress"):
         set_progress(ctx, 1)
+
+
+async def test_a_retry_that_anyio_cancels_waits_in_postgresql_no_longer(
+    session_maker: SessionMaker, observer: Connection, database_url: str
+) -> None:
+    """Its backend is one that does not look whether its client is there."""
+    job = await committed(session_maker)
+    await ended(observer, job, "failed")
+    engine = create_async_engine(database_url)
+    async with async_sessionmaker(engine)() as session, observer.transaction():
+        await observer.execute("SELECT FROM coord_jobs FOR UPDATE")
+        async with anyio.create_task_group() as group:
+            group.start_soon(retry_job, session, job.id)
+            await eventually(lambda: waiting_for_locks(observer))
+            group.cancel_scope.cancel()
+
+        async def nobody_waits() -> bool:
+            return await waiting_for_locks(observer) == 0
+
+        await eventually(nobody_waits)
+    await engine.dispose()

@@ -163,6 +163,39 @@ async def test_a_turn_is_passed_on_at_once_however_the_attempt_ends(
     assert (await office.row(one)).state == expected
 
 
+async def test_a_job_that_is_cancelled_keeps_its_turn_until_its_task_has_ended(office: Office) -> None:
+    """Also outside its transaction, where nobody but its worker knows that it runs."""
+    told, ends = asyncio.Event(), asyncio.Event()
+    ran: list[int] = []
+
+    async def task(ctx: dict[str, Any], number: int) -> None:
+        ran.append(number)
+        try:
+            await asyncio.sleep(60 if number == 1 else 0)
+        except asyncio.CancelledError:
+            told.set()
+            await ends.wait()
+            raise
+
+    async with working(office, [task]):
+        one, two = await enqueued(office, task_options(task, one_at_a_time="k"), 1, 2)
+        await waiting(office, 1)
+
+        async def is_named() -> bool:
+            return any(str(one.id) in worker.jobs for worker in await office.workers())
+
+        await eventually(is_named)
+        async with office.session_maker() as session:
+            assert await cancel_job(session, one.id) == "running"
+            await session.commit()
+        await told.wait()
+        await asyncio.sleep(1.5)  # in which the leader looks whose turn it is
+        assert ran == [1]
+        ends.set()
+        assert (await office.final(two)).state == "done"
+    assert (await office.row(one)).state == "cancelled"
+
+
 async def test_after_a_death_the_others_have_their_turns(office: Office, notes: Notes) -> None:
     async with process(office, notes) as first:
         held = task_options("hold", one_at_a_time="k")

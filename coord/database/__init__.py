@@ -6,4 +6,7 @@ schemas.py        under which schemas it works
 target.py         which row of a mapped class, and which of its columns
 acquisition.py    how a lock is taken
 lock_function.py  by one function of the ledger's, where it is
+place.py          where the ledger is
+lost_answers.py   which answers will never come
+pings.py          which connections a pool asks whether they live
 """

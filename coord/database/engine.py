@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import (
     create_async_engine,
 )
 from sqlalchemy.orm import Mapper, Session, SessionTransaction
+from sqlalchemy.pool import ConnectionPoolEntry
 
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
@@ -180,7 +181,7 @@ def _given_up_late(driver: asyncpg.Connection) -> Iterator[None]:
         timer.cancel()
 
 
-def backend_of(connection: Connection) -> Backend | None:
+def backend_of(connection: Connection | ConnectionPoolEntry) -> Backend | None:
     """None if PostgreSQL has not said."""
     return connection.info.get(_BACKEND)
 
@@ -226,13 +227,19 @@ def _note_session(session: Session, _transaction: SessionTransaction, connection
         connection.info[_SESSION] = ref(session)
 
 
+def session_that_uses(connection: Connection) -> Session | None:
+    """Whose transaction it was given to, if it is not the session's own for good, as a test's is."""
+    session: Session | None = connection.info.get(_SESSION, lambda: None)()
+    return session
+
+
 def _is_committing(connection: Connection) -> bool:
     """Whether a listener of the engine's `commit` has sent the statement, after the last check that can be made.
 
     A session counts as inactive once it has flushed and its connections commit. A savepoint of the listener's own is
     its to roll back to.
     """
-    session = connection.info.get(_SESSION, lambda: None)()
+    session = session_that_uses(connection)
     return session is not None and not session.is_active and not connection.in_nested_transaction()
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from greenlet import getcurrent, greenlet
 from sqlalchemy import Connection, DateTime, Integer, Row, column, event, func, select, table, tuple_
@@ -25,16 +26,19 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import another, backend_of, note_backends
+from coord.database.engine import Backend, another, backend_of, note_backends, session_that_uses
+from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
 
-Sent = tuple[float, greenlet]
-"""When something was sent, on the monotonic clock, and in which greenlet."""
+Sent = tuple[float, Connection, tuple[Any, ...]]
+"""When something was sent, on the monotonic clock, by which connection, and what: a statement and its values."""
 
 logger = logging.getLogger("coord.engine")
 
 ANSWER_SECONDS = 4.0
 """By which an answer is late, or the last part of one that no buffer had room for, before it counts as lost."""
+BYTES_PER_SECOND = 250_000
+"""That the slowest link carries: PostgreSQL does nothing before it has been sent all of a statement's values."""
 INTERVAL_SECONDS = 0.5
 LOOK_SECONDS = 1.5
 """For PostgreSQL to accept a connection and to say what its backends do."""
@@ -44,6 +48,8 @@ HELD_UP_SECONDS = 2.5
 """Between two rounds, after which the event loop has been held up: it may not have read what has come."""
 IDLE_STATES = {"idle", "idle in transaction", "idle in transaction (aborted)"}
 """In which a backend has answered everything. What a role may not see has no state."""
+HALFWAY = ("active", "ClientRead")
+"""State and wait event of one that has been sent a part of what makes a statement."""
 
 _activity = table(
     "pg_stat_activity",
@@ -51,6 +57,7 @@ _activity = table(
     column("backend_start", DateTime(timezone=True)),
     column("state"),
     column("state_change"),
+    column("wait_event"),
     schema="pg_catalog",
 )
 _own, _server_started = func.pg_backend_pid(), func.pg_postmaster_start_time()
@@ -58,7 +65,7 @@ _idle_seconds = func.extract("epoch", func.clock_timestamp() - _activity.c.state
 _what = (
     _own.label("own"),
     _server_started.label("server_started"),
-    *_activity.c["pid", "backend_start", "state"],
+    *_activity.c["pid", "backend_start", "state", "state_change", "wait_event"],
     _idle_seconds,
 )
 _ended = func.pg_terminate_backend(_activity.c.pid, TERMINATE_MILLISECONDS)
@@ -68,20 +75,28 @@ class LostAnswers:
     """Closes connections of an engine within the block whose answers were lost, some five seconds after that.
 
     Connects only while an answer is late. The backends are ended first, which frees their locks. Behind a pooler, which
-    does not say whose backend is whose, nothing is done. Watched are statements, and the COMMIT of sessions.
+    does not say whose backend is whose, nothing is done. Watched are statements, what a pool asks before it gives a
+    connection out, and the COMMIT of sessions that have one connection: of several, nobody is told which one a session
+    that commits waits for.
 
-    An answer is waited for until the greenlet ends in which it was asked for, since SQLAlchemy makes one for each call.
-    An engine that is told when statements end has, for each transaction, an eighth more of Python's calls to make.
+    An answer is waited for until the greenlet in which it was asked for ends, since SQLAlchemy makes one for each call,
+    or sends something else, by whichever engine. An engine that is told when statements end has, for each
+    transaction, an eighth more of Python's calls to make.
     """
+
+    _sent: ClassVar[dict[greenlet, Sent]] = {}
+    """What each greenlet has sent last; some have ended by now. One for all, since a session may have several engines:
+    while it waits for one of them, what it has of the others does nothing."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._watched = engine
         self._engine = another(engine)
-        self._sent: dict[Connection, Sent] = {}
-        """The answers that are waited for; or were, if the connection is closed or the greenlet has ended by now."""
         self._calm_since = 0.0
         self._is_connected = False
+        self._halfway: dict[int, object] = {}
+        """Which backends waited for the rest of a statement at the last look, and when they had got the first part."""
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pings: Pings | None = None
         self._task: asyncio.Task[None] | None = None
         statements = ("do_execute", "do_executemany", "do_execute_no_params")
         self._listeners: list[tuple[Any, str, Callable[..., None]]] = [
@@ -94,31 +109,35 @@ class LostAnswers:
         note_backends(self._watched)
         for target, name, listener in self._listeners:
             event.listen(target, name, listener)
+        self._pings = Pings(self._watched)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         assert self._task is not None
+        assert self._pings is not None
         for target, name, listener in self._listeners:
             event.remove(target, name, listener)
+        self._pings.close()
         self._task.cancel()
         await asyncio.wait([self._task])
         await self._disconnect()
-        self._sent.clear()
+        for sender, _ in self._mine():
+            del self._sent[sender]
 
     def _on_statement(self, *arguments: Any) -> None:
         context: ExecutionContext = arguments[-1]
-        self._on_sent(context.root_connection)
+        self._on_sent(context.root_connection, arguments[1:-1])
 
     def _on_commit(self, session: Session) -> None:
         """COMMIT is sent when all is flushed."""
-        for connection in connections_in_use(session):
-            if connection.dialect is self._watched.dialect:
-                self._on_sent(connection)
+        connections = [*connections_in_use(session)]
+        if len(connections) == 1 and connections[0].dialect is self._watched.dialect:
+            self._on_sent(connections[0], ())
 
-    def _on_sent(self, connection: Connection) -> None:
+    def _on_sent(self, connection: Connection, what: tuple[Any, ...]) -> None:
         if asyncio.get_running_loop() is self._loop:
-            self._sent[connection] = monotonic(), getcurrent()
+            self._sent[getcurrent()] = monotonic(), connection, what
 
     async def _run(self) -> None:
         last = monotonic()
@@ -134,13 +153,31 @@ class LostAnswers:
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
-        self._sent = {connection: sent for connection, sent in self._sent.items() if _is_awaited(connection, sent)}
-        suspects = [Suspect(connection, sent) for connection, sent in self._sent.items() if sent[0] < late]
+        suspects = [*self._suspects(late)]
         if suspects and self._calm_since < late:
             self._is_connected = True
             await interruptible(self._look(suspects), limit=LOOK_SECONDS)
         elif self._is_connected and not suspects:
             await self._disconnect()
+
+    def _suspects(self, late: float) -> Iterator[Suspect]:
+        """Where an answer has been waited for since before that; what nobody waits for any more is forgotten."""
+        assert self._pings is not None
+        for sender, sent in self._mine():
+            since, connection, what = sent
+            if not _is_awaited(sender, sent):
+                del self._sent[sender]
+            elif since < late:
+                waits = partial(self._waits, sender, sent)
+                yield Suspect(_driver(connection), backend_of(connection), waits, since, what)
+        for ping in self._pings.look():
+            if ping.seen_at < late:
+                waits = partial(self._pings.is_under_way, ping)
+                yield Suspect(ping.driver, backend_of(ping.entry), waits, ping.seen_at, ())
+
+    def _mine(self) -> list[tuple[greenlet, Sent]]:
+        """What was sent by way of the engine that is watched."""
+        return [(sender, sent) for sender, sent in [*self._sent.items()] if sent[1].dialect is self._watched.dialect]
 
     async def _look(self, suspects: Sequence[Suspect]) -> None:
         which = _activity.c.pid.in_([_own, *(suspect.pid for suspect in suspects)])
@@ -150,17 +187,27 @@ class LostAnswers:
             if rows[0].own != driver.get_server_pid():
                 return  # a pooler is between
             found = {row.pid: row for row in rows}
-            server_started = rows[0].server_started
+            server_started, stuck = rows[0].server_started, self._stuck(rows)
             lost = [
                 suspect
                 for suspect in suspects
-                if suspect.is_lost(server_started, found.get(suspect.pid)) and self._waits(suspect)
+                if suspect.is_lost(server_started, found.get(suspect.pid), stuck) and suspect.waits()
             ]
             if lost:
                 await _end(connection, lost)
-            for suspect in filter(self._waits, lost):
-                logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
-                suspect.driver.terminate()
+            for suspect in lost:
+                if suspect.waits():
+                    logger.warning("An answer of PostgreSQL was lost, and its connection is closed")
+                    suspect.driver.terminate()
+
+    def _stuck(self, rows: Sequence[Row[Any]]) -> set[int]:
+        """Backends that wait for the rest of a statement, and did so at the last look.
+
+        Of a new one asyncpg sends the values when it is parsed, which may wait for its table's lock.
+        """
+        halfway = {row.pid: row.state_change for row in rows if (row.state, row.wait_event) == HALFWAY}
+        before, self._halfway = self._halfway, halfway
+        return {pid for pid, since in halfway.items() if before.get(pid) == since}
 
     async def _disconnect(self) -> None:
         """The connection may be dead as well."""
@@ -168,30 +215,37 @@ class LostAnswers:
         with suppress(TimeoutError):
             await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
 
-    def _waits(self, suspect: Suspect) -> bool:
+    def _waits(self, sender: greenlet, sent: Sent) -> bool:
         """Whether it still waits for that answer."""
-        sent = suspect.sent
-        return self._sent.get(suspect.connection) == sent and _is_awaited(suspect.connection, sent)
+        return self._sent.get(sender) is sent and _is_awaited(sender, sent)
 
 
 class Suspect:
-    """A connection on which an answer is late."""
+    """A connection on which an answer is late; `waits` says whether it still is waited for."""
 
-    def __init__(self, connection: Connection, sent: Sent) -> None:
-        self.connection = connection
-        self.sent = sent
-        self.driver = _driver(connection)
-        self.pid: int = self.driver.get_server_pid()
-        self.backend = backend_of(connection)
+    def __init__(
+        self, driver: Any, backend: Backend | None, waits: Callable[[], bool], since: float, what: tuple[Any, ...]
+    ) -> None:
+        self.driver = driver
+        self.pid: int = driver.get_server_pid()
+        self.backend = backend
+        self.waits = waits
+        self._since = since
+        self._what = what
 
-    def is_lost(self, server_started: object, row: Row[Any] | None) -> bool:
+    def is_lost(self, server_started: object, row: Row[Any] | None, stuck: set[int]) -> bool:
         """Whether the server that was asked is its own, where its backend is gone or has done nothing for long."""
         if self.backend is None or self.backend.server_started != server_started:
             return False
         # Of another role's backend nothing may be seen, but that it is there.
         if row is None or row.backend_start not in (None, self.backend.started):
             return True
-        return row.state in IDLE_STATES and bool(row.idle_seconds >= ANSWER_SECONDS)
+        does_nothing = row.state in IDLE_STATES or row.pid in stuck
+        return does_nothing and bool(row.idle_seconds >= ANSWER_SECONDS) and not self._may_be_on_its_way()
+
+    def _may_be_on_its_way(self) -> bool:
+        """Whether a slow link may still be carrying what was sent."""
+        return monotonic() - self._since < ANSWER_SECONDS + _size(self._what) / BYTES_PER_SECOND
 
 
 async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None:
@@ -210,7 +264,24 @@ def _driver(connection: Connection) -> Any:
     return connection.connection.driver_connection
 
 
-def _is_awaited(connection: Connection, sent: Sent) -> bool:
+def _is_awaited(sender: greenlet, sent: Sent) -> bool:
     """What SQLAlchemy asks the first connection of all is in no transaction, and nobody's to watch."""
+    connection = sent[1]
     is_open = not connection.closed and not connection.invalidated and connection.in_transaction()
-    return is_open and not sent[1].dead
+    return is_open and not sender.dead and not _commits_with_others(connection)
+
+
+def _commits_with_others(connection: Connection) -> bool:
+    """Whether its session sends COMMIT by one connection after the other, and does not say by which just now."""
+    session = session_that_uses(connection)
+    return session is not None and not session.is_active and len(connections_in_use(session)) > 1
+
+
+def _size(what: Any) -> int:
+    """Of what is sent, about: all that may be large is a text, bytes, or many of them."""
+    match what:
+        case str() | bytes() | bytearray() | memoryview():
+            return len(what)
+        case list() | tuple() | set():
+            return sum(map(_size, what))
+    return 0

@@ -174,10 +174,12 @@ is_ours = (
 )
 """Whether a row is the unfinished job that an attempt is for: the message is from Redis, which may hold anything."""
 
+is_unwanted = exists().where(cancellations.c.job_id == jobs.c.id)
+"""Whether somebody has asked to cancel it."""
 _its_turn = jobs.c.one_at_a_time.is_(None) | (jobs.c.turn == jobs.c.attempt)
 _done = (
     update(jobs)
-    .where(is_ours, ~exists().where(cancellations.c.job_id == jobs.c.id), _its_turn)
+    .where(is_ours, ~is_unwanted, _its_turn)
     .values(state=bindparam("state"), started_at=bindparam("began"), finished_at=func.now())
     .returning(
         func.set_config("client_connection_check_interval", bindparam("check"), True),

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import (
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, NamedTuple
@@ -18,7 +14,6 @@ from sqlalchemy import (
     bindparam,
     case,
     delete,
-    exists,
     func,
     insert,
     inspect,
@@ -35,6 +30,7 @@ from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
+from coord.jobs.job_transaction import is_unwanted
 from coord.jobs.model import (
     Cancellation,
     Job,
@@ -48,6 +44,7 @@ from coord.jobs.model import (
     ledger_connection,
     workers,
 )
+from coord.jobs.turn import runs_in_turn
 from coord.notify.changes import collect
 
 MAX_LISTED_JOBS = 1_000
@@ -126,7 +123,7 @@ async def get_job(session: AnySession, job_id: UUID) -> JobReport:
     found = (await session_of(session).run_sync(execute, select(jobs).where(jobs.c.id == job_id))).one_or_none()
     if found is None:
         raise _not_found(job_id)
-    return _report(found, [] if found.state.is_final else await heartbeats(session))
+    return _report(found, _by_attempt([] if found.state.is_final else await heartbeats(session)))
 
 
 async def list_jobs(
@@ -158,7 +155,8 @@ async def list_jobs(
     if before is not None:
         statement = statement.where(jobs.c.id < before)
     found = (await session_of(session).run_sync(execute, statement)).all()
-    return [_report(row, beats) for row in found]
+    running = _by_attempt(beats)
+    return [_report(row, running) for row in found]
 
 
 async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport]:
@@ -175,11 +173,11 @@ async def list_attempts(session: AnySession, job_id: UUID) -> list[AttemptReport
 async def cancel_job(session: AnySession, job_id: UUID) -> JobState:
     """Cancel the job; the caller commits. Joins the session's transaction, and waits for no running job.
 
-    Returns `cancelled`: it has not begun its transaction, and never will; `running`: it has, and its worker cancels the
-    task, rolls back and marks the job, unless the job is done first; `done`, `failed`: it was too late. Raises
-    `RowNotFoundError`.
+    Returns `cancelled`: it has not begun its transaction, and never will; `running`: it has, or it runs with a key of
+    `one_at_a_time`, and its worker cancels the task, rolls back and marks the job, unless the job is done first;
+    `done`, `failed`: it was too late. Raises `RowNotFoundError`.
     """
-    return await session_of(session).run_sync(_cancel, job_id)
+    return await interruptible(session_of(session).run_sync(_cancel, job_id))
 
 
 async def retry_job(session: AnySession, job_id: UUID) -> Job:
@@ -188,7 +186,7 @@ async def retry_job(session: AnySession, job_id: UUID) -> Job:
     Joins the session's transaction. `ValueError` if the job is unfinished or done, `UniqueKeyConflictError` if there is
     another unfinished one with its unique key, `RowNotFoundError`.
     """
-    return await session_of(session).run_sync(_retry, job_id)
+    return await interruptible(session_of(session).run_sync(_retry, job_id))
 
 
 def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
@@ -214,15 +212,15 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
 
 def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
     """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
-    free = free_of(select(jobs.c.id).where(is_queued, *conditions).order_by(jobs.c.id).limit(limit))
+    may_end = ~runs_in_turn(HEARTBEAT_EXPIRY_SECONDS)
+    free = free_of(select(jobs.c.id).where(is_queued, may_end, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
     ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
     for row in ended:
         collect(session, (job_mapper, (row["id"],)), Job(**row))
-    # What is unfinished still is locked: it runs, and its worker ends it. A row of its own for each who wishes it, so
-    # that none waits for another.
-    wished = exists().where(cancellations.c.job_id == jobs.c.id)
-    running = select(jobs.c.id).where(is_queued, *conditions, ~wished).limit(limit - len(ended))
+    # What is unfinished still is locked, or has a turn: it runs, and its worker ends it. A row of its own for each who
+    # wishes it, so that none waits for another.
+    running = select(jobs.c.id).where(is_queued, *conditions, ~is_unwanted).limit(limit - len(ended))
     wish = insert(cancellations).from_select(["job_id"], running)
     wishes = execute(session, wish).rowcount if len(ended) < limit else 0
     collect(session, (inspect(Cancellation), None), beside=job_mapper)
@@ -286,9 +284,12 @@ def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
     return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
 
 
-def _report(row: Any, beats: Sequence[Beat]) -> JobReport:
-    queued = row.state is JobState.QUEUED
-    beat = next((beat for beat in beats if queued and (beat.id, beat.attempt) == (row.id, row.attempt)), None)
+def _by_attempt(beats: Iterable[Beat]) -> dict[tuple[UUID, int], Beat]:
+    return {(beat.id, beat.attempt): beat for beat in beats}
+
+
+def _report(row: Any, running: Mapping[tuple[UUID, int], Beat]) -> JobReport:
+    beat = running.get((row.id, row.attempt)) if row.state is JobState.QUEUED else None
     stored = {name: getattr(row, name) for name in JobReport.__slots__ if name in jobs.c}
     if beat is None:
         return JobReport(**stored, progress=None, worker=None)

@@ -168,7 +168,8 @@ class Executor:
             return await self._finalizer.cancelled(attempt)
         if isinstance(error, asyncio.CancelledError):
             if running.stopping or _is_being_cancelled():
-                return await self._finalizer.handed_back(attempt) and "handed back"
+                state = await self._finalizer.handed_back(attempt)
+                return "handed back" if state is JobState.QUEUED else state
             attempt.error = error = RuntimeError("the task has cancelled itself")
         return await self._failed(attempt, error)
 

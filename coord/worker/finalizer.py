@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from coord.errors import LockTimeoutError
 from coord.jobs.attempt import Attempt
-from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, ours
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_ours, is_unwanted, ours
 from coord.jobs.model import Job, JobState, attempts, cancellations, execute, job_mapper, jobs
 from coord.notify.changes import collect
 from coord.retryable import is_retryable, sqlstate_of
@@ -108,8 +108,7 @@ class Finalizer:
     @_persistent
     async def cancelled_if_wished(self, end: End) -> JobState | None:
         """Of an attempt that was refused its effect: somebody may have cancelled the job before it began."""
-        wish = select(cancellations.c.job_id).where(cancellations.c.job_id == end.attempt.job_id)
-        return None if (await end.execute(wish)).first() is None else await self._end(end, JobState.CANCELLED)
+        return await self._end(end, JobState.CANCELLED) if end.row["is_unwanted"] else None
 
     @_persistent
     async def failed(self, end: End, error: BaseException) -> JobState:
@@ -125,9 +124,8 @@ class Finalizer:
         uncounted = row["uncounted"] + (not counts or used >= limit)
         found = await self._record(end, "retried", error, one_line(error))
         wait = backoff(row["attempt"]) if pause is None else pause
-        await self._put_off(end, wait, attempt=row["attempt"] + 1, uncounted=uncounted, **found)
         self._on_put_off(wait)
-        return JobState.QUEUED
+        return await self._put_off(end, wait, attempt=row["attempt"] + 1, uncounted=uncounted, **found)
 
     @_persistent
     async def handed_back(self, end: End) -> JobState:
@@ -135,8 +133,7 @@ class Finalizer:
         if end.row["hand_backs"] >= MAX_HAND_BACKS:
             error = RuntimeError(HANDED_BACK)
             return await self._fail(end, error, one_line(error))
-        await self._put_off(end, 0.0, hand_backs=end.row["hand_backs"] + 1)
-        return JobState.QUEUED
+        return await self._put_off(end, 0.0, hand_backs=end.row["hand_backs"] + 1)
 
     @_persistent
     async def unknown(self, end: End, error: Exception, limit: float | None) -> JobState:
@@ -145,8 +142,7 @@ class Finalizer:
         if limit is not None and waited >= limit:
             return await self._fail(end, error, one_line(error))
         wait = min(max(waited / 2, UNKNOWN_PAUSE_SECONDS[0]), UNKNOWN_PAUSE_SECONDS[1])
-        await self._put_off(end, wait, unknown_seconds=waited + wait, error=self._text(one_line(error)))
-        return JobState.QUEUED
+        return await self._put_off(end, wait, unknown_seconds=waited + wait, error=self._text(one_line(error)))
 
     async def _fail(self, end: End, error: BaseException, reason: str) -> JobState:
         found = await self._record(end, JobState.FAILED, error, reason)
@@ -160,13 +156,19 @@ class Finalizer:
         collect(end.session.sync_session, (job_mapper, (job_id,)))
         return state
 
-    async def _put_off(self, end: End, wait: float, **values: Any) -> None:
-        """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit."""
+    async def _put_off(self, end: End, wait: float, **values: Any) -> JobState:
+        """Have it begin in so many seconds by PostgreSQL's clock, and hand it over with the commit.
+
+        One that somebody has cancelled ends: its worker had not stopped it yet.
+        """
+        if end.row["is_unwanted"]:
+            return await self._end(end, JobState.CANCELLED)
         due = {"scheduled_at": func.clock_timestamp() + timedelta(seconds=wait)} if wait else {}
         await end.execute(update(jobs).where(jobs.c.id == end.attempt.job_id).values(values | due | {"turn": None}))
         job = Job(**{column.name: end.row[column.name] for column in jobs.c} | values)
         job.due_in, job.due_said_at = wait, time.monotonic()
         collect(end.session.sync_session, (job_mapper, (job.id,)), job)
+        return JobState.QUEUED
 
     async def _record(
         self, end: End, outcome: str, error: BaseException | None = None, reason: str = ""
@@ -202,6 +204,7 @@ class Finalizer:
 _lock = (
     select(
         jobs,
+        is_unwanted.label("is_unwanted"),
         func.set_config("idle_in_transaction_session_timeout", bindparam("idle"), True),
         func.pg_advisory_xact_lock_shared(WORKER_LOCK_CLASS, bindparam("lock")),
     )

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, closing
 from typing import Any
 
 from sqlalchemy import func, inspect
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
@@ -95,6 +96,7 @@ class Lifecycle:
         coordinator.outage = state.outage
         await stack.enter_async_context(LostAnswers(state.engine))
         await stack.enter_async_context(coordinator)
+        await _refuse_autocommit(ledger_engine(config.session_maker))
         self.registry = WorkerRegistry(state)
         freshness = Freshness(state, self.registry)
         self.heartbeat = Heartbeat(state, freshness.tick)
@@ -136,7 +138,10 @@ class Lifecycle:
             await asyncio.sleep(0.02)
 
     async def _run_what_is_due(self) -> None:
-        """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over."""
+        """Until nothing is due that this worker could run, and nobody else runs: the reconciler hands it over.
+
+        Of a queue that is paused it could run nothing.
+        """
         due = jobs.c.scheduled_at <= func.now(), jobs.c.task.in_([*self._config.tasks])
         while not self._hurry.is_set():
             try:
@@ -147,9 +152,18 @@ class Lifecycle:
                 await asyncio.sleep(BURST_SECONDS)  # the registry says that PostgreSQL is away
                 continue
             found -= {job_id for job_id, _ in self.registry.held_elsewhere}
-            if not found and not len(self.state.running):
+            if (not found or self.state.is_paused) and not len(self.state.running):
                 return
             await asyncio.sleep(BURST_SECONDS)
+
+
+async def _refuse_autocommit(engine: AsyncEngine) -> None:
+    """The claim alone would be committed, and a job done before its effect."""
+    async with engine.connect() as connection:
+        raw: Any = (await connection.get_raw_connection()).dbapi_connection
+        if connection.dialect.detect_autocommit_setting(raw):
+            logger.critical("coord cannot use an engine in AUTOCOMMIT mode: jobs would be done before their effect")
+            raise SystemExit(1)
 
 
 def _warn_of_small_pool(pool: Any, max_jobs: int) -> None:

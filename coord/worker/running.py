@@ -44,7 +44,7 @@ class RunningJobs:
         """The places of the tasks in the list that the heartbeat has."""
         self._by_id: dict[UUID, RunningJob] = {}
         self.changed = asyncio.Event()
-        """Set when one has ended, or the worker is told to stop: to be cleared by the one who waits for it."""
+        """Set when one has ended, the queue goes on, or the worker is to stop: cleared by the one who waits for it."""
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -73,8 +73,8 @@ class WorkerState:
     outage: Outage = field(default_factory=lambda: Outage(logger, away=AWAY, back=BACK))
     """Of Redis, as this worker finds it."""
     connections: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_CONNECTIONS))
-    is_paused: bool = False
-    """Whether the queue is, as the registry has read."""
+    is_paused: bool | None = None
+    """Whether the queue is, as the registry has read; None until it has: nothing of it is taken before that."""
     is_served: bool = True
     """Whether Redis did what the fetcher asked for at last."""
     leads_until: float = 0.0
@@ -91,7 +91,7 @@ class WorkerState:
     @property
     def may_take(self) -> bool:
         """Others must know that this worker lives, or they would give away what it takes."""
-        return not self.is_paused and time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
+        return self.is_paused is False and time.monotonic() - self.board.beaten < CREDIBLE_SECONDS
 
     async def hand_over(
         self, rows: Iterable[Row[Any]], *, keys: QueueKeys | None = None, least: float = -math.inf

@@ -60,10 +60,11 @@ class Leader(Loop):
 
 
 def _lease(state: WorkerState) -> Any:
-    own = state.id
-    until = func.clock_timestamp() + literal(timedelta(seconds=LEASE_SECONDS))
+    own, now = state.id, func.clock_timestamp()
+    until = now + literal(timedelta(seconds=LEASE_SECONDS))
     statement = insert(queues).values(name=state.keys.queue, leader=own, leader_until=until)
-    free = or_(queues.c.leader.is_(None), queues.c.leader == own, queues.c.leader_until < func.clock_timestamp())
+    is_over = or_(queues.c.leader_until < now, queues.c.leader_until > until)  # or the clock was set back meanwhile
+    free = or_(queues.c.leader.is_(None), queues.c.leader == own, is_over)
     taken = {"leader": statement.excluded.leader, "leader_until": statement.excluded.leader_until}
     return statement.on_conflict_do_update(index_elements=[queues.c.name], set_=taken, where=free).returning(
         queues.c.leader

@@ -65,8 +65,11 @@ class WorkerRegistry(Loop):
         both = queues.outerjoin(workers, workers.c.queue == queues.c.name)
         rows = await self._state.read(statement.select_from(both).where(queues.c.name == self._state.keys.queue))
         self._outage.report(None)
-        self._state.is_paused = any(row.paused_at is not None for row in rows)
         self._note(now, [row for row in rows if row.id is not None])
+        is_paused = any(row.paused_at is not None for row in rows)
+        if is_paused is not self._state.is_paused:
+            self._state.is_paused = is_paused
+            self._state.running.changed.set()
 
     def failed(self, error: Exception) -> None:
         self._outage.report(error)

@@ -16,8 +16,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.orm import Mapper
 
 from coord.database.place import ledger_options
-from coord.jobs.job_transaction import WORKER_LOCK_CLASS, worker_lock_key
-from coord.jobs.model import Job, JobState, attempts, cancellations, is_queued, job_mapper, jobs, workers
+from coord.jobs.job_transaction import WORKER_LOCK_CLASS, is_unwanted, worker_lock_key
+from coord.jobs.model import Job, JobState, attempts, is_queued, job_mapper, jobs, workers
 from coord.observation import tell_rescued
 from coord.worker.failure import backoff
 from coord.worker.finalizer import HANDED_BACK, MAX_HAND_BACKS
@@ -114,10 +114,10 @@ class Rescuer(Loop):
 
 async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
     """The jobs that a heartbeat has named, as far as they are still unfinished in that attempt, locked."""
-    unwanted = select(cancellations.c.job_id).where(cancellations.c.job_id == jobs.c.id).exists().label("is_unwanted")
     here = tuple_(jobs.c.id, jobs.c.attempt).in_([*named(told)])
-    rows = select(jobs, unwanted).where(is_queued, here).with_for_update(of=jobs, skip_locked=True)
-    return (await connection.execute(rows)).all() if told else []
+    rows = select(jobs, is_unwanted.label("is_unwanted")).where(is_queued, here)
+    locked = rows.with_for_update(of=jobs, skip_locked=True)
+    return (await connection.execute(locked)).all() if told else []
 
 
 def _next(row: Row[Any], pause: float) -> dict[str, Any]:
