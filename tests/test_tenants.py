@@ -182,6 +182,26 @@ async def test_the_map_of_the_callers_transaction_is_the_orders_and_not_the_jobs
             assert (own.owner, own.status) == ("bolt", "done")
 
 
+@pytest.mark.usefixtures("orders")
+@pytest.mark.parametrize("declared", [True, False])
+async def test_the_map_of_one_tenants_engine_is_no_other_tenants(
+    database_url: str,
+    observer: Connection,
+    declared: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines of one pool share their reads, by the engine that came first."""
+    monkeypatch.setattr(woken, "_warned", set())
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        sessions_of = page(engine)["sessions_of"]
+        sessions = {name: sessions_of(name) for name in TENANTS}
+        for maker in sessions.values():
+            await stack.enter_async_context(Coordinator(maker, read_settings={} if declared else None))
+        await play(sessions, observer)
+    assert not [record.message for record in caplog.records if record.name == "coord.waiting"]
+
+
 def set_path(connection: Any, path: str) -> None:
     cursor = connection.cursor()
     cursor.execute(f"SET search_path = {path}")
