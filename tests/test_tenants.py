@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from coord import Coordinator, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
+from coord.http import EventStreams
 from coord.waiting import woken
 from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
@@ -200,6 +201,33 @@ async def test_the_map_of_one_tenants_engine_is_no_other_tenants(
             await stack.enter_async_context(Coordinator(maker, read_settings={} if declared else None))
         await play(sessions, observer)
     assert not [record.message for record in caplog.records if record.name == "coord.waiting"]
+
+
+@pytest.mark.usefixtures("orders")
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("way", ["map", "path"])
+async def test_an_event_stream_is_of_the_tenant_whose_session_has_read_the_row(
+    database_url: str, observer: Connection, way: str, declared: bool
+) -> None:
+    """By the map of that session's transaction, or by what its `info` says to a hook."""
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        made = page(engine)
+        maker = made["path_sessions"] if way == "path" else async_sessionmaker(engine, expire_on_commit=False)
+        if declared:
+            await stack.enter_async_context(made["by_path" if way == "path" else "by_map"])
+        session = await stack.enter_async_context(maker(info={"tenant": "bolt"}))
+        if way == "map":
+            await session.connection(execution_options={"schema_translate_map": {None: "bolt"}})
+        own = await session.get_one(Order, 1)
+        await session.commit()
+        following = EventStreams(maker).of(lambda: own, id=lambda order: f"{order.owner} {order.status}")
+        states = await stack.enter_async_context(asynccontextmanager(following)(own, None))
+        assert (await anext(states)).owner == "bolt"
+        changed = asyncio.ensure_future(anext(states))
+        await registered()
+        await change(observer, "bolt", "done", secured=False)
+        found = await changed
+        assert (found.owner, found.status) == ("bolt", "done")
 
 
 def set_path(connection: Any, path: str) -> None:
