@@ -46,7 +46,7 @@ _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 _prepared: WeakSet[Dialect] = WeakSet()
 _noting: WeakSet[Dialect] = WeakSet()
-"""By their dialect, which an engine has in common with those that its `execution_options()` make, as it has its pool."""
+"""By their dialect, which an engine shares with those that its `execution_options()` make, as it does its pool."""
 
 
 def session_of(session: AnySession) -> AsyncSession:
