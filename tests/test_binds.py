@@ -36,6 +36,8 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
+from coord.database.engine import bind_for_writes
+from coord.notify.channels import Channels
 from tests.ledger import a_task, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Base, Item, User
 from tests.serving import served
@@ -251,3 +253,15 @@ def test_every_public_function_with_a_session_takes_a_scoped_one() -> None:
     }
     assert len(found) > 15
     assert {name: given for name, given in found.items() if given != "AnySession"} == {}
+
+
+async def test_a_change_is_published_under_the_map_that_it_was_written_under(
+    engine: AsyncEngine, elsewhere: AsyncEngine
+) -> None:
+    """Which the engine has that is written to, and not the one that is read."""
+    channels, mapper = Channels("coord", "shop"), User.__mapper__
+    async with routed(engine, elsewhere)() as session:
+        options = {"schema_translate_map": {None: "acme"}}
+        await session.connection(bind_arguments=dict(bind_for_writes(mapper)), execution_options=options)
+        published = channels.of_changes(session.sync_session, [(mapper, (1,))])
+    assert published == [channels.row(mapper, ((None, "acme"),), (1,))]
