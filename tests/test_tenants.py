@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from coord import Coordinator, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
+from coord import Coordinator, Job, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
 from coord.http import EventStreams
 from coord.waiting import woken
 from tests.serving import all_given_back, eventually
@@ -201,6 +201,25 @@ async def test_the_map_of_one_tenants_engine_is_no_other_tenants(
             await stack.enter_async_context(Coordinator(maker, read_settings={} if declared else None))
         await play(sessions, observer)
     assert not [record.message for record in caplog.records if record.name == "coord.waiting"]
+
+
+@pytest.mark.usefixtures("orders", "ledger")
+async def test_the_jobs_of_all_tenants_are_read_at_once(database_url: str) -> None:
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        sessions_of = page(engine)["sessions_of"]
+        tasks = []
+        for name in TENANTS:
+            session = await stack.enter_async_context(sessions_of(name)())
+            job = await enqueue(session, "fulfil", 1)
+            await session.commit()
+            tasks += [waiting(session, Order, 1, job=job), waiting(sessions_of(name)(), Job, job.id)]
+        await registered(6)
+        of_jobs = [waiter._poller for waiter in waiters() if waiter.target.mapper.class_ is Job]
+        assert len(of_jobs) == 4
+        assert len({id(poller) for poller in of_jobs}) == 2  # woken, and those that are handed the rows
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
 
 
 @pytest.mark.usefixtures("orders")
