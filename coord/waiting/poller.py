@@ -14,7 +14,7 @@ from sqlalchemy.orm.attributes import instance_state
 from coord.database.target import column_names
 from coord.observation import tell_waiters
 from coord.retryable import is_server_away
-from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader, concerns_all_rows
+from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -290,7 +290,7 @@ class Poller:
             self.error = error
             self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-        elif len(due) > 1 and (self.reader.settings is not None or not concerns_all_rows(error)):
+        elif len(due) > 1 and not self.reader.concerns_all_rows(error):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 await self._poll({key: due[key] for key in half}, set())

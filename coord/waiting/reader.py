@@ -103,7 +103,10 @@ class Reader:
                     connection.exec_driver_sql("SELECT 1")
                 raise
 
+    def concerns_all_rows(self, error: Exception) -> bool:
+        """A statement that PostgreSQL refuses whatever the values (class 42), or a hook of the application's.
 
-def concerns_all_rows(error: Exception) -> bool:
-    """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-    return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")
+        That is what other errors are where no values are read, of which one might be what cannot be.
+        """
+        of_a_hook = self.settings is None and not isinstance(error, DBAPIError)
+        return of_a_hook or sqlstate_of(error).startswith("42")
