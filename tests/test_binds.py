@@ -37,6 +37,7 @@ from coord import (
     watch_row,
 )
 from coord.database.engine import bind_for_writes
+from coord.http import Reply, reply
 from coord.notify.channels import Channels
 from tests.ledger import a_task, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Base, Item, User
@@ -240,6 +241,23 @@ async def test_a_scoped_session_is_taken_wherever_a_session_is(engine: AsyncEngi
         async with job_transaction(delivered(job, maker)) as own:
             await set_result(async_scoped_session(lambda: own, asyncio.current_task), 5)  # type: ignore[arg-type]
         assert (await get_job(scope, job.id)).result == 5
+
+
+async def test_a_reply_waits_with_its_handlers_scoped_session(engine: AsyncEngine, observer: Connection) -> None:
+    """The wait is in a task of its own: its scope's session would have seen nothing, and nobody would close it."""
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    app = FastAPI()
+
+    @app.get("/")
+    async def read(answer: Reply = Depends(reply)) -> list[Any]:
+        async with scoped(engine) as scope:
+            user = await scope.get_one(User, 1)
+            await scope.commit()
+            await observer.execute("UPDATE users SET name = 'after'")
+            return [await answer.row(scope, User, 1) is user, user.name, len(scope.registry.registry)]
+
+    async with served(app) as client:
+        assert (await client.get("/", headers={"Prefer": "wait=1"})).json() == [True, "after", 1]
 
 
 def test_every_public_function_with_a_session_takes_a_scoped_one() -> None:
