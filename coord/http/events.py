@@ -162,7 +162,7 @@ class RunningJobs:
         try:
             self._running = await interruptible(self._found(), limit=READ_SECONDS)
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", error or type(error).__name__)
+            logger.debug("The workers' heartbeats cannot be read: %s", str(error) or type(error).__name__)
         self._expires = loop.time() + MAX_AGE_SECONDS  # now, or each stream would wait as long for a silent server
 
     async def _found(self) -> set[tuple[UUID, int]]:

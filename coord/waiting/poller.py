@@ -87,14 +87,12 @@ class Poller:
         self._watcher.waiters += waiter.counts
         tell_waiters(waiter.counts)
         key = waiter.target.key
-        if not self.waiters:
-            self._awake.set()
         if None not in self._listeners:
             self._listen(None)
         others = self.waiters.setdefault(key, [])
         others.append(waiter)
         if waiter.interval < self._interval:
-            self._awake.set()  # or the loop would sleep on by the longer one
+            self._awake.set()  # or the loop would sleep on, by a longer one or for want of any
         self._intervals[waiter.interval] += 1
         is_subscribed = self._bell is not None and (len(others) > 1 or self._listen(key))
         waiter.awaits_message = waiter.awaits_message and is_subscribed
@@ -222,7 +220,7 @@ class Poller:
 
     @property
     def _interval(self) -> float:
-        return min(self._intervals, default=0.0)
+        return min(self._intervals, default=float("inf"))
 
     async def _sleep_after(self, tick: float) -> None:
         """Until a read is due; the shortest interval may become another meanwhile."""
@@ -286,7 +284,8 @@ class Poller:
         """Try again if the database is away; else find the row that failed: only its waiters get the error."""
         if is_server_away(error):
             if self.error is None:
-                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
+                reason = str(error) or type(error).__name__
+                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", reason)
             self.error = error
             self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
