@@ -27,7 +27,9 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
+from coord.notify.subscriber import Subscriber
 from coord.waiting.reader import Reader
+from coord.waiting.watcher import Watcher
 from tests.ledger import a_task, committed, delivered, executed
 from tests.models import User
 from tests.serving import all_given_back, eventually
@@ -522,6 +524,32 @@ async def test_a_wait_that_is_left_leaves_nothing(
 
 
 # The bell
+
+
+async def test_a_change_before_a_late_subscription_is_seen_once_that_is_confirmed(
+    session_maker: SessionMaker,
+    coordinator: Coordinator,
+    observer: Connection,
+    user: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The job was still to be handed over as the wait began, and done before Redis knew that somebody listens."""
+    subscribe, subscribes = Subscriber._subscribe, asyncio.Event()
+
+    async def late(self: Subscriber, connection: Any) -> None:
+        await subscribes.wait()
+        await subscribe(self, connection)
+
+    monkeypatch.setattr(Subscriber, "_subscribe", late)
+    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=NEVER)
+        await eventually(lambda: any(waiter.has_read for waiter in waiters()))
+        await observer.execute("UPDATE users SET name = 'after'")
+        subscribes.set()
+        async with asyncio.timeout(3):
+            assert (await task).name == "after"
 
 
 @pytest.mark.parametrize("state", ["done", "cancelled"])

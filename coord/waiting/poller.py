@@ -168,10 +168,12 @@ class Poller:
         self._deferred.clear()
 
     def on_subscribed(self, key: Key) -> None:
-        """Have the row read, since earlier messages were missed; unless its waiters know that there were none."""
+        """Have the row read, since earlier messages were missed; later, if its waiters know of none."""
         waiters = self.waiters.get(key, ())
         if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
+        elif any(waiter.reads_at_first for waiter in waiters):
+            self._request_later(key)  # for what has come since they began, if they have been read by now
         for waiter in waiters:
             waiter.on_subscribed()
 
@@ -186,9 +188,8 @@ class Poller:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The task may have been cancelled with all others: no wait may be left without reads."""
-        for waiters in self.waiters.values() if task.cancelled() else ():
-            for waiter in waiters:
-                waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
+        for waiter in [each for waiters in self.waiters.values() for each in waiters] if task.cancelled() else ():
+            waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
 
     async def _run(self) -> None:
         while not self._closed:
@@ -294,6 +295,5 @@ class Poller:
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 await self._poll({key: due[key] for key in half}, set())
         else:
-            for waiters in due.values():
-                for waiter in waiters:
-                    waiter.on_read_error(error)
+            for waiter in [each for waiters in due.values() for each in waiters]:
+                waiter.on_read_error(error)
