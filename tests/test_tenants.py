@@ -322,6 +322,18 @@ async def test_waits_with_equal_settings_share_their_reads(database_url: str) ->
         await asyncio.wait(tasks)
 
 
+@pytest.mark.usefixtures("orders")
+async def test_settings_hold_although_the_engine_that_came_first_has_no_transactions(
+    database_url: str, observer: Connection
+) -> None:
+    async with connected(database_url, role="tenant_role") as engine:
+        maker = page(engine)["secure_sessions"]
+        sessions = {name: lambda name=name: maker(info={"tenant": name}) for name in TENANTS}
+        alone = async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"))
+        async with Coordinator(alone, read_settings=lambda session: {"app.tenant": session.info["tenant"]}):
+            await play(sessions, observer, secured=True)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -86,18 +86,16 @@ class Reader:
     def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
         """All of it in one greenlet: checkout, query and return."""
         with session:
-            if self.settings:
-                for name, value in self.settings:
-                    session.execute(SET, {"name": name, "value": value})
-                options = options_of(self.mapper, self.schemas, session.connection())
-                return session.execute(statement, parameters, execution_options=options).all()
-            # In AUTOCOMMIT asyncpg sends the query alone.
-            connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            # In AUTOCOMMIT asyncpg sends the query alone; an engine that has it always would forget the settings.
+            level = "READ COMMITTED" if self.settings else "AUTOCOMMIT"
+            connection = session.connection(execution_options={"isolation_level": level})
+            for name, value in self.settings or ():
+                session.execute(SET, {"name": name, "value": value})
             try:
                 options = options_of(self.mapper, self.schemas, connection)
                 return session.execute(statement, parameters, execution_options=options).all()
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if not self.settings and not error.connection_invalidated:
                     # PostgreSQL has prepared the statement and keeps its locks until the next one; asyncpg has not said
                     # that it is over if it could not encode the values.
                     connection.exec_driver_sql("SELECT 1")
