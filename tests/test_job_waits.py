@@ -631,6 +631,29 @@ async def test_a_change_without_a_bell_is_seen_within_the_interval_beside_a_long
         await asyncio.wait([longer])
 
 
+async def test_a_job_that_ends_without_a_bell_is_seen_within_the_interval_by_a_loop_that_was_idle(
+    engine: AsyncEngine,
+    session_maker: SessionMaker,
+    coordinator: Coordinator,
+    observer: Connection,
+    user: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)  # so that it has no first look
+    async with session_maker() as session:
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, job=job, timeout=0.1)
+        pollers = Watcher.of(engine)._pollers.values()
+        await eventually(lambda: not any(poller.waiters or poller._awake.is_set() for poller in pollers))
+        again = waiting(session, User, user, job=job, interval=0.1)
+        await registered()
+        await end(observer, "failed")
+        async with asyncio.timeout(3):
+            with pytest.raises(JobFailedError):
+                await again
+
+
 async def test_the_bell_of_a_job_that_rolls_back_is_not_rung(
     session_maker: SessionMaker, coordinator: Coordinator, user: int, job: Job
 ) -> None:
