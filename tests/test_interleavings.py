@@ -263,6 +263,6 @@ async def test_a_read_that_was_under_way_takes_no_watch_behind_what_its_caller_h
         await session.commit()
         following = asyncio.ensure_future(anext(states))
         (waiter,) = waiters()
-        await eventually(lambda: waiter._signal)
+        await eventually(lambda: waiter._signal is not None)
         delivered.set()
         assert (await following).name == "newest"

@@ -280,13 +280,13 @@ async def test_a_connection_that_is_lost_while_postgresql_compares_ends_no_wait(
     event.listen(engine.sync_engine, "before_cursor_execute", lose)
     try:
         async with session_maker() as session:
-            own = Values(id=1, numeric=9.9)
+            own = Values(id=1, numeric2=Decimal("9.987"))
             session.add(own)
             await session.commit()
             task = waiting(session, Values, 1)
             await eventually(lambda: lost)
             await registered()
-            await observer.execute('UPDATE stored_values SET "the numeric" = 9.91')
+            await observer.execute('UPDATE stored_values SET "the numeric2" = 9.98')
             assert await task is own
     finally:
         event.remove(engine.sync_engine, "before_cursor_execute", lose)
