@@ -215,11 +215,11 @@ async def test_the_jobs_of_all_tenants_are_read_at_once(database_url: str) -> No
             tasks += [waiting(session, Order, 1, job=job), waiting(sessions_of(name)(), Job, job.id)]
         await registered(6)
         of_jobs = [waiter._poller for waiter in waiters() if waiter.target.mapper.class_ is Job]
-        assert len(of_jobs) == 4
-        assert len({id(poller) for poller in of_jobs}) == 2  # woken, and those that are handed the rows
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+        assert len(of_jobs) == 4
+        assert len({id(poller) for poller in of_jobs}) == 2  # woken, and those that are handed the rows
 
 
 @pytest.mark.usefixtures("orders")
