@@ -92,7 +92,7 @@ async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
     try:
         return await uninterrupted(work)
     except Exception as error:  # noqa: BLE001 - see above
-        logger.warning("Cleaning up has failed: %s", error or type(error).__name__)
+        logger.warning("Cleaning up has failed: %s", str(error) or type(error).__name__)
         return None
 
 

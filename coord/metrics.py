@@ -179,7 +179,7 @@ class _Ledger:
                 async with asyncio.timeout(LEDGER_SECONDS), session_maker() as session:
                     await self._look(session)
             except Exception as error:  # noqa: BLE001 - it is away, or busy
-                logger.warning("The ledger cannot be read for a scrape: %s", error)
+                logger.warning("The ledger cannot be read for a scrape: %s", str(error) or type(error).__name__)
             self._expires = time.monotonic() + LEDGER_SECONDS
 
     async def _look(self, session: AsyncSession) -> None:

@@ -71,7 +71,7 @@ class WaitTimings:
     """Where the time of an answered wait went, in seconds; None is what nobody has told this process."""
 
     total: float
-    """Since the commit of its job, if this process made it, else since the wait began."""
+    """Since the commit of its job, or since it was due, if this process made it; else since the wait began."""
     queue: float | None = None
     """From that commit, or from when the job was due, until the attempt that ended the wait began."""
     lock: float | None = None
@@ -102,7 +102,7 @@ def wait_timings_of(job: Any, told: tuple[bytes, float] | None, *, began: float)
     now = monotonic()
     due = getattr(job, "due_said_at", 0.0) + getattr(job, "due_in", 0.0)
     committed: float = getattr(job, "committed_at", 0.0)
-    total = now - (max(committed, due) if committed else began)
+    total = now - (max(committed, due if due < now else 0.0) if committed else began)
     spent = None if told is None else AttemptTimings.read(told[0])
     if spent is None or told is None:
         return WaitTimings(total=total)

@@ -36,6 +36,9 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
+from coord.database.engine import bind_for_writes
+from coord.http import Reply, reply
+from coord.notify.channels import Channels
 from tests.ledger import a_task, delivered, ledger  # noqa: F401 - a fixture
 from tests.models import Base, Item, User
 from tests.serving import served
@@ -240,6 +243,23 @@ async def test_a_scoped_session_is_taken_wherever_a_session_is(engine: AsyncEngi
         assert (await get_job(scope, job.id)).result == 5
 
 
+async def test_a_reply_waits_with_its_handlers_scoped_session(engine: AsyncEngine, observer: Connection) -> None:
+    """The wait is in a task of its own: its scope's session would have seen nothing, and nobody would close it."""
+    await observer.execute("INSERT INTO users VALUES (1, 'before')")
+    app = FastAPI()
+
+    @app.get("/")
+    async def read(answer: Reply = Depends(reply)) -> list[Any]:
+        async with scoped(engine) as scope:
+            user = await scope.get_one(User, 1)
+            await scope.commit()
+            await observer.execute("UPDATE users SET name = 'after'")
+            return [await answer.row(scope, User, 1) is user, user.name, len(scope.registry.registry)]
+
+    async with served(app) as client:
+        assert (await client.get("/", headers={"Prefer": "wait=1"})).json() == [True, "after", 1]
+
+
 def test_every_public_function_with_a_session_takes_a_scoped_one() -> None:
     modules = [getattr(module, name) for module in (coord, coord.http) for name in module.__all__]
     methods = [each for value in modules if inspect.isclass(value) for each in vars(value).values()]
@@ -251,3 +271,15 @@ def test_every_public_function_with_a_session_takes_a_scoped_one() -> None:
     }
     assert len(found) > 15
     assert {name: given for name, given in found.items() if given != "AnySession"} == {}
+
+
+async def test_a_change_is_published_under_the_map_that_it_was_written_under(
+    engine: AsyncEngine, elsewhere: AsyncEngine
+) -> None:
+    """Which the engine has that is written to, and not the one that is read."""
+    channels, mapper = Channels("coord", "shop"), User.__mapper__
+    async with routed(engine, elsewhere)() as session:
+        options = {"schema_translate_map": {None: "acme"}}
+        await session.connection(bind_arguments=dict(bind_for_writes(mapper)), execution_options=options)
+        published = channels.of_changes(session.sync_session, [(mapper, (1,))])
+    assert published == [channels.row(mapper, ((None, "acme"),), (1,))]

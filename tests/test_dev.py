@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from coord import cli
+from coord.dev.command import _sources
 from coord.dev.embedded import PostgreSQL, Valkey
 from tests.clusters import lay
 from tests.project import API, WORKER, Dev, processes_in, until
@@ -157,6 +158,15 @@ def test_the_data_is_found_again_after_every_end_also_kill_9_and_none_leaves_a_p
             else:
                 assert dev.status() == 0
                 assert processes_in(project) == {}
+
+
+def test_with_reload_no_environment_is_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has tens of thousands of files, and they would be looked at ten times a second."""
+    for name in ("shop.py", "venv/pyvenv.cfg", "venv/lib/other.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert [*_sources()] == [Path("shop.py")]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from sqlalchemy import event, insert, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
+import coord.database.engine
 from coord import get_transaction
 from coord.database.engine import prepare
 from tests.models import User
@@ -114,3 +115,24 @@ async def test_a_commit_that_is_refused_leaves_no_transaction_in_the_pool(
         assert state in (None, "idle")
         async with AsyncSession(prepared) as session:
             assert await session.scalar(text("SELECT 7")) == 7
+
+
+async def test_engines_that_share_a_pool_are_prepared_once(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each that `execution_options()` makes, one for each tenant, would have every new connection asked again."""
+    asked: list[Any] = []
+    ask = coord.database.engine._set_connection_check
+
+    async def noted(driver: Any) -> None:
+        asked.append(driver)
+        await ask(driver)
+
+    monkeypatch.setattr(coord.database.engine, "_set_connection_check", noted)
+    engine = create_async_engine(database_url)
+    tenants = [engine.execution_options(schema_translate_map={None: name}) for name in ("acme", "bolt", "cone")]
+    for tenant in tenants:
+        prepare(tenant)
+    for each in (engine, *tenants):
+        async with each.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+    assert len(asked) == 1
+    await engine.dispose()

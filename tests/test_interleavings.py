@@ -13,13 +13,15 @@ from redis.asyncio import Redis
 from sqlalchemy import select, text
 
 import coord.waiting.watcher
-from coord import Coordinator, WaitTimeoutError, wait_for_row_change
+from coord import Coordinator, WaitTimeoutError, wait_for_row_change, watch_row
 from coord.notify.subscriber import Subscriber
 from coord.waiting.reader import Reader
-from tests.models import Account
-from tests.serving import all_given_back
+from tests.models import Account, User
+from tests.serving import all_given_back, eventually
+from tests.waits import waiters
 
 if TYPE_CHECKING:
+    from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
     SessionMaker = async_sessionmaker[AsyncSession]
@@ -233,3 +235,34 @@ def interpose(patch: pytest.MonkeyPatch, world: World) -> None:
 
     patch.setattr(Reader, "_rows", gated)
     patch.setattr(Subscriber, "_on_answer", lossy)
+
+
+async def test_a_read_that_was_under_way_takes_no_watch_behind_what_its_caller_has_read(
+    session_maker: SessionMaker, observer: Connection, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows_of, found_older, delivered = Reader._rows, asyncio.Event(), asyncio.Event()
+
+    async def held(self: Reader, *arguments: Any) -> Any:
+        found = await rows_of(self, *arguments)
+        if any(getattr(each, "name", None) == "older" for row in found.values() for each in row):
+            found_older.set()
+            await delivered.wait()
+        return found
+
+    monkeypatch.setattr(Reader, "_rows", held)
+    async with (
+        Coordinator(session_maker, read_settings={}),
+        session_maker() as session,
+        watch_row(session, User, user, interval=0.02) as states,
+    ):
+        row = await anext(states)
+        await observer.execute("UPDATE users SET name = 'older'")
+        await found_older.wait()
+        await observer.execute("UPDATE users SET name = 'newest'")
+        await session.refresh(row)
+        await session.commit()
+        following = asyncio.ensure_future(anext(states))
+        (waiter,) = waiters()
+        await eventually(lambda: waiter._signal is not None)
+        delivered.set()
+        assert (await following).name == "newest"

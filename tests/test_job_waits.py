@@ -27,7 +27,9 @@ from coord import (
     wait_for_row_change,
     watch_row,
 )
+from coord.notify.subscriber import Subscriber
 from coord.waiting.reader import Reader
+from coord.waiting.watcher import Watcher
 from tests.ledger import a_task, committed, delivered, executed
 from tests.models import User
 from tests.serving import all_given_back, eventually
@@ -524,6 +526,32 @@ async def test_a_wait_that_is_left_leaves_nothing(
 # The bell
 
 
+async def test_a_change_before_a_late_subscription_is_seen_once_that_is_confirmed(
+    session_maker: SessionMaker,
+    coordinator: Coordinator,
+    observer: Connection,
+    user: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The job was still to be handed over as the wait began, and done before Redis knew that somebody listens."""
+    subscribe, subscribes = Subscriber._subscribe, asyncio.Event()
+
+    async def late(self: Subscriber, connection: Any) -> None:
+        await subscribes.wait()
+        await subscribe(self, connection)
+
+    monkeypatch.setattr(Subscriber, "_subscribe", late)
+    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=NEVER)
+        await eventually(lambda: any(waiter.has_read for waiter in waiters()))
+        await observer.execute("UPDATE users SET name = 'after'")
+        subscribes.set()
+        async with asyncio.timeout(3):
+            assert (await task).name == "after"
+
+
 @pytest.mark.parametrize("state", ["done", "cancelled"])
 async def test_the_bell_tells_of_the_end_without_any_interval(
     session_maker: SessionMaker, coordinator: Coordinator, user: int, job: Job, state: str
@@ -601,6 +629,29 @@ async def test_a_change_without_a_bell_is_seen_within_the_interval_beside_a_long
         assert time.monotonic() - began < 1
         longer.cancel()
         await asyncio.wait([longer])
+
+
+async def test_a_job_that_ends_without_a_bell_is_seen_within_the_interval_by_a_loop_that_was_idle(
+    engine: AsyncEngine,
+    session_maker: SessionMaker,
+    coordinator: Coordinator,
+    observer: Connection,
+    user: int,
+    job: Job,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)  # so that it has no first look
+    async with session_maker() as session:
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, user, job=job, timeout=0.1)
+        pollers = Watcher.of(engine)._pollers.values()
+        await eventually(lambda: not any(poller.waiters or poller._awake.is_set() for poller in pollers))
+        again = waiting(session, User, user, job=job, interval=0.1)
+        await registered()
+        await end(observer, "failed")
+        async with asyncio.timeout(3):
+            with pytest.raises(JobFailedError):
+                await again
 
 
 async def test_the_bell_of_a_job_that_rolls_back_is_not_rung(

@@ -60,3 +60,8 @@ def test_each_kind_of_refusal_is_said_and_its_end(outage: Outage, caplog: pytest
         f"It refuses: {DISK}",
         "Redis is back",
     ]
+
+
+def test_an_error_without_words_is_told_by_its_name(outage: Outage, caplog: pytest.LogCaptureFixture) -> None:
+    outage.report(ConnectionResetError(), "publisher")
+    assert caplog.messages == ["Redis is away: ConnectionResetError"]

@@ -37,6 +37,7 @@ from sqlalchemy import (
     Time,
     TypeDecorator,
     Uuid,
+    event,
     inspect,
     text,
 )
@@ -46,6 +47,7 @@ from sqlalchemy.types import UserDefinedType
 
 from coord import WaitTimeoutError, wait_for_row_change
 from coord.waiting.baseline import is_certain
+from tests.serving import eventually
 from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
@@ -263,6 +265,31 @@ async def test_a_composite_is_no_change_and_is_current(session_maker: SessionMak
         await observer.execute("UPDATE stored_places SET x = 7")
         assert await task is own
         assert own.place.x == Decimal("7.0")
+
+
+async def test_a_connection_that_is_lost_while_postgresql_compares_ends_no_wait(
+    session_maker: SessionMaker, engine: AsyncEngine, observer: Connection
+) -> None:
+    lost: list[str] = []
+
+    def lose(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "json_populate_record" in statement and not lost:
+            lost.append(statement)
+            connection.connection.driver_connection.terminate()
+
+    event.listen(engine.sync_engine, "before_cursor_execute", lose)
+    try:
+        async with session_maker() as session:
+            own = Values(id=1, numeric2=Decimal("9.987"))
+            session.add(own)
+            await session.commit()
+            task = waiting(session, Values, 1)
+            await eventually(lambda: lost)
+            await registered()
+            await observer.execute('UPDATE stored_values SET "the numeric2" = 9.98')
+            assert await task is own
+    finally:
+        event.remove(engine.sync_engine, "before_cursor_execute", lose)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from coord import Coordinator, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
+from coord import Coordinator, Job, JobFailedError, RowNotFoundError, WaitTimeoutError, enqueue, wait_for_row_change
+from coord.http import EventStreams
 from coord.waiting import woken
 from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
@@ -182,6 +183,72 @@ async def test_the_map_of_the_callers_transaction_is_the_orders_and_not_the_jobs
             assert (own.owner, own.status) == ("bolt", "done")
 
 
+@pytest.mark.usefixtures("orders")
+@pytest.mark.parametrize("declared", [True, False])
+async def test_the_map_of_one_tenants_engine_is_no_other_tenants(
+    database_url: str,
+    observer: Connection,
+    declared: bool,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Engines of one pool share their reads, by the engine that came first."""
+    monkeypatch.setattr(woken, "_warned", set())
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        sessions_of = page(engine)["sessions_of"]
+        sessions = {name: sessions_of(name) for name in TENANTS}
+        for maker in sessions.values():
+            await stack.enter_async_context(Coordinator(maker, read_settings={} if declared else None))
+        await play(sessions, observer)
+    assert not [record.message for record in caplog.records if record.name == "coord.waiting"]
+
+
+@pytest.mark.usefixtures("orders", "ledger")
+async def test_the_jobs_of_all_tenants_are_read_at_once(database_url: str) -> None:
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        sessions_of = page(engine)["sessions_of"]
+        tasks = []
+        for name in TENANTS:
+            session = await stack.enter_async_context(sessions_of(name)())
+            job = await enqueue(session, "fulfil", 1)
+            await session.commit()
+            tasks += [waiting(session, Order, 1, job=job), waiting(sessions_of(name)(), Job, job.id)]
+        await registered(6)
+        of_jobs = [waiter._poller for waiter in waiters() if waiter.target.mapper.class_ is Job]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert len(of_jobs) == 4
+        assert len({id(poller) for poller in of_jobs}) == 2  # woken, and those that are handed the rows
+
+
+@pytest.mark.usefixtures("orders")
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("way", ["map", "path"])
+async def test_an_event_stream_is_of_the_tenant_whose_session_has_read_the_row(
+    database_url: str, observer: Connection, way: str, declared: bool
+) -> None:
+    """By the map of that session's transaction, or by what its `info` says to a hook."""
+    async with connected(database_url) as engine, AsyncExitStack() as stack:
+        made = page(engine)
+        maker = made["path_sessions"] if way == "path" else async_sessionmaker(engine, expire_on_commit=False)
+        if declared:
+            await stack.enter_async_context(made["by_path" if way == "path" else "by_map"])
+        session = await stack.enter_async_context(maker(info={"tenant": "bolt"}))
+        if way == "map":
+            await session.connection(execution_options={"schema_translate_map": {None: "bolt"}})
+        own = await session.get_one(Order, 1)
+        await session.commit()
+        following = EventStreams(maker).of(lambda: own, id=lambda order: f"{order.owner} {order.status}")
+        states = await stack.enter_async_context(asynccontextmanager(following)(own, None))
+        assert (await anext(states)).owner == "bolt"
+        changed = asyncio.ensure_future(anext(states))
+        await registered()
+        await change(observer, "bolt", "done", secured=False)
+        found = await changed
+        assert (found.owner, found.status) == ("bolt", "done")
+
+
 def set_path(connection: Any, path: str) -> None:
     cursor = connection.cursor()
     cursor.execute(f"SET search_path = {path}")
@@ -253,6 +320,18 @@ async def test_waits_with_equal_settings_share_their_reads(database_url: str) ->
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+@pytest.mark.usefixtures("orders")
+async def test_settings_hold_although_the_engine_that_came_first_has_no_transactions(
+    database_url: str, observer: Connection
+) -> None:
+    async with connected(database_url, role="tenant_role") as engine:
+        maker = page(engine)["secure_sessions"]
+        sessions = {name: lambda name=name: maker(info={"tenant": name}) for name in TENANTS}
+        alone = async_sessionmaker(engine.execution_options(isolation_level="AUTOCOMMIT"))
+        async with Coordinator(alone, read_settings=lambda session: {"app.tenant": session.info["tenant"]}):
+            await play(sessions, observer, secured=True)
 
 
 @pytest.mark.parametrize(

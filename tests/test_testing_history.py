@@ -235,6 +235,11 @@ def test_a_task_may_fail_where_that_is_said() -> None:
     assert check(failed, Bounds(may_fail=True, served=0.0)).holds
 
 
+def test_a_job_without_an_effect_is_not_looked_at() -> None:
+    """One for tomorrow, say."""
+    assert check([*LEGAL, LedgerJob("reminder", None, "queued", 990.0)]).holds
+
+
 def test_a_violation_names_the_operations() -> None:
     verdict = check([*LEGAL, done(number=2, at=3.0, version=1)])
     assert "client 1 was shown parcel 0 in version 2, and then in version 1" in str(verdict)

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from coord import (
     Coordinator,
     JobFailedError,
+    WaitTimeoutError,
     create_db_dependency,
     enqueue,
     job_transaction,
@@ -307,3 +308,19 @@ def test_no_name_of_a_table_ends_the_header() -> None:
     timings.add_lock('or"ders\\,\r\nSet-Cookie: ü in SHARE mode', 0.3)
     header = wait_timings_of(None, (timings.payload(), 0.0), began=0.0).server_timing()
     assert 'lock;dur=300.0;desc="or?ders?,??Set-Cookie: ? in SHARE mode"' in header
+
+
+async def test_a_wait_that_ends_before_its_job_is_due_has_lasted_since_the_commit(
+    session_maker: async_sessionmaker[AsyncSession],
+    tables: None,
+    ledger: None,  # noqa: F811
+) -> None:
+    async with Coordinator(session_maker, read_settings={}), session_maker() as session:
+        session.add(User(id=1))
+        job = await enqueue(session, task_options("rename", delay=3600), 1)
+        await session.commit()
+        with pytest.raises(WaitTimeoutError):
+            await wait_for_row_change(session, User, 1, job=job, timeout=0.1)
+        found = wait_timings(session)
+    assert found is not None
+    assert 0.1 <= found.total < 60

@@ -30,6 +30,7 @@ import coord.waiting.poller
 import coord.waiting.waiter
 import coord.waiting.watcher
 from coord import (
+    Coordinator,
     RowNotFoundError,
     UncommittedChangesError,
     WaitTimeoutError,
@@ -269,6 +270,30 @@ async def test_more_rows_than_one_query_reads_are_all_watched(
             assert (await tasks.pop(n)).name == "after"
             assert not any(task.done() for task in tasks.values())
     assert max(sizes) == 3
+
+
+async def test_what_postgresql_refuses_whatever_the_row_is_not_asked_for_each(
+    engine: AsyncEngine, session_maker: SessionMaker, observer: Connection
+) -> None:
+    """Of thousands that wait as a column goes, the last would learn of it after as many queries."""
+    asked: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        asked.append(statement)
+
+    await observer.execute("INSERT INTO users SELECT n, 'before' FROM generate_series(1, 64) AS n")
+    async with Coordinator(session_maker, read_settings={}), AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(session_maker()) for _ in range(64)]
+        tasks = [waiting(session, User, n) for n, session in enumerate(sessions, start=1)]
+        await registered(64)
+        await observer.execute("ALTER TABLE users RENAME name TO gone")
+        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(observer.execute, "ALTER TABLE users RENAME gone TO name")
+        event.listen(engine.sync_engine, "before_cursor_execute", note)
+        stack.callback(event.remove, engine.sync_engine, "before_cursor_execute", note)
+        errors = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all("column users.name does not exist" in str(error) for error in errors)
+        assert len(asked) < 10
 
 
 async def test_the_callers_read_only_transaction_is_ended_and_an_explicit_block_is_not(

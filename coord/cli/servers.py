@@ -67,7 +67,7 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {CONNECT_SECONDS:g} s"
-    return f"{error or type(error).__name__}{notes and f'; {notes}'}"
+    return f"{str(error) or type(error).__name__}{notes and f'; {notes}'}"
 
 
 def asynchronous(work: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from contextvars import copy_context
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
-from weakref import ref
+from weakref import WeakSet, ref
 
 import asyncpg
 from sqlalchemy import Connection, Engine, TableClause, event, table, update
@@ -45,6 +45,9 @@ _BACKEND = "coord.backend"
 _WHICH_BACKEND = "SELECT pg_postmaster_start_time(), backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
+_prepared: WeakSet[Dialect] = WeakSet()
+_noting: WeakSet[Dialect] = WeakSet()
+"""By their dialect, which an engine shares with those that its `execution_options()` make, as it does its pool."""
 
 
 def session_of(session: AnySession) -> AsyncSession:
@@ -124,7 +127,8 @@ def prepare(engine: AsyncEngine) -> None:
     tell; section 19.3 of its manual), and asks which backend it has. Repeating the call changes nothing.
     """
     sync_engine = engine.sync_engine
-    if not event.contains(sync_engine, "connect", _on_connect):
+    if sync_engine.dialect not in _prepared:
+        _prepared.add(sync_engine.dialect)
         event.listen(sync_engine, "connect", _on_connect)
         note_backends(engine)
         event.listen(sync_engine, "handle_error", _on_error)
@@ -152,7 +156,8 @@ class Backend(NamedTuple):
 
 def note_backends(engine: AsyncEngine) -> None:
     """Have each connection know, from when it is made, which backend it has."""
-    if not event.contains(engine.sync_engine, "connect", _note_backend):
+    if engine.sync_engine.dialect not in _noting:
+        _noting.add(engine.sync_engine.dialect)
         event.listen(engine.sync_engine, "connect", _note_backend)
 
 

@@ -149,7 +149,7 @@ class LostAnswers:
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
-                logger.debug("PostgreSQL does not say whose answers are lost: %s", error or type(error).__name__)
+                logger.debug("PostgreSQL does not say whose answers are lost: %s", str(error) or type(error).__name__)
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS

@@ -26,6 +26,14 @@ def _note_schemas(session: Session, _transaction: SessionTransaction, connection
         session.info[_SCHEMAS] = {**known, connection.engine: schemas}
 
 
+def read_as(session: Session, other: Session, **bind_arguments: Any) -> None:
+    """Have a new session read what the other one reads: with its `info`, and under its map."""
+    schemas, bind = schemas_in_use(other, **bind_arguments), bind_of(session, **bind_arguments)
+    session.info.update({name: value for name, value in other.info.items() if not str(name).startswith("coord.")})
+    if schemas and bind is not None:
+        session.info[_SCHEMAS] = {bind.engine: schemas}
+
+
 def schemas_of(session: Session, **bind_arguments: Any) -> Schemas:
     """The session's own (SQLAlchemy 2.1), else that of the engine or connection it is bound to."""
     return _before_any(session, bind_of(session, **bind_arguments))

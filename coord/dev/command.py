@@ -231,10 +231,11 @@ def _commands(options: Options) -> dict[str, list[str]]:
 
 
 def _sources() -> dict[Path, float]:
-    """When each Python file beneath this directory was last changed; not those in hidden directories."""
+    """When each Python file beneath this directory was last changed, but for hidden directories and environments."""
     found = {}
     for directory, names, files in os.walk("."):
-        names[:] = [name for name in names if not name.startswith(".") and name != "__pycache__"]
+        own = "pyvenv.cfg" not in files
+        names[:] = [name for name in names if own and not name.startswith(".") and name != "__pycache__"]
         for path in (Path(directory, file) for file in files if file.endswith(".py")):
             with contextlib.suppress(OSError):  # it may be gone again
                 found[path] = path.stat().st_mtime

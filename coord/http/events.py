@@ -12,9 +12,11 @@ from uuid import UUID
 from fastapi import Depends, Header, HTTPException
 from sqlalchemy import inspect
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import object_session
 
 from coord.cancellation import interruptible, uninterrupted
-from coord.database.engine import engines_of, prepare
+from coord.database.engine import bind_for_writes, engines_of, prepare
+from coord.database.schemas import read_as
 from coord.durations import Seconds, seconds
 from coord.errors import RowNotFoundError, TooManyWaitersError
 from coord.http.interruption import ended, stop_observed
@@ -52,7 +54,8 @@ class EventStreams:
     What cannot begin is refused before the answer begins: one stream too many is a `TooManyWaitersError`. A stream ends
     when its row is deleted, when the process is stopped, and `duration` seconds after it began: a browser then
     asks again with `Last-Event-ID`, and a server that stops without a signal need not wait longer. No stream holds a
-    connection. Each has a session of its own, since FastAPI lets it begin while the request's still commits.
+    connection. Each has a session of its own, since FastAPI lets it begin while the request's still commits; it has the
+    `info` of the session that has read the row, and reads under the same `schema_translate_map`.
     """
 
     def __init__(
@@ -118,13 +121,14 @@ class EventStreams:
             raise TooManyWaitersError(f"{self._open} event streams are as many as this process serves")
         self._open += 1
         try:
-            key = tuple(inspect(type(now)).primary_key_from_instance(now))
-            async with (
-                self._session_maker() as session,
-                watch_row(session, type(now), key, columns=columns, since=now) as changes,
-            ):
-                # A commit of the request's session may expire the other.
-                yield await session.merge(now, load=False), changes
+            mapper, reader = inspect(type(now)), object_session(now)
+            key = tuple(mapper.primary_key_from_instance(now))
+            async with self._session_maker() as session:
+                if reader is not None:
+                    read_as(session.sync_session, reader, **bind_for_writes(mapper))
+                async with watch_row(session, type(now), key, columns=columns, since=now) as changes:
+                    # A commit of the request's session may expire the other.
+                    yield await session.merge(now, load=False), changes
         finally:
             self._open -= 1
 
@@ -158,7 +162,7 @@ class RunningJobs:
         try:
             self._running = await interruptible(self._found(), limit=READ_SECONDS)
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", error or type(error).__name__)
+            logger.debug("The workers' heartbeats cannot be read: %s", str(error) or type(error).__name__)
         self._expires = loop.time() + MAX_AGE_SECONDS  # now, or each stream would wait as long for a silent server
 
     async def _found(self) -> set[tuple[UUID, int]]:

@@ -68,6 +68,7 @@ class Reply:
         A client that leaves ends the wait within a second, with starlette's `ClientDisconnect`; otherwise raises what
         `wait_for_row_change` does, but for `WaitTimeoutError`.
         """
+        session = session_of(session)  # this task's, and not that of the task that waits
         self._waited = True
         self._say_what_applied(accepted=False)
         wait = wait_for_row_change(

@@ -12,6 +12,7 @@ from typing import Any
 from sqlalchemy import Table
 from sqlalchemy.orm import Mapper, Session
 
+from coord.database.engine import bind_for_writes
 from coord.database.schemas import Schemas, is_untranslated, schemas_for, schemas_in_use
 from coord.database.target import Key
 from coord.notify.changes import Change
@@ -46,7 +47,7 @@ class Channels:
         return [
             self.table(mapper, schemas) if key is None else self.row(mapper, schemas, key)
             for mapper, key in told
-            for schemas in [() if is_untranslated(mapper) else schemas_in_use(session, mapper=mapper)]
+            for schemas in [() if is_untranslated(mapper) else schemas_in_use(session, **bind_for_writes(mapper))]
         ]
 
 

@@ -37,7 +37,7 @@ class Outage:
     def _log_new(self, error: BaseException) -> None:
         """A refusal is logged also during an outage, once for each kind."""
         if not self._failures:
-            self._logger.warning("%s: %s", self._away, error or type(error).__name__)
+            self._logger.warning("%s: %s", self._away, str(error) or type(error).__name__)
         elif _refusal(error) and _refusal(error) not in map(_refusal, self._failures.values()):
             self._logger.warning("It refuses: %s", error)
 

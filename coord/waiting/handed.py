@@ -22,7 +22,7 @@ from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 class HandedWaiter(Waiter[M]):
     """Is handed the newest row that differs from what it has seen."""
 
-    __slots__ = ("_alone", "_difference", "_own", "_served", "fresh", "row")
+    __slots__ = ("_alone", "_difference", "_oldest", "_own", "_served", "fresh", "row")
 
     def __init__(
         self, own: SessionReader[M], baseline: Baseline, *, interval: float, fresh: bool, awaits_message: bool
@@ -32,6 +32,8 @@ class HandedWaiter(Waiter[M]):
         self._own = own
         self.fresh = 1 if fresh else 0
         """The read from which on a row is wanted although nothing differs; 0 for none."""
+        self._oldest = 0
+        """The first read whose row counts."""
         self._served = 0
         """The number of the last read that has come to its end; another may be under way."""
         self.row: M | None = None
@@ -90,6 +92,9 @@ class HandedWaiter(Waiter[M]):
 
     def receive(self, row: M | None, values: Mapping[str, Any] | None, *, alone: bool) -> None:
         """The row as it is; it is kept if it differs."""
+        if self._poller.generation < self._oldest:
+            self.request()
+            return
         first, self.has_read = not self.has_read, True
         self._served = self._poller.generation
         if values is None or row is None:
@@ -122,8 +127,9 @@ class HandedWaiter(Waiter[M]):
             self.then = None
 
     def begin_step(self) -> None:
-        """Forget a row that was read between two steps: the caller may have seen a newer one since."""
+        """Forget a row that was read between two steps, or is being read: the caller may know a newer one by now."""
         super().begin_step()
+        self._oldest = self._poller.generation + 1
         row, self.row = self.row, None
         if row is not None and isinstance(self._difference, dict):
             self.baseline.update(self._difference)

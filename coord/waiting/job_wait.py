@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from coord.database.schemas import Schemas
 from coord.database.target import Target
 from coord.errors import JobCancelledError, JobFailedError, RowNotFoundError
 from coord.jobs.model import Job, JobState, job_mapper
@@ -25,8 +24,8 @@ class JobWaiter(Waiter[Job]):
     reads_at_first = False
     fresh = 0
 
-    def __init__(self, owner: Waiter[Any], job_id: UUID, schemas: Schemas, watcher: Watcher) -> None:
-        poller = watcher.poller(JobWaiter, job_mapper, schemas, ())
+    def __init__(self, owner: Waiter[Any], job_id: UUID, watcher: Watcher) -> None:
+        poller = watcher.poller(JobWaiter, job_mapper, (), ())
         pending, interval = watcher.is_job_pending(job_id), owner.interval
         super().__init__(
             poller, job_target(job_id), {"state": JobState.QUEUED}, interval=interval, awaits_message=pending

@@ -14,7 +14,7 @@ from sqlalchemy.orm.attributes import instance_state
 from coord.database.target import column_names
 from coord.observation import tell_waiters
 from coord.retryable import is_server_away
-from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader, concerns_all_rows
+from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,14 +87,12 @@ class Poller:
         self._watcher.waiters += waiter.counts
         tell_waiters(waiter.counts)
         key = waiter.target.key
-        if not self.waiters:
-            self._awake.set()
         if None not in self._listeners:
             self._listen(None)
         others = self.waiters.setdefault(key, [])
         others.append(waiter)
         if waiter.interval < self._interval:
-            self._awake.set()  # or the loop would sleep on by the longer one
+            self._awake.set()  # or the loop would sleep on, by a longer one or for want of any
         self._intervals[waiter.interval] += 1
         is_subscribed = self._bell is not None and (len(others) > 1 or self._listen(key))
         waiter.awaits_message = waiter.awaits_message and is_subscribed
@@ -170,10 +168,12 @@ class Poller:
         self._deferred.clear()
 
     def on_subscribed(self, key: Key) -> None:
-        """Have the row read, since earlier messages were missed; unless its waiters know that there were none."""
+        """Have the row read, since earlier messages were missed; later, if its waiters know of none."""
         waiters = self.waiters.get(key, ())
         if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
+        elif any(waiter.reads_at_first for waiter in waiters):
+            self._request_later(key)  # for what has come since they began, if they have been read by now
         for waiter in waiters:
             waiter.on_subscribed()
 
@@ -188,9 +188,8 @@ class Poller:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         """The task may have been cancelled with all others: no wait may be left without reads."""
-        for waiters in self.waiters.values() if task.cancelled() else ():
-            for waiter in waiters:
-                waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
+        for waiter in [each for waiters in self.waiters.values() for each in waiters] if task.cancelled() else ():
+            waiter.fail(RuntimeError("The task that reads for this wait was cancelled."))
 
     async def _run(self) -> None:
         while not self._closed:
@@ -222,7 +221,7 @@ class Poller:
 
     @property
     def _interval(self) -> float:
-        return min(self._intervals, default=0.0)
+        return min(self._intervals, default=float("inf"))
 
     async def _sleep_after(self, tick: float) -> None:
         """Until a read is due; the shortest interval may become another meanwhile."""
@@ -286,15 +285,15 @@ class Poller:
         """Try again if the database is away; else find the row that failed: only its waiters get the error."""
         if is_server_away(error):
             if self.error is None:
-                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", error)
+                reason = str(error) or type(error).__name__
+                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", reason)
             self.error = error
             self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-        elif len(due) > 1 and (self.reader.settings is not None or not concerns_all_rows(error)):
+        elif len(due) > 1 and not self.reader.concerns_all_rows(error):
             keys = list(due)
             for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
                 await self._poll({key: due[key] for key in half}, set())
         else:
-            for waiters in due.values():
-                for waiter in waiters:
-                    waiter.on_read_error(error)
+            for waiter in [each for waiters in due.values() for each in waiters]:
+                waiter.on_read_error(error)

@@ -46,21 +46,21 @@ class Reader:
 
     async def columns(self, keys: Sequence[Key], names: ColumnNames) -> Found:
         """The named attributes of the rows that are there, after each row's position among the keys."""
-        return await self._rows(keys, partial(columns_of, self.mapper, self.schemas, names))
+        return await self._rows(keys, partial(columns_of, self.mapper, names))
 
     async def entities(self, keys: Sequence[Key]) -> dict[Key, Any]:
         """The rows that are there, as detached instances with every column loaded and no relationship."""
-        rows = await self._rows(keys, partial(entity_of, self.mapper, self.schemas))
+        rows = await self._rows(keys, partial(entity_of, self.mapper))
         return {key: row[1] for key, row in rows.items()}
 
     async def identities(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
         """Of the rows that are there, which version each is: an equal one has equal values in any session."""
-        rows = await self._rows(keys, partial(identities_of, self.mapper, self.schemas))
+        rows = await self._rows(keys, partial(identities_of, self.mapper))
         return {key: tuple(row[1:]) for key, row in rows.items()}
 
     async def stores(self, target: Target[Any], seen: Mapping[str, Any]) -> bool:
         """Whether these values, stored in the row's columns, are what is there."""
-        for statement, parameters in comparisons_of(target, self.schemas, seen):
+        for statement, parameters in comparisons_of(target, seen):
             async with asyncio.timeout(self._limit):
                 rows = await AsyncSession(self.engine).run_sync(self._fetch, statement, parameters)
             if not rows or not rows[0][0]:
@@ -86,24 +86,25 @@ class Reader:
     def _fetch(self, session: Session, statement: Select[Any], parameters: dict[str, Any]) -> Sequence[Sequence[Any]]:
         """All of it in one greenlet: checkout, query and return."""
         with session:
-            if self.settings:
-                for name, value in self.settings:
-                    session.execute(SET, {"name": name, "value": value})
-                options = options_of(self.mapper, session.connection())
-                return session.execute(statement, parameters, execution_options=options).all()
-            # In AUTOCOMMIT asyncpg sends the query alone.
-            connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
+            # In AUTOCOMMIT asyncpg sends the query alone; an engine that has it always would forget the settings.
+            level = "READ COMMITTED" if self.settings else "AUTOCOMMIT"
+            connection = session.connection(execution_options={"isolation_level": level})
+            for name, value in self.settings or ():
+                session.execute(SET, {"name": name, "value": value})
             try:
-                options = options_of(self.mapper, connection)
+                options = options_of(self.mapper, self.schemas, connection)
                 return session.execute(statement, parameters, execution_options=options).all()
             except DBAPIError as error:
-                if not error.connection_invalidated:
+                if not self.settings and not error.connection_invalidated:
                     # PostgreSQL has prepared the statement and keeps its locks until the next one; asyncpg has not said
                     # that it is over if it could not encode the values.
                     connection.exec_driver_sql("SELECT 1")
                 raise
 
+    def concerns_all_rows(self, error: Exception) -> bool:
+        """A statement that PostgreSQL refuses whatever the values (class 42), or a hook of the application's.
 
-def concerns_all_rows(error: Exception) -> bool:
-    """A hook of the application's, or a statement that PostgreSQL refuses whatever the values (class 42)."""
-    return not isinstance(error, DBAPIError) or sqlstate_of(error).startswith("42")
+        That is what other errors are where no values are read, of which one might be what cannot be.
+        """
+        of_a_hook = self.settings is None and not isinstance(error, DBAPIError)
+        return of_a_hook or sqlstate_of(error).startswith("42")

@@ -96,8 +96,8 @@ class SessionReader(Generic[M]):
 
         async def work() -> bool:
             async with self._connection() as connection, connection.begin_nested():
-                options = await connection.run_sync(partial(options_of, self.target.mapper))
-                for statement, parameters in comparisons_of(self.target, self.schemas, seen):
+                options = await connection.run_sync(partial(options_of, self.target.mapper, self.schemas))
+                for statement, parameters in comparisons_of(self.target, seen):
                     if not await connection.scalar(statement, parameters, execution_options=options):
                         return False
             return True
@@ -217,9 +217,9 @@ def _on_its_bind(session_class: type[Session]) -> type[Session]:
 
 
 def _one(session: Session, target: Target[Any], schemas: Schemas, *, identified: bool) -> Any:
-    statement = entity_of(target.mapper, schemas, one=True, identified=identified)
+    statement = entity_of(target.mapper, one=True, identified=identified)
     parameters = parameters_of(target.mapper, [target.key], one=True)
-    options = options_of(target.mapper, session.connection())
+    options = options_of(target.mapper, schemas, session.connection())
     return session.execute(statement, parameters, execution_options=options).one_or_none()
 
 

@@ -47,28 +47,31 @@ def parameters_of(mapper: Mapper[Any], keys: Sequence[Key], *, one: bool) -> dic
 
 
 @lru_cache(maxsize=256)
-def columns_of(mapper: Mapper[Any], schemas: Schemas, names: ColumnNames, *, one: bool) -> Select[Any]:
+def columns_of(mapper: Mapper[Any], names: ColumnNames, *, one: bool) -> Select[Any]:
     """The position of each key whose row is there, and the named attributes."""
-    return _select(mapper, schemas, mapper.class_, [getattr(mapper.class_, name) for name in names], one=one)
+    return _select(mapper, mapper.class_, [getattr(mapper.class_, name) for name in names], one=one)
 
 
 @lru_cache(maxsize=256)
-def entity_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool, identified: bool = False) -> Select[Any]:
+def entity_of(mapper: Mapper[Any], *, one: bool, identified: bool = False) -> Select[Any]:
     """The row as an instance, and which version it is. A subclass's is loaded with the columns of its own class."""
     entity = _entity(mapper)
     selected = [entity, *(_identity(mapper) if identified else ())]
-    return _select(mapper, schemas, entity, selected, one=one).options(*_all_columns(mapper))
+    return _select(mapper, entity, selected, one=one).options(*_all_columns(mapper))
 
 
 @lru_cache(maxsize=256)
-def identities_of(mapper: Mapper[Any], schemas: Schemas, *, one: bool) -> Select[Any]:
+def identities_of(mapper: Mapper[Any], *, one: bool) -> Select[Any]:
     """Which version of the row there is: another one after every change, and in every other table."""
-    return _select(mapper, schemas, _entity(mapper), _identity(mapper), one=one)
+    return _select(mapper, _entity(mapper), _identity(mapper), one=one)
 
 
-def options_of(mapper: Mapper[Any], connection: Connection) -> dict[str, Any]:
-    """Those under which a statement about the class is executed: the ledger has one place."""
-    return ledger_options(connection) if is_untranslated(mapper) else {}
+def options_of(mapper: Mapper[Any], schemas: Schemas, connection: Connection) -> dict[str, Any]:
+    """Those under which a statement about the class is executed.
+
+    Told with each execution: an engine's own options, which may be another tenant's, outdo those of a statement.
+    """
+    return ledger_options(connection) if is_untranslated(mapper) else {"schema_translate_map": dict(schemas) or None}
 
 
 def has_identity(mapper: Mapper[Any]) -> bool:
@@ -103,16 +106,14 @@ def _all_columns(mapper: Mapper[Any]) -> list[Any]:
     return [lazyload("*")] * eager + [undefer("*")] * deferred
 
 
-def _select(mapper: Mapper[Any], schemas: Schemas, source: Any, selected: Sequence[Any], *, one: bool) -> Select[Any]:
+def _select(mapper: Mapper[Any], source: Any, selected: Sequence[Any], *, one: bool) -> Select[Any]:
     own = [getattr(source, mapper.get_property_by_column(key).key) for key in mapper.primary_key]
     if one and not _is_bound_by_expression(mapper):
         pairs = zip(own, enumerate(mapper.primary_key), strict=True)
         is_it = [mine == cast(bindparam(f"keys_{n}", type_=key.type), key.type) for mine, (n, key) in pairs]
-        statement = select(literal_column("1", Integer), *selected).select_from(source).where(*is_it)
-    else:
-        wanted, match = _wanted(mapper, own)
-        statement = select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
-    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+        return select(literal_column("1", Integer), *selected).select_from(source).where(*is_it)
+    wanted, match = _wanted(mapper, own)
+    return select(wanted.c.position.cast(Integer), *selected).select_from(wanted).join(source, match)
 
 
 def _wanted(mapper: Mapper[Any], own: Sequence[Any]) -> tuple[Any, ColumnElement[bool]]:
@@ -133,9 +134,7 @@ def _is_bound_by_expression(mapper: Mapper[Any]) -> bool:
     return any(key.type.bind_expression(bindparam("key")) is not None for key in mapper.primary_key)
 
 
-def comparisons_of(
-    target: Target[Any], schemas: Schemas, seen: Mapping[str, Any]
-) -> Iterator[tuple[Select[Any], dict[str, Any]]]:
+def comparisons_of(target: Target[Any], seen: Mapping[str, Any]) -> Iterator[tuple[Select[Any], dict[str, Any]]]:
     """For each table of the row: whether the values, if they were stored there, would be what is there."""
     by_table: dict[Table, list[str]] = {}
     for name in seen:
@@ -145,11 +144,11 @@ def comparisons_of(
     for table, names in by_table.items():
         keys = {f"key_{n}": part for n, part in enumerate(target.key)}
         values = {f"seen_{n}": seen[name] for n, name in enumerate(names)}
-        yield _comparison(target.mapper, table, tuple(names), schemas), keys | values
+        yield _comparison(target.mapper, table, tuple(names)), keys | values
 
 
 @lru_cache(maxsize=256)
-def _comparison(mapper: Mapper[Any], table: Table, names: ColumnNames, schemas: Schemas) -> Select[Any]:
+def _comparison(mapper: Mapper[Any], table: Table, names: ColumnNames) -> Select[Any]:
     """PostgreSQL makes a row of the values, by the very types of the table's columns, and writes both rows out.
 
     Text is compared, since not every type has an equality, and that of some (box, path) is no equality of values.
@@ -166,8 +165,7 @@ def _comparison(mapper: Mapper[Any], table: Table, names: ColumnNames, schemas: 
         own.c[_key_in(mapper, key, table).key] == bindparam(f"key_{n}", type_=key.type)
         for n, key in enumerate(mapper.primary_key)
     ]
-    statement = select(same).select_from(own.join(stored, true())).where(*is_it)
-    return statement.execution_options(schema_translate_map=dict(schemas)) if schemas else statement
+    return select(same).select_from(own.join(stored, true())).where(*is_it)
 
 
 def _as_json(name: str, of: Column[Any]) -> ColumnElement[Any]:

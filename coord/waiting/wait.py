@@ -89,7 +89,7 @@ async def wait_for_row_change(
     ledger = own.watcher if job_id is None else Watcher.of(ledger_engine(session))
     awaits_message = job_id is not None and since is None and until is None and ledger.is_job_pending(job_id)
     waiter = _waiter(own, baseline, interval_seconds, fresh=until is not None, awaits_message=awaits_message)
-    its_job = _NO_JOB if job_id is None or own.bound else JobWaiter(waiter, job_id, schemas, ledger)
+    its_job = _NO_JOB if job_id is None or own.bound else JobWaiter(waiter, job_id, ledger)
     with waiter, its_job, ObservedWait(session, waiter, job):
         return await waiter.changed(began, deadline, until=until, job_id=job_id)
 

@@ -17,7 +17,7 @@ from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Mapper
 
-from coord.database.schemas import Schemas
+from coord.database.schemas import Schemas, schemas_for
 from coord.database.target import Key
 from coord.errors import TooManyWaitersError
 from coord.notify.bell import Bell
@@ -113,6 +113,7 @@ class Watcher:
         """The one to register a waiter of this kind with, at once."""
         if kind.counts and self.waiters >= max((each.max_waiters for each in self._coordinations), default=MAX_WAITERS):
             raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
+        schemas = schemas_for(mapper, schemas)
         key = (mapper, schemas, settings)
         if (poller := self._pollers.get(key)) is None:
             poller = self._pollers[key] = Poller(self, Reader(self.engine, mapper, schemas, settings))

@@ -97,7 +97,7 @@ class WokenWaiter(Waiter[M]):
                     self._awake()
             self.due, self._expected, told = False, self.then, self._shared
             concluding, own_job_id = self.concluding, job_id if self._job_unreadable else None
-            found = await self._read(began, own_job_id)
+            found = await self._read(own_job_id)
             if found is None:
                 continue
             concluding = concluding or (own_job_id is not None and _is_done(found.job, own_job_id))
@@ -120,20 +120,24 @@ class WokenWaiter(Waiter[M]):
         own = asyncio.get_running_loop().time() + self.interval
         return own if until is None else min(until, own)
 
-    async def _read(self, began: float, job_id: UUID | None) -> OwnRow[M] | None:
+    async def _read(self, job_id: UUID | None) -> OwnRow[M] | None:
         """None if the database is away, and the read must be repeated."""
         if seconds_left(self._deadline) <= 0:
-            raise self.timed_out(began)
+            raise self.timed_out(self._own.began)
         try:
             return await self._own.read(self._deadline, identified=not self.solo, job_id=job_id)
-        except Exception as error:
-            if self._own.shares_errors or not is_server_away(error):
-                raise
-            if seconds_left(self._deadline) <= RETRY_INTERVAL_SECONDS:
-                raise self.timed_out(began) from error
-            await asyncio.sleep(RETRY_INTERVAL_SECONDS)
-            self.due = True
+        except Exception as error:  # noqa: BLE001 - it is raised, or tried again
+            await self._failed(error)
             return None
+
+    async def _failed(self, error: Exception) -> None:
+        """Have the read repeated if the database is away, and the wait has time."""
+        if self._own.shares_errors or not is_server_away(error):
+            raise error
+        if seconds_left(self._deadline) <= RETRY_INTERVAL_SECONDS:
+            raise self.timed_out(self._own.began) from error
+        await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+        self.due = True
 
     async def _ends(self, row: M, until: Callable[[M], bool] | None) -> bool:
         """Whether the row differs, or `until` is true of one that does. If only PostgreSQL can tell, it does."""
@@ -149,10 +153,11 @@ class WokenWaiter(Waiter[M]):
         try:
             if not await self._own.stores(found, self._deadline):
                 return True
-        except DBAPIError as error:
-            if is_server_away(error):
-                raise
-            return True  # SQL cannot compare it, so the comparison in Python counts
+        except Exception as error:  # noqa: BLE001 - it is raised, or tried again
+            if isinstance(error, DBAPIError) and not is_server_away(error):
+                return True  # SQL cannot compare it, so the comparison in Python counts
+            await self._failed(error)
+            return False
         self.baseline.update({name: values[name] for name in found})
         return False
 

@@ -109,7 +109,7 @@ def _each(
                 if record.effect is not None and record.calm:
                     in_the_calm += 1
                     with_effect += record.outcome is Outcome.DONE
-            case LedgerJob():
+            case LedgerJob() if record.effect is not None:
                 verdict.add(rules.of_job(record, bounds, calm))
             case Number():
                 numbers[record.sequence].append(record.number)
