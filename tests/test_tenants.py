@@ -21,7 +21,7 @@ from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Mapping
 
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -85,7 +85,11 @@ async def change(observer: Connection, name: str, status: str, *, secured: bool)
 
 
 async def play(
-    sessions: dict[str, Callable[[], AsyncSession]], observer: Connection, *, secured: bool = False, loaded: bool = True
+    sessions: Mapping[str, Callable[..., AsyncSession]],
+    observer: Connection,
+    *,
+    secured: bool = False,
+    loaded: bool = True,
 ) -> None:
     """Both wait; the change of one is news to that one alone."""
 
