@@ -271,6 +271,17 @@ async def test_keys_are_apart_for_each_caller_whatever_credentials_they_send(
     assert "ann" not in str(stored)
 
 
+async def test_a_key_is_refused_of_whom_the_application_does_not_know(session_maker: SessionMaker) -> None:
+    """Or all of them would have one principal, and could be given each other's jobs."""
+    order_id = await placed(session_maker)
+    async with served(counter(session_maker, caller=lambda request: request.headers.get("x-user"))) as client:
+        refused = await fulfil(client, order_id, Prefer="wait=0")
+        assert problem_of(refused) == (400, f"{URN}idempotency-key-unscoped")
+        assert await jobs_of(session_maker) == []
+        known = {"Prefer": "wait=0", "X-User": "ann"}
+        assert (await fulfil(client, order_id, **known)).status_code == 202
+
+
 @pytest.mark.parametrize("headers", [{}, {"Cookie": "sid=alice"}, {"Authorization": "Bearer t1"}], ids=str)
 async def test_a_key_is_refused_where_no_caller_is_configured(
     session_maker: SessionMaker, headers: dict[str, str]
@@ -282,6 +293,14 @@ async def test_a_key_is_refused_where_no_caller_is_configured(
         assert "idempotency(caller=" in refused.json()["detail"]
         assert await jobs_of(session_maker) == []
         assert (await fulfil(client, order_id, None, Prefer="wait=0", **headers)).status_code == 202
+
+
+def test_an_asynchronous_caller_is_refused() -> None:
+    async def caller(_request: Request) -> str:
+        return "ann"
+
+    with pytest.raises(ValueError, match="plain function"):
+        idempotency(caller=caller)  # type: ignore[arg-type]
 
 
 def test_keys_that_are_required_need_a_caller() -> None:

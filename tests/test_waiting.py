@@ -44,7 +44,7 @@ from coord import (
 from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import all_given_back, eventually
-from tests.waits import registered, waiting
+from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -571,6 +571,21 @@ async def test_watching_since_what_the_caller_has_seen(
             assert (await anext(states)).name == "after"
             with pytest.raises(WaitTimeoutError):
                 await anext(states)
+
+
+async def test_watching_yields_no_state_that_was_the_last_one(
+    session_maker: SessionMaker, observer: Connection, user: int
+) -> None:
+    """Though the row was another one meanwhile, and was read as such."""
+    async with session_maker() as session, watch_row(session, User, user, interval=0.02, timeout=0.2) as states:
+        assert (await anext(states)).name == "before"
+        (waiter,) = waiters()
+        for name in ("another", "before"):
+            await observer.execute("UPDATE users SET name = $1", name)
+            reads = waiter._poller.generation
+            await eventually(lambda reads=reads: waiter._poller.generation > reads + 1)
+        with pytest.raises(WaitTimeoutError):
+            await anext(states)
 
 
 async def test_watching_never_goes_backwards_and_holds_no_connection(

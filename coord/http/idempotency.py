@@ -10,6 +10,7 @@ import re
 from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
+from inspect import iscoroutinefunction
 from typing import Annotated, Any, overload
 from weakref import WeakValueDictionary
 
@@ -159,15 +160,17 @@ async def _run(session: AsyncSession, statement: Executable) -> CursorResult[Any
 
 
 def idempotency(
-    *, caller: Callable[[Request], str] | None = None, expires: Seconds = EXPIRY_SECONDS, required: bool = False
+    *, caller: Callable[[Request], str | None] | None = None, expires: Seconds = EXPIRY_SECONDS, required: bool = False
 ) -> Callable[..., Awaitable[Idempotency]]:
     """A dependency: `Annotated[Idempotency, Depends(idempotency(caller=user_id))]`.
 
     `caller` identifies the client as the application knows it: a principal, not a credential, which others may share
     or which may change between two attempts. Keys are apart for each caller, method and route; `""` is for all clients
-    together. Without `caller` a key is answered 400. They expire after `expires` seconds. 400 too for a
-    malformed key, or a missing one that is `required`. Reads the body, so not for forms.
+    together. Without `caller`, or where it gives None, a key is answered 400. They expire after `expires` seconds.
+    400 too for a malformed key, or a missing one that is `required`. Reads the body, so not for forms.
     """
+    if iscoroutinefunction(caller):
+        raise ValueError("caller is a plain function; of an asynchronous one each request would be another caller's")
     if required and caller is None:
         raise ValueError("idempotency(required=True) needs caller=, which tells whose keys they are")
     kept = timedelta(seconds=span("expires", expires))
@@ -178,9 +181,10 @@ def idempotency(
             if required:
                 raise IdempotencyError(MISSING_KEY)
             return Idempotency(None, "", "", kept)
-        if caller is None:
+        who = None if caller is None else caller(request)
+        if who is None:  # which would be the same one for all whom the application does not know
             raise IdempotencyError(UNSCOPED_KEY)
-        scope = _digest(caller(request), request.method, _route(request))
+        scope = _digest(who, request.method, _route(request))
         return Idempotency(key, scope, await _fingerprint(request), kept)
 
     return read

@@ -126,13 +126,13 @@ class HandedWaiter(Waiter[M]):
             self.then[1].request()
             self.then = None
 
-    def begin_step(self) -> None:
+    def begin_step(self, shown: Baseline | None) -> None:
         """Forget a row that was read between two steps, or is being read: the caller may know a newer one by now."""
-        super().begin_step()
+        super().begin_step(shown)
         self._oldest = self._poller.generation + 1
         row, self.row = self.row, None
-        if row is not None and isinstance(self._difference, dict):
-            self.baseline.update(self._difference)
+        if row is not None and shown is not None:
+            self.baseline = shown
             self.request()
         elif row is not None:
             self._want_fresh()

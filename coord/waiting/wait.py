@@ -136,13 +136,14 @@ def _waiter(
 
 
 async def _states(session: AsyncSession, waiter: RowWaiter[M], limit: float | None) -> AsyncGenerator[M, None]:
+    shown: Baseline | None = None
     while True:
         began = asyncio.get_running_loop().time()
         deadline = None if limit is None else began + limit
         await _release(session, waiter.target, began, deadline)
-        waiter.begin_step()
+        waiter.begin_step(shown)
         row = await waiter.changed(began, deadline)
-        waiter.baseline = database_values(row, waiter.target)  # it may be newer than what ended the wait
+        waiter.baseline = shown = database_values(row, waiter.target)  # it may be newer than what ended the wait
         yield row
 
 

@@ -142,8 +142,8 @@ class Waiter(Generic[M]):
         """The job is done: the row as it is from now on is the answer."""
         self.concluding = True
 
-    def begin_step(self) -> None:
-        """The next wait of a watch."""
+    def begin_step(self, shown: Baseline | None) -> None:
+        """The next wait of a watch; `shown` are the values of the row that the last one has ended with."""
         self.last = self.over = False
 
     def on_deadline(self, when: float) -> None:
