@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 from arq.worker import Retry, func
 from sqlalchemy import func as sql
 from sqlalchemy import select, text
 
-from coord import Job, JobState, enqueue, job_transaction, pause_queue, task_options, worker_settings
+from coord import Job, JobState, enqueue, job_transaction, pause_queue, retry_job, task_options, worker_settings
 from coord.testing import Drained, drain_jobs
 from tests.models import User
 
@@ -89,6 +90,22 @@ async def test_without_retries_a_job_is_left_after_its_attempt(coord_session: As
     await enqueue(coord_session, fail_once, 1)
     assert await drain_jobs(ALL, session=coord_session, with_retries=False) == Drained(retried=1)
     assert await drain_jobs(ALL, session=coord_session, ahead=HOUR) == Drained(done=1)
+
+
+async def test_a_failed_job_that_another_has_run_again_is_run_again(coord_session: AsyncSession) -> None:
+    mended: list[UUID] = []
+
+    async def pay(ctx: dict[str, Any]) -> None:
+        if not mended:
+            raise ZeroDivisionError
+
+    async def mend(ctx: dict[str, Any], job_id: str) -> None:
+        async with job_transaction(ctx) as session:
+            mended.append((await retry_job(session, UUID(job_id))).id)
+
+    job = await enqueue(coord_session, pay)
+    await enqueue(coord_session, mend, str(job.id))
+    assert await drain_jobs([pay, mend], session=coord_session) == Drained(done=2, failed=1)
 
 
 async def test_retries_end_with_the_attempts_that_the_job_has(coord_session: AsyncSession) -> None:

@@ -130,7 +130,7 @@ class _Drain:
         self.ended["put_off" if ended.outcome == PUT_OFF else ended.outcome] += 1
         if ended.outcome == "retried" and self._with_retries:
             self._again.add(job.id)
-        else:
+        elif not ended.job.state.is_final:
             self._left.add(job.id)
 
 
