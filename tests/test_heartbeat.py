@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from tests.workers import Office
 
-ANSWERS = 30
+ANSWERS = 50
 working = partial(workers.working, heartbeat_process=True)
 
 

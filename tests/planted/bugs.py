@@ -202,8 +202,8 @@ BUGS = {
         (
             Edit(
                 EXECUTOR,
-                'return await self._finalizer.handed_back(attempt) and "handed back"',
-                "return await self._finalizer.cancelled(attempt)",
+                "state = await self._finalizer.handed_back(attempt)",
+                "state = await self._finalizer.cancelled(attempt)",
             ),
         ),
     ),

@@ -12,7 +12,7 @@ from coord.worker.state import WorkerState
 
 PAGE = 1_000
 """Jobs whose ids are read at once."""
-MAX_ROWS, MAX_BYTES = 100, 1_000_000
+MAX_ROWS, MAX_BYTES = 200, 1_000_000
 """Of what is read at once with its arguments, which are counted as they are stored."""
 
 remaining = func.extract("epoch", jobs.c.scheduled_at - func.clock_timestamp()).label("remaining")
