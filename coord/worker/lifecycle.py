@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
-from coord.database.engine import another, dispose
+from coord.database.engine import another
 from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.retryable import is_retryable
@@ -123,7 +123,7 @@ class Lifecycle:
         config = self._config
         board = stack.enter_context(closing(Board(config.max_jobs)))
         engine, redis = another(ledger_engine(config.session_maker)), config.address.client()
-        stack.push_async_callback(dispose, engine)
+        stack.push_async_callback(engine.dispose)
         stack.push_async_callback(redis.aclose)
         running = RunningJobs(board, config.tasks)
         self.state = WorkerState(config=config, engine=engine, redis=redis, board=board, running=running)

@@ -14,7 +14,7 @@ from arq.connections import RedisSettings
 from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from coord.database.engine import another, dispose
+from coord.database.engine import another
 from coord.durations import MAX_SECONDS, Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, checked_text
@@ -134,7 +134,7 @@ class _Host:
         except Exception as error:  # noqa: BLE001 - it is only reported
             self._outage.report(error)
         finally:
-            await dispose(engine)
+            await engine.dispose()
 
     async def on_startup(self, ctx: dict[Any, Any]) -> None:
         """First the application's own, which may make the tables."""
@@ -162,7 +162,7 @@ class _Host:
         finally:
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await dispose(ledger_engine(self.config().session_maker))
+            await ledger_engine(self.config().session_maker).dispose()
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
