@@ -37,7 +37,7 @@ async def interruptible(
     """
     ended = asyncio.get_running_loop().create_future()  # a cancellation of the caller's ends this, and not the work
     task = asyncio.create_task(_telling(work, ended))
-    task.add_done_callback(partial(_tell, ended, work))
+    task.add_done_callback(partial(_close, work, ended))
     timer = None if limit is None else asyncio.get_running_loop().call_later(limit, _tell, ended)
     try:
         await ended
@@ -129,15 +129,17 @@ async def _telling(work: Coroutine[Any, Any, T], ended: asyncio.Future[None]) ->
         _tell(ended)
 
 
-def _tell(
-    ended: asyncio.Future[None], work: Coroutine[Any, Any, Any] | None = None, task: asyncio.Task[Any] | None = None
-) -> None:
+def _tell(ended: asyncio.Future[None]) -> None:
     """Of its end, or of the end of its time."""
-    if work is not None and task is not None:
-        work.close()  # which has not begun if its task was cancelled before its first step
-        _retrieve(task)
     if not ended.done():
         ended.set_result(None)
+
+
+def _close(work: Coroutine[Any, Any, Any], ended: asyncio.Future[None], task: asyncio.Task[Any]) -> None:
+    """Work has not begun, and has told nobody, if its task was cancelled before its first step."""
+    work.close()
+    _retrieve(task)
+    _tell(ended)
 
 
 def _retrieve(task: asyncio.Task[Any]) -> None:
