@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
+from api.deadline import in_time
 from api.health import close_probes
 from coord import Coordinator
-from worker.database import close_database, open_database, session_maker
+from worker.database import engine, open_database, session_maker
 from worker.environment import redis_url
 from worker.startup import held_log
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from fastapi import FastAPI
+
+CLOSE_SECONDS = 3.0
 
 log = held_log("uvicorn", "uvicorn.error")
 
@@ -33,5 +37,5 @@ async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with Coordinator(session_maker, redis=redis_url(), read_settings={}):
             yield
     finally:
-        await close_probes()
-        await close_database()
+        with suppress(TimeoutError):  # a PostgreSQL that says nothing does not hang up either
+            await in_time(asyncio.gather(close_probes(), engine.dispose()), CLOSE_SECONDS)

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from coord import job_transaction, task_options, worker_settings
 from coord.dev.embedded import Valkey
 from coord.worker.lifecycle import Lifecycle
+from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.test_fetcher import measured
 from tests.workers import KEYS, Notes, Office, opened, process, until, working
@@ -129,6 +130,21 @@ async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, 
             async with process(other, notes, heartbeat_process=False):
                 rows = [await other.final(job) for job in jobs]
     assert [(row.state, row.attempt) for row in rows] == [("done", 1)] * 2
+
+
+@pytest.mark.slow
+async def test_a_worker_stops_although_postgresql_says_nothing(office: Office, notes: Notes) -> None:
+    """Neither to what its loops ask nor to the end of a connection, which its application's `on_shutdown` waits for.
+
+    Half a minute is what Kubernetes leaves a container by itself.
+    """
+    async with Proxy(office.database_url).opened() as way:
+        async with opened(way.url, office.redis_url, coordinated=False) as other:
+            async with process(other, notes, COORD_TEST_GRACE="0.1", heartbeat_process=False) as worker:
+                await office.final(await office.enqueue("quick"))
+                way.flows.clear()
+                worker.signal(signal.SIGTERM)
+                assert await worker.exit_status(within=30) == 0
 
 
 async def test_a_worker_started_without_redis_waits_and_stops_when_told_to(office: Office, notes: Notes) -> None:

@@ -33,10 +33,6 @@ async def open_database() -> None:
         refuse(DATABASE, f"cannot use {shown}: {_reason(error)}")
 
 
-async def close_database() -> None:
-    await engine.dispose()
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"no PostgreSQL answered within {CONNECT_SECONDS:g} s"

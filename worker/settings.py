@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from coord import worker_settings
-from worker.database import MAX_JOBS, close_database, open_database, session_maker
+from worker.database import MAX_JOBS, open_database, session_maker
 from worker.environment import redis_url
 from worker.fulfilment import fulfil_order
 from worker.metrics import serve_metrics
@@ -27,10 +27,6 @@ async def on_startup(ctx: dict[str, Any]) -> None:
     log.release()
 
 
-async def on_shutdown(ctx: dict[str, Any]) -> None:
-    await close_database()
-
-
 def serialize(value: Any) -> bytes:
     """For arq's own jobs: it would unpickle whatever somebody has written into its queue."""
     return json.dumps(value).encode()
@@ -45,5 +41,4 @@ Settings = worker_settings(
     job_serializer=serialize,
     job_deserializer=json.loads,
     on_startup=on_startup,
-    on_shutdown=on_shutdown,
 )

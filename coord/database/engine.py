@@ -27,6 +27,7 @@ from sqlalchemy.ext.asyncio import (
 from sqlalchemy.orm import Mapper, Session, SessionTransaction
 from sqlalchemy.pool import ConnectionPoolEntry
 
+from coord.cancellation import interruptible
 from coord.retryable import SHUTDOWN_STATES, sqlstate_of
 
 AnySession = AsyncSession | async_scoped_session[AsyncSession]
@@ -37,6 +38,8 @@ CONNECTION_CHECK = "250ms"
 """How soon a backend notices, in the middle of a statement, that its client has gone."""
 FIRST_ANSWERS_SECONDS = 4.0
 """After which a new connection is given up that is answered nothing, before a statement is on it to be watched."""
+DISPOSE_SECONDS = 3.0
+"""For all connections of a pool to be closed."""
 READ_ONLY = "25006"
 """PostgreSQL's answer to a write where only reads are allowed: on a replica, in a read-only transaction."""
 
@@ -113,6 +116,17 @@ def own_connection(session: AsyncSession) -> AsyncConnection | None:
 def another(engine: AsyncEngine) -> AsyncEngine:
     """With connections of its own, which are made as the given one's are."""
     return create_async_engine(engine.url, pool=engine.pool.recreate())
+
+
+async def dispose(engine: AsyncEngine, limit: float = DISPOSE_SECONDS) -> None:
+    """Close what is in its pool. The driver waits for PostgreSQL to hang up, and a silent one never does.
+
+    What is not closed within `limit` seconds is left to the end of the process, so that another `dispose()` is quick.
+    """
+    try:
+        await interruptible(engine.dispose(), limit=limit)
+    except TimeoutError:
+        await engine.dispose(close=False)
 
 
 def require_asyncpg(dialect: Dialect) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any, ClassVar, Self
@@ -26,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import Backend, another, backend_of, note_backends, session_that_uses
+from coord.database.engine import Backend, another, backend_of, dispose, note_backends, session_that_uses
 from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
 
@@ -210,10 +209,8 @@ class LostAnswers:
         return {pid for pid, since in halfway.items() if before.get(pid) == since}
 
     async def _disconnect(self) -> None:
-        """The connection may be dead as well."""
         self._is_connected = False
-        with suppress(TimeoutError):
-            await interruptible(self._engine.dispose(), limit=LOOK_SECONDS)
+        await dispose(self._engine, LOOK_SECONDS)
 
     def _waits(self, sender: greenlet, sent: Sent) -> bool:
         """Whether it still waits for that answer."""

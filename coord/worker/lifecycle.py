@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, closing
 from typing import Any
 
@@ -12,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import QueuePool
 
 from coord.coordinator import Coordinator
-from coord.database.engine import another
+from coord.database.engine import another, dispose
 from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.retryable import is_retryable
@@ -25,6 +26,7 @@ from coord.worker.maintenance.beat import Board
 from coord.worker.maintenance.canceller import Canceller
 from coord.worker.maintenance.heartbeat import Heartbeat
 from coord.worker.maintenance.leader import Leader
+from coord.worker.maintenance.loops import Loop
 from coord.worker.maintenance.pruner import Pruner
 from coord.worker.maintenance.reconciler import Reconciler
 from coord.worker.maintenance.registry import WorkerRegistry
@@ -101,8 +103,8 @@ class Lifecycle:
         freshness = Freshness(state, self.registry)
         self.heartbeat = Heartbeat(state, freshness.tick)
         canceller, scheduler, turns = Canceller(state), Scheduler(state), Turns(state)
+        await stack.enter_async_context(self.heartbeat)
         maintenance = (
-            self.heartbeat,
             Leader(state),
             self.registry,
             canceller,
@@ -113,8 +115,11 @@ class Lifecycle:
             TurnKeeper(state, turns),
             Pruner(state),
         )
+        begun: list[Loop] = []
+        stack.push_async_callback(_end, begun)
         for loop in maintenance:
-            await stack.enter_async_context(loop)
+            await loop.__aenter__()
+            begun.append(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
         self.fetcher = await stack.enter_async_context(Fetcher(state, executor, freshness, turns))
@@ -123,7 +128,7 @@ class Lifecycle:
         config = self._config
         board = stack.enter_context(closing(Board(config.max_jobs)))
         engine, redis = another(ledger_engine(config.session_maker)), config.address.client()
-        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(dispose, engine)
         stack.push_async_callback(redis.aclose)
         running = RunningJobs(board, config.tasks)
         self.state = WorkerState(config=config, engine=engine, redis=redis, board=board, running=running)
@@ -155,6 +160,11 @@ class Lifecycle:
             if (not found or self.state.is_paused) and not len(self.state.running):
                 return
             await asyncio.sleep(BURST_SECONDS)
+
+
+async def _end(loops: Sequence[Loop]) -> None:
+    """All at once: each may have to wait for a server that says nothing."""
+    await asyncio.gather(*(loop.__aexit__() for loop in loops))
 
 
 async def _refuse_autocommit(engine: AsyncEngine) -> None:

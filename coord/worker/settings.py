@@ -14,7 +14,7 @@ from arq.connections import RedisSettings
 from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from coord.database.engine import another
+from coord.database.engine import another, dispose
 from coord.durations import MAX_SECONDS, Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, checked_text
@@ -134,7 +134,7 @@ class _Host:
         except Exception as error:  # noqa: BLE001 - it is only reported
             self._outage.report(error)
         finally:
-            await engine.dispose()
+            await dispose(engine)
 
     async def on_startup(self, ctx: dict[Any, Any]) -> None:
         """First the application's own, which may make the tables."""
@@ -155,14 +155,19 @@ class _Host:
         main.add_done_callback(lambda ended: _begin_stopping(ctx, lifecycle, ended))
 
     async def on_shutdown(self, ctx: dict[Any, Any]) -> None:
-        """Wait for what began to stop with arq's main task; then the application's own."""
+        """Wait for what began to stop with arq's main task; then the application's own.
+
+        Which may dispose of its engine: without a limit, so there is nothing left to wait for.
+        """
+        engine = ledger_engine(self.config().session_maker)
         try:
             if "coord.stopping" in ctx:
                 await asyncio.shield(ctx.pop("coord.stopping"))
         finally:
+            await dispose(engine)
             if (hook := self._given.get("on_shutdown")) is not None:
                 await hook(ctx)
-            await ledger_engine(self.config().session_maker).dispose()
+            await dispose(engine)
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:

@@ -19,7 +19,7 @@ from sqlalchemy import delete, event, insert, table
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ProgrammingError
 
-from coord.database.engine import another
+from coord.database.engine import another, dispose
 from coord.database.place import known_schema
 from coord.jobs.model import ledger_engine, workers
 from coord.retryable import sqlstate_of
@@ -200,7 +200,7 @@ class Heartbeat(Loop):
         try:
             await Beats(self._state.board, self._told, autocommit, redis, _say).run(lambda: self._ending)
         finally:
-            await engine.dispose()
+            await dispose(engine)
             await redis.aclose()
 
 
