@@ -7,12 +7,11 @@ from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Command, Commands, exchange
+from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Commands, exchange
 
 Batch = Mapping[Hashable, Commands]
 """Commands by what they are about, in order; of two about the same the later ones count."""
@@ -33,8 +32,8 @@ class Publisher:
     delayed. `on_result` is called with None when Redis has carried a pipeline out, else with the error.
     """
 
-    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
-        self._connection: Connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    def __init__(self, connection: Connection, on_result: Callable[[Exception | None], None]) -> None:
+        self._connection = connection
         self._on_result = on_result
         self._pending: dict[Hashable, Commands] = {}
         self._sent: dict[Hashable, Commands] = {}
@@ -107,11 +106,6 @@ class Publisher:
         self._is_proven, self._sent, self._pending = False, {}, {}
         self._on_result(error)
         await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
-
-
-def notice(channel: bytes, payload: bytes = b"") -> Command:
-    """Tells a channel's subscribers to read again; the payload is for diagnosis alone."""
-    return ("PUBLISH", channel, payload)
 
 
 def _add(batch: dict[Hashable, Commands], more: Batch) -> None:
