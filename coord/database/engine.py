@@ -49,7 +49,6 @@ _WHICH_BACKEND = "SELECT pg_postmaster_start_time(), backend_start FROM pg_stat_
 _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 _prepared: WeakSet[Dialect] = WeakSet()
-_noting: WeakSet[Dialect] = WeakSet()
 """By their dialect, which an engine shares with those that its `execution_options()` make, as it does its pool."""
 
 
@@ -144,7 +143,7 @@ def prepare(engine: AsyncEngine) -> None:
     if sync_engine.dialect not in _prepared:
         _prepared.add(sync_engine.dialect)
         event.listen(sync_engine, "connect", _on_connect)
-        note_backends(engine)
+        event.listen(sync_engine, "connect", _note_backend)
         event.listen(sync_engine, "handle_error", _on_error)
         event.listen(sync_engine, "checkin", _forget_failure)
 
@@ -166,13 +165,6 @@ class Backend(NamedTuple):
 
     server_started: datetime
     started: datetime
-
-
-def note_backends(engine: AsyncEngine) -> None:
-    """Have each connection know, from when it is made, which backend it has."""
-    if engine.sync_engine.dialect not in _noting:
-        _noting.add(engine.sync_engine.dialect)
-        event.listen(engine.sync_engine, "connect", _note_backend)
 
 
 def _note_backend(dbapi_connection: Any, record: Any) -> None:
