@@ -50,10 +50,7 @@ class Bell:
         return self._subscriber.connected
 
     def publish(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({}), payload: bytes = b"") -> None:
-        """Send soon, after the commands of the batch, in one round trip with whatever else there is by then.
-
-        Subscribers read again; the payload is for diagnosis alone.
-        """
+        """Send soon, after the batch, in one round trip with whatever else there is; the payload is for diagnosis."""
         self._publisher.publish({**batch, **{channel: [("PUBLISH", channel, payload)] for channel in channels}})
 
     def _on_publisher_result(self, error: Exception | None) -> None:

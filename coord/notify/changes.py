@@ -29,7 +29,6 @@ Changed = Mapping[Change, Any]
 Notify = Callable[[Session, Changed], bool]
 """Whether it could notify anybody."""
 
-
 logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"

@@ -17,7 +17,6 @@ Command = tuple[str | bytes | int | float, ...]
 """As redis-py's `execute_command` takes it; the command's name is one word."""
 Commands = Sequence[Command]
 
-
 ANSWER_TIMEOUT_SECONDS = 2.0
 """After which an answer is not waited for any more, nor a connection used that owes one."""
 CONNECT_TIMEOUT_SECONDS = 2.0

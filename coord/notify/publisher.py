@@ -16,7 +16,6 @@ from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Commands, exchange
 Batch = Mapping[Hashable, Commands]
 """Commands by what they are about, in order; of two about the same the later ones count."""
 
-
 PAUSE = 4
 """After a pipeline, times as long as it took, which a process or a Redis that is busy makes long."""
 MAX_PAUSE_SECONDS = 0.02
@@ -83,17 +82,13 @@ class Publisher:
     async def _send(self) -> None:
         self._sent, self._pending = self._pending, {}
         try:
-            refusal = await self._execute([command for commands in self._sent.values() for command in commands])
+            answers = await exchange(self._connection, [each for commands in self._sent.values() for each in commands])
         except Exception as error:  # noqa: BLE001 - these are hints, and whatever is wrong the next ones are tried
             await self._failed(error)
             return
         self._is_proven, self._sent = True, {}
-        self._on_result(refusal)
-
-    async def _execute(self, commands: Commands) -> Exception | None:
-        """The first error that Redis has answered; it carries out the other commands all the same."""
-        answers = await exchange(self._connection, commands)
-        return next((answer for answer in answers if isinstance(answer, ResponseError)), None)
+        # What Redis refuses first; it carries out the other commands all the same.
+        self._on_result(next((answer for answer in answers if isinstance(answer, ResponseError)), None))
 
     async def _failed(self, error: Exception) -> None:
         """A connection that has worked may have been closed for any reason: what it was sent is sent once more."""
