@@ -23,7 +23,6 @@ Baseline = dict[str, Any]
 Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
 
-
 _CHANGEABLE = (list, dict, set, bytearray)
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
     (Integer, int),
@@ -39,11 +38,17 @@ _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
 def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:
     """`since=` if given, else the database values that the session has loaded or last flushed for the row."""
     if isinstance(since, Mapping):
-        return _given(target, since)
+        if unknown := [name for name in since if name not in target.columns]:
+            watched = list(target.columns)
+            raise ValueError(f"since has {unknown}, which are not watched; {target} is watched for {watched}")
+        return dict(since)
     if since is not None:
         if not isinstance(since, target.mapper.class_):
             raise ValueError(f"since is a mapping or a {target.mapper.class_.__name__}, not {since!r}")
-        return _as_given(since, target)
+        state = inspect(since)
+        if state.transient:  # it was never in the database
+            return {name: state.dict[name] for name in target.columns if name in state.dict}
+        return database_values(since, target)
     instance = session.sync_session.identity_map.get(target.mapper.identity_key_from_primary_key(target.key))
     if not isinstance(instance, target.mapper.class_):  # or it was another subclass's row
         return {}
@@ -63,22 +68,6 @@ def database_values(instance: object, target: Target[Any]) -> Baseline:
         elif history.unchanged:
             values[name] = own_copy(history.unchanged[0])
     return values
-
-
-def _as_given(since: object, target: Target[Any]) -> Baseline:
-    """Of an instance that was never in the database, the values it was made with."""
-    state = inspect(since)
-    assert state is not None
-    if not state.transient:
-        return database_values(since, target)
-    return {name: state.dict[name] for name in target.columns if name in state.dict}
-
-
-def _given(target: Target[Any], since: Mapping[Any, Any]) -> Baseline:
-    unknown = [name for name in since if name not in target.columns]
-    if unknown:
-        raise ValueError(f"since has {unknown}, which are not watched; {target} is watched for {list(target.columns)}")
-    return dict(since)
 
 
 def _warn_expired(target: Target[Any]) -> None:

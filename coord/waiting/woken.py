@@ -32,7 +32,6 @@ from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 Identity = tuple[Any, ...] | None
 """None is that of no row."""
 
-
 logger = logging.getLogger("coord.waiting")
 
 _UNREAD = ()
