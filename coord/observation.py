@@ -166,19 +166,9 @@ def attempt_ended(message: Any, outcome: str, timings: AttemptTimings, reason: s
     for observer in observers:
         observer.attempt_ended(message.task, outcome, timings)
     level = _LEVELS.get(outcome, logging.INFO)
-    if not jobs.isEnabledFor(level):
-        return
-    log(
-        jobs,
-        level,
-        f"job {outcome}",
-        job=message.id,
-        task=message.task,
-        attempt=message.attempt,
-        reason=reason,
-        **_spent(timings),
-        **telemetry.ids_of(message.trace),
-    )
+    if jobs.isEnabledFor(level):
+        fields = {"job": message.id, "task": message.task, "attempt": message.attempt, "reason": reason}
+        log(jobs, level, f"job {outcome}", **fields, **_spent(timings), **telemetry.ids_of(message.trace))
 
 
 def _spent(timings: AttemptTimings) -> dict[str, object]:
