@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Boolean, Date, Enum, Integer, LargeBinary, String, Uuid, inspect
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper, PassiveFlag
+from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
 from sqlalchemy.types import TypeEngine
 
@@ -78,15 +78,13 @@ def _warn_expired(target: Target[Any]) -> None:
     )
 
 
-def difference(
-    mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], columns: tuple[str, ...]
-) -> Difference:
+def difference(target: Target[Any], baseline: Baseline, values: Mapping[str, Any]) -> Difference:
     """In what a watched column has another value than the baseline, which is completed from `values`."""
     doubtful: Baseline = {}
-    for name in columns:
+    for name in target.columns:
         value = values[name]
         seen = baseline.setdefault(name, value)
-        kind = mapper.columns[name].type
+        kind = target.mapper.columns[name].type
         if seen is value or kind.compare_values(seen, value):
             continue
         if is_certain(kind, seen, value):

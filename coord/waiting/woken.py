@@ -143,7 +143,7 @@ class WokenWaiter(Waiter[M]):
         values = inspect(row).dict
         found: Difference = True
         if not self._fresh:
-            found = difference(self.target.mapper, self.baseline, values, self.target.columns)
+            found = difference(self.target, self.baseline, values)
         if until is not None and found is not None:
             found = until(row) or None
             self._on_tested(row)
