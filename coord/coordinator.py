@@ -27,7 +27,7 @@ from coord.notify.client import close_client
 from coord.notify.outage import Outage
 from coord.notify.sentinel import redis_from_url
 from coord.notify.subscriber import Listener
-from coord.observation import tell_published
+from coord.observation import observers
 from coord.queue.handover import hand_over
 from coord.timings import attempt_payload
 from coord.waiting.watcher import MAX_WAITERS, Declared, Watcher, checked_settings
@@ -84,7 +84,6 @@ class Coordinator:
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -100,7 +99,11 @@ class Coordinator:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             for engine in engines:
-                self._coordinate(engine, stack)
+                prepare(engine)
+                channels, watcher = self._channels(engine), Watcher.of(engine)
+                self._watchers.append(watcher)
+                stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
+                stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
                 await stack.enter_async_context(LostAnswers(engine))
             self._stack = stack.pop_all()
         return self
@@ -152,13 +155,6 @@ class Coordinator:
     def _channels(self, engine: AsyncEngine) -> Channels:
         return Channels(self._namespace, engine.url.database or "")
 
-    def _coordinate(self, engine: AsyncEngine, stack: AsyncExitStack) -> None:
-        prepare(engine)
-        channels, watcher = self._channels(engine), Watcher.of(engine)
-        self._watchers.append(watcher)
-        stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
-        stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
-
     def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
         loop = self._loop
         if self._bell is None or loop is None or loop.is_closed():
@@ -170,7 +166,8 @@ class Coordinator:
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
             payload = attempt_payload(session)
-            tell_published(len(channels))
+            for observer in observers:
+                observer.hints("published", len(channels))
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
             return True

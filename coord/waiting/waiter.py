@@ -25,22 +25,8 @@ class Waiter(Generic[M]):
     reads_at_first = True
     """Whether its row is read soon after it is registered, without a message."""
     __slots__ = (
-        "_alarm",
-        "_alarm_at",
-        "_poller",
-        "_signal",
-        "awaits_message",
-        "baseline",
-        "began",
-        "concluding",
-        "error",
-        "has_read",
-        "interval",
-        "job",
-        "last",
-        "over",
-        "target",
-        "then",
+        *("_alarm", "_alarm_at", "_poller", "_signal", "awaits_message", "baseline", "began", "concluding", "error"),
+        *("has_read", "interval", "job", "last", "over", "target", "then"),
     )
 
     def __init__(

@@ -32,7 +32,6 @@ from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 Identity = tuple[Any, ...] | None
 """None is that of no row."""
 
-
 logger = logging.getLogger("coord.waiting")
 
 _UNREAD = ()
@@ -144,7 +143,7 @@ class WokenWaiter(Waiter[M]):
         values = inspect(row).dict
         found: Difference = True
         if not self._fresh:
-            found = difference(self.target.mapper, self.baseline, values, self.target.columns)
+            found = difference(self.target, self.baseline, values)
         if until is not None and found is not None:
             found = until(row) or None
             self._on_tested(row)

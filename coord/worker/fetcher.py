@@ -8,10 +8,9 @@ import random
 from collections.abc import Sequence
 from typing import Self
 
-from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError, ResponseError
 
-from coord.notify.client import Command, exchange, own_client
+from coord.notify.client import Command, connector, exchange
 from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
 from coord.queue.message import Message
 from coord.worker.executor import Executor
@@ -51,7 +50,7 @@ class Fetcher:
         turns: Turns,
     ) -> None:
         self._state = state
-        self._connection: Connection = own_client(state.redis.connection_pool).connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        self._connection = connector(state.redis.connection_pool)()
         self._keys = state.keys
         self._running = state.running
         self._executor = executor
