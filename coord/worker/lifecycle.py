@@ -21,7 +21,6 @@ from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
-from coord.worker.freshness import Freshness
 from coord.worker.maintenance.beat import Board
 from coord.worker.maintenance.canceller import Canceller
 from coord.worker.maintenance.heartbeat import Heartbeat
@@ -100,8 +99,7 @@ class Lifecycle:
         await stack.enter_async_context(coordinator)
         await _refuse_autocommit(ledger_engine(config.session_maker))
         self.registry = WorkerRegistry(state)
-        freshness = Freshness(state, self.registry)
-        self.heartbeat = Heartbeat(state, freshness.tick)
+        self.heartbeat = Heartbeat(state)
         canceller, scheduler, turns = Canceller(state), Scheduler(state), Turns(state)
         await stack.enter_async_context(self.heartbeat)
         maintenance = (
@@ -122,7 +120,7 @@ class Lifecycle:
             begun.append(loop)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, executor, freshness, turns))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, executor, self.registry, turns))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config
