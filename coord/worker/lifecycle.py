@@ -36,6 +36,7 @@ from coord.worker.maintenance.ticker import Ticker
 from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
+from coord.worker.stopping import also_on_signal
 from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
@@ -70,25 +71,22 @@ class Lifecycle:
             self._stack = stack.pop_all()
         logger.info("Takes jobs of the queue %s, %d at a time", self._config.keys.queue, self._config.max_jobs)
 
-    def hurry(self) -> None:
-        """Leave no more grace."""
-        self._hurry.set()
-
     async def stop(self, *, burst: bool = False) -> None:
         """Take nothing more, leave running jobs their grace, and hand back what has not ended by then.
 
-        In a burst what is due in the ledger is run first.
+        In a burst what is due in the ledger is run first. A signal ends the burst, and the grace.
         """
-        if burst:
-            await self._run_what_is_due()
-        self.state.board.stopping = True
-        self.fetcher.drain()
-        logger.info("This worker stops, leaving %d running jobs %g s", len(self.state.running), self._config.grace)
-        await self._ended(self._config.grace, hurry=True)
-        self.state.running.stop()
-        await self._ended(CANCELLED_SECONDS, hurry=False)
-        await self.state.running.abandon(ABANDONED_SECONDS)
-        await self._stack.aclose()
+        with also_on_signal(self._hurry.set):
+            if burst:
+                await self._run_what_is_due()
+            self.state.board.stopping = True
+            self.fetcher.drain()
+            logger.info("This worker stops, leaving %d running jobs %g s", len(self.state.running), self._config.grace)
+            await self._ended(self._config.grace, hurry=True)
+            self.state.running.stop()
+            await self._ended(CANCELLED_SECONDS, hurry=False)
+            await self.state.running.abandon(ABANDONED_SECONDS)
+            await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Each ends before what was opened before it."""
