@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, closing
 from typing import Any
 
@@ -111,11 +111,9 @@ class Lifecycle:
             TurnKeeper(state, turns),
             Pruner(state),
         )
-        begun: list[Loop] = []
-        stack.push_async_callback(_end, begun)
         for loop in maintenance:
             await loop.__aenter__()
-            begun.append(loop)
+        stack.push_async_callback(_end, maintenance)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
         self.fetcher = await stack.enter_async_context(Fetcher(state, executor, self.registry, turns))
@@ -158,7 +156,7 @@ class Lifecycle:
             await asyncio.sleep(BURST_SECONDS)
 
 
-async def _end(loops: Sequence[Loop]) -> None:
+async def _end(loops: Iterable[Loop]) -> None:
     """All at once: each may have to wait for a server that says nothing."""
     await asyncio.gather(*(loop.__aexit__() for loop in loops))
 
