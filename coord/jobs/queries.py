@@ -11,8 +11,10 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Select,
+    Text,
     bindparam,
     case,
+    cast,
     delete,
     func,
     insert,
@@ -44,7 +46,6 @@ from coord.jobs.model import (
     ledger_connection,
     workers,
 )
-from coord.jobs.turn import runs_in_turn
 from coord.notify.changes import collect
 
 MAX_LISTED_JOBS = 1_000
@@ -66,6 +67,11 @@ _AGAIN: Mapping[str, Any] = {
     "unknown_seconds": 0,
 }
 """What makes a job that has ended begin anew, with an attempt more."""
+_is_alive = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
+_running = func.json_extract_path_text(workers.c.jobs, cast(jobs.c.id, Text), "attempt") == cast(jobs.c.attempt, Text)
+_runs_in_turn = (
+    jobs.c.turn.is_not_distinct_from(jobs.c.attempt) & select(workers.c.id).where(_is_alive, _running).exists()
+)
 
 
 class Beat(NamedTuple):
@@ -212,8 +218,8 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
 
 def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
     """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
-    may_end = ~runs_in_turn(HEARTBEAT_EXPIRY_SECONDS)
-    free = free_of(select(jobs.c.id).where(is_queued, may_end, *conditions).order_by(jobs.c.id).limit(limit))
+    may_end = is_queued & ~_runs_in_turn  # with its row a turn ends, and another job's begins
+    free = free_of(select(jobs.c.id).where(may_end, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
     ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
     for row in ended:
@@ -234,11 +240,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
     # Looked for first: an update would wait for a job that runs just now, this one or one with its key.
     conflict = UniqueKeyConflictError(f"another unfinished job has the unique key of {Job(**found._mapping)}")
     same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
-    if (
-        found.state in RETRYABLE_STATES
-        and found.unique_key is not None
-        and execute(session, same_key).first() is not None
-    ):
+    if found.state in RETRYABLE_STATES and found.unique_key is not None and execute(session, same_key).first():
         raise conflict
     try:
         retried = run_again(session, jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))
@@ -270,8 +272,8 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
 
 
 async def heartbeats(session: AnySession) -> list[Beat]:
-    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
-    found = (await session_of(session).run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
+    living = select(workers.c.id, workers.c.jobs).where(_is_alive)
+    found = (await session_of(session).run_sync(execute, living)).all()
     return [
         Beat(UUID(job_id), running["attempt"], running.get("progress"), worker.id)
         for worker in found
