@@ -43,7 +43,7 @@ class Message:
     def read(cls, text: bytes) -> Message:
         """`ValueError` if it is not one: Redis may hold anything."""
         try:
-            found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
+            found = json.loads(text, parse_constant=_finite, parse_float=_finite)
             message = cls(
                 id=UUID(found["id"]),
                 attempt=found["attempt"],
@@ -94,12 +94,9 @@ class Message:
             raise ValueError("not of the types, or beyond the limits, of a job")
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _finite(text: str) -> float:
+    """Also of what is no JSON, `NaN` say."""
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is too large")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON's")
     return number
