@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Sequence
 from typing import Self
 from uuid import UUID
@@ -18,6 +17,7 @@ from coord.notify.client import Command, exchange, own_client
 from coord.queue.keys import due_of, rank_of, soon_prefix, taken_member
 from coord.queue.message import Message
 from coord.worker.executor import Executor
+from coord.worker.failure import backoff
 from coord.worker.maintenance.registry import WorkerRegistry
 from coord.worker.state import WorkerState
 from coord.worker.turns import Turns
@@ -90,20 +90,20 @@ class Fetcher:
         self._state.outage.report(error, "fetcher")
 
     async def _run(self) -> None:
-        pause = BACKOFF_SECONDS[0]
+        failures = 0
         while not self._draining or self._commands:
             try:
                 await self._round()
-                pause = BACKOFF_SECONDS[0]
+                failures = 0
             except (RedisError, OSError) as error:
                 self._commands, self._more = [], True  # the reconciler finds what was to be pushed back
                 self._report(error)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))
-                pause = min(2 * pause, BACKOFF_SECONDS[1])
+                failures += 1
+                await asyncio.sleep(backoff(failures, BACKOFF_SECONDS))
             except Exception:
                 logger.exception("The fetcher has failed, and goes on")
                 self._commands = []
-                await asyncio.sleep(pause)
+                await asyncio.sleep(BACKOFF_SECONDS[0])
 
     async def _round(self) -> None:
         self._running.changed.clear()

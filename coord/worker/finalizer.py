@@ -183,7 +183,7 @@ class Finalizer:
 
     async def persist(self, attempt: Attempt, write: Callable[[AsyncSession], Awaitable[T]]) -> T:
         """Have it written and committed, going on while PostgreSQL is away."""
-        pause = LEDGER_PAUSE_SECONDS[0]
+        failures = 0
         while True:
             try:
                 async with self._context() as session:
@@ -196,8 +196,8 @@ class Finalizer:
                 # It goes on in any case: with its end unwritten the job would be handed over and run again.
                 level = logging.DEBUG if is_retryable(error) else logging.ERROR
                 logger.log(level, "the end of job %s cannot be written yet: %s", attempt.job_id, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LEDGER_PAUSE_SECONDS[1])
+            failures += 1
+            await asyncio.sleep(backoff(failures, LEDGER_PAUSE_SECONDS))
 
 
 # What a dead worker leaves is bounded as for its effect.
