@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -111,11 +112,7 @@ def _retry(session: Session, conditions: Sequence[ColumnElement[bool]], limit: i
     ranked = select(jobs.c.id, place).where(*conditions, ~taken).subquery()
     newest = select(ranked.c.id).where(ranked.c.place == 1)
     free = free_of(select(jobs.c.id).where(*conditions, jobs.c.id.in_(newest)).order_by(jobs.c.id).limit(limit))
-    left = MAX_CONFLICTS
-    while True:
-        left -= 1
-        try:
+    for _ in range(MAX_CONFLICTS - 1):
+        with suppress(IntegrityError):
             return len(run_again(session, jobs.c.id.in_(free)))
-        except IntegrityError:
-            if not left:
-                raise
+    return len(run_again(session, jobs.c.id.in_(free)))
