@@ -16,7 +16,7 @@ from coord.database.engine import AnySession, session_of
 from coord.durations import Seconds, whole
 from coord.jobs.model import JobState, jobs
 from coord.jobs.options import checked_text, span
-from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, held_by, run_again
+from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, in_state, run_again
 
 MAX_CONFLICTS = 5
 """With jobs that are enqueued meanwhile under the unique keys of those that are to run again."""
@@ -49,8 +49,7 @@ async def cancel_jobs(
     whole("limit", limit, most=MAX_LISTED_JOBS)
     conditions = conditions_of(task, queue, older_than, newer_than)
     if wanted is not None:
-        held = held_by(await heartbeats(session))
-        conditions.append(held if wanted is JobState.RUNNING else ~held)
+        conditions += in_state(wanted, await heartbeats(session))
     return sum(await interruptible(session_of(session).run_sync(cancel_some, conditions, limit)))
 
 

@@ -148,6 +148,17 @@ async def set_result(session: AnySession, value: Any) -> None:
     await interruptible(session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text}))
 
 
+def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
+    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
+
+    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
+    """
+    attempt = ctx.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
+    _, attempt.progress = as_it_arrives("progress", value)
+
+
 def ours(attempt: Attempt) -> dict[str, Any]:
     """The parameters of `is_ours`."""
     return {

@@ -30,8 +30,6 @@ from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
 from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
-from coord.jobs.arguments import as_it_arrives
-from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import is_unwanted
 from coord.jobs.model import (
     Cancellation,
@@ -148,14 +146,7 @@ async def list_jobs(
     whole("limit", limit, most=MAX_LISTED_JOBS)
     wanted = None if state is None else JobState(state)
     beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
-    statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    match wanted:
-        case JobState.RUNNING:
-            statement = statement.where(is_queued, held_by(beats))
-        case JobState.QUEUED:
-            statement = statement.where(is_queued, ~held_by(beats))
-        case JobState():  # written out, as in is_queued
-            statement = statement.where(jobs.c.state == bindparam(None, wanted, literal_execute=True))
+    statement = select(jobs).where(*in_state(wanted, beats)).order_by(jobs.c.id.desc()).limit(limit)
     if task is not None:
         statement = statement.where(jobs.c.task == task)
     if before is not None:
@@ -193,17 +184,6 @@ async def retry_job(session: AnySession, job_id: UUID) -> Job:
     another unfinished one with its unique key, `RowNotFoundError`.
     """
     return await interruptible(session_of(session).run_sync(_retry, job_id))
-
-
-def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
-    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
-
-    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
-    """
-    attempt = ctx.get(ATTEMPT)
-    if not isinstance(attempt, Attempt):
-        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
-    _, attempt.progress = as_it_arrives("progress", value)
 
 
 def _cancel(session: Session, job_id: UUID) -> JobState:
@@ -284,6 +264,18 @@ async def heartbeats(session: AnySession) -> list[Beat]:
 def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
     """Whether a queued job runs."""
     return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+
+
+def in_state(wanted: JobState | None, beats: Iterable[Beat]) -> list[ColumnElement[bool]]:
+    """Which jobs are in that state, by these heartbeats; None for any."""
+    match wanted:
+        case None:
+            return []
+        case JobState.RUNNING:
+            return [is_queued, held_by(beats)]
+        case JobState.QUEUED:
+            return [is_queued, ~held_by(beats)]
+    return [jobs.c.state == bindparam(None, wanted, literal_execute=True)]  # written out, as in is_queued
 
 
 def _by_attempt(beats: Iterable[Beat]) -> dict[tuple[UUID, int], Beat]:
