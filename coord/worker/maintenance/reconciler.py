@@ -100,11 +100,8 @@ class Reconciler(Loop):
             ((due_by,),) = await self._state.read(select(func.now()))
             self._sweep = Sweep(due_by)
         await self._redis.zremrangebyscore(self._keys.taken, "-inf", now - TAKEN_SECONDS * 2000)
-        async for asked, page in self._pages(await self._head(now)):
-            queued = await self._compare(page, now)
-            for key in asked:
-                if key not in queued:
-                    self._missing.pop(key, None)
+        async for page in self._pages(await self._head(now)):
+            await self._compare(page, now)
         if self._handed_over:
             logger.warning("%d jobs were not to be found in Redis, and are handed over again", self._handed_over)
             self._handed_over = 0
@@ -147,47 +144,47 @@ class Reconciler(Loop):
         age = (now - due_of(score)) / 1000
         return Head(100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9))
 
-    async def _pages(self, head: Head | None) -> AsyncIterator[tuple[Sequence[Key], Sequence[Row[Any]]]]:
-        """What is likely to be missing, what was missing, and a part of the rest; with what was asked for by name."""
+    async def _pages(self, head: Head | None) -> AsyncIterator[Sequence[Row[Any]]]:
+        """What was missing, as far as it is queued still; what is likely to be missing; and a part of the rest."""
         until = time.monotonic() + LOOK_SECONDS
         ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
         asked = list(self._missing)[: max(PAGE, ripe)]
         while asked:
             some, asked = asked[:PAGE], asked[PAGE:] if time.monotonic() < until else []
             wanted = jobs.c.id.in_([job_id for job_id, _ in some])
-            yield some, await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), wanted)
+            page = await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), wanted)
+            for key in set(some) - {(row.id, row.attempt) for row in page}:
+                self._missing.pop(key, None)
+            yield page
         last, first = RECENT_SECONDS
         due = jobs.c.scheduled_at <= _ago(last)
         if head is None:
-            yield (), await self._queued.ids(due)
+            yield await self._queued.ids(due)
         else:
-            yield (), await self._queued.ids(due, jobs.c.priority > head.priority)
-            yield (), await self._queued.ids(due, jobs.c.priority == head.priority, _older(head))
-            yield (), await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
+            yield await self._queued.ids(due, jobs.c.priority > head.priority)
+            yield await self._queued.ids(due, jobs.c.priority == head.priority, _older(head))
+            yield await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
         if self._sweep is None:
             rest = await self._queued.ids(due, limit=REST, after=self._rest)
             self._rest = rest[-1] if len(rest) == REST else None
-            yield (), rest
+            yield rest
         while self._sweep and len(self._missing) < MAX_MISSING:
             page = await self._queued.ids(jobs.c.scheduled_at <= self._sweep.due_by, after=self._sweep.after)
-            yield (), page
+            yield page
             self._sweep = Sweep(self._sweep.due_by, page[-1]) if page else None
             if time.monotonic() >= until:
                 break
 
-    async def _compare(self, page: Sequence[Row[Any]], now: int) -> set[Key]:
-        """Hands over what was missing long enough. Returns those that are still queued."""
-        queued: set[Key] = set()
+    async def _compare(self, page: Sequence[Row[Any]], now: int) -> None:
+        """Hands over what was missing long enough."""
         async for rows in self._queued.rows(page):
             absent = {(row.id, row.attempt): row for row in rows}
-            queued.update(absent)
             self._note_found(absent, await self._in_redis(rows, now))
             if absent:
                 self._note_found(absent, await self._held())
             looked_at = time.monotonic()
             since = {key: self._missing.setdefault(key, looked_at) for key in absent}
             await self._hand_over([row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS])
-        return queued
 
     def _note_found(self, absent: dict[Key, Row[Any]], found: set[Key]) -> None:
         for key in found & absent.keys():
