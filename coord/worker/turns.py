@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -53,7 +54,11 @@ class Turns:
 
     async def admitted(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
         """The keys of those whose turn it is; the others wait from now on, but for what has ended or is locked."""
-        found = await self._taken(messages)
+        statement = _take([message.key for message in messages])
+        found: Sequence[Any] | None = None
+        while found is None:
+            with suppress(IntegrityError):  # another worker was quicker, and is seen now
+                found = await self._all(statement)
         if waiting := {row.one_at_a_time for row in found if not row.turn}:
             await self.pass_on(waiting)  # it may have become free since the statement began
         return {(row.id, row.attempt) for row in found if row.turn}
@@ -67,21 +72,10 @@ class Turns:
         except Exception as error:  # noqa: BLE001 - the leader does it within seconds
             logger.debug("A turn could not be passed on: %s", error)
 
-    async def _taken(self, messages: Sequence[Message]) -> Sequence[Any]:
-        statement = _take([message.key for message in messages])
-        while True:
-            try:
-                return await self._all(statement)
-            except IntegrityError:
-                """Another worker was quicker, and is seen now."""
-
     async def _pass_on(self, key: str) -> None:
-        try:
-            rows = await self._all(_pass_on(key))
-        except IntegrityError:
-            return  # somebody else has
-        for row in rows:
-            await self._state.hand_over([row], keys=QueueKeys(self._state.keys.namespace, row.queue))
+        with suppress(IntegrityError):  # somebody else has
+            for row in await self._all(_pass_on(key)):
+                await self._state.hand_over([row], keys=QueueKeys(self._state.keys.namespace, row.queue))
 
     async def _all(self, statement: Any) -> Sequence[Any]:
         async with self._mutex:
