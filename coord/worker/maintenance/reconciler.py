@@ -46,17 +46,10 @@ REST = 100
 LOOK_SECONDS, PAUSE_SECONDS = 0.25, 0.1
 """A look at everything goes on for so long in a round, and for so long the worker has its loop for itself."""
 OLDER_SECONDS = 1.0
-"""By which a job has been due for longer than the head of the feed, to be looked for before all others."""
+"""By which a job has been due for longer than the head of the feed, to be looked for before all others: by more than it
+takes to ask, or a wave that became due in one moment would seem to be all older than its first."""
 MAX_MISSING = 20 * PAGE
 """Of which the look at everything waits until they are handed over: they take memory."""
-
-
-class Head(NamedTuple):
-    """What is first in the feed."""
-
-    priority: int
-    age: float
-    """Seconds since it was due."""
 
 
 class Sweep(NamedTuple):
@@ -136,15 +129,16 @@ class Reconciler(Loop):
         due = await self._queued.count(jobs.c.scheduled_at < _ago(RECENT_SECONDS[1]))
         return due > int(fed) + len(known)
 
-    async def _head(self, now: int) -> Head | None:
+    async def _head(self, now: int) -> tuple[int, float] | None:
+        """The priority of what is first in the feed, and the seconds since it was due."""
         first = await self._redis.zrange(self._keys.feed, 0, 0, withscores=True)
         if not first:
             return None
         score = first[0][1]
         age = (now - due_of(score)) / 1000
-        return Head(100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9))
+        return 100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9)
 
-    async def _pages(self, head: Head | None) -> AsyncIterator[Sequence[Row[Any]]]:
+    async def _pages(self, head: tuple[int, float] | None) -> AsyncIterator[Sequence[Row[Any]]]:
         """What was missing, as far as it is queued still; what is likely to be missing; and a part of the rest."""
         until = time.monotonic() + LOOK_SECONDS
         ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
@@ -161,8 +155,10 @@ class Reconciler(Loop):
         if head is None:
             yield await self._queued.ids(due)
         else:
-            yield await self._queued.ids(due, jobs.c.priority > head.priority)
-            yield await self._queued.ids(due, jobs.c.priority == head.priority, _older(head))
+            priority, age = head
+            older = jobs.c.scheduled_at < _ago(age + OLDER_SECONDS)
+            yield await self._queued.ids(due, jobs.c.priority > priority)
+            yield await self._queued.ids(due, jobs.c.priority == priority, older)
             yield await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
         if self._sweep is None:
             rest = await self._queued.ids(due, limit=REST, after=self._rest)
@@ -184,18 +180,16 @@ class Reconciler(Loop):
                 self._note_found(absent, await self._held())
             looked_at = time.monotonic()
             since = {key: self._missing.setdefault(key, looked_at) for key in absent}
-            await self._hand_over([row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS])
+            lost = [row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS]
+            await self._state.hand_over(lost)
+            self._handed_over += len(lost)
+            for row in lost:
+                del self._missing[row.id, row.attempt]
 
     def _note_found(self, absent: dict[Key, Row[Any]], found: set[Key]) -> None:
         for key in found & absent.keys():
             del absent[key]
             self._missing.pop(key, None)
-
-    async def _hand_over(self, lost: Sequence[Row[Any]]) -> None:
-        await self._state.hand_over(lost)
-        self._handed_over += len(lost)
-        for row in lost:
-            del self._missing[row.id, row.attempt]
 
     async def _in_redis(self, rows: Sequence[Row[Any]], now: int) -> set[Key]:
         """Those that are in the feed, or near it, or were popped just now."""
@@ -221,8 +215,3 @@ class Reconciler(Loop):
 
 def _ago(seconds: float) -> Any:
     return func.now() - literal(timedelta(seconds=seconds))
-
-
-def _older(head: Head) -> Any:
-    """By more than it takes to ask: a wave that became due in one moment would seem to be all older than its first."""
-    return jobs.c.scheduled_at < _ago(head.age + OLDER_SECONDS)
