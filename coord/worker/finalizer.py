@@ -94,11 +94,8 @@ class Finalizer:
 
     async def keep_result(self, attempt: Attempt, result: Any) -> None:
         """Of a task whose effect was applied; its result comes in a commit of its own."""
-
-        async def write(session: AsyncSession) -> None:
-            await session.run_sync(execute, update(jobs).where(jobs.c.id == attempt.job_id).values(result=result))
-
-        await self.persist(attempt, write)
+        kept = update(jobs).where(jobs.c.id == attempt.job_id).values(result=result)
+        await self.persist(attempt, lambda session: session.run_sync(execute, kept))
 
     @_persistent
     async def cancelled(self, end: End) -> JobState:
