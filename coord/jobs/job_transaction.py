@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -59,8 +59,10 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     attempt = ctx.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
-    attempt.enter()
-    with _noted(attempt):
+    if attempt.entered:
+        raise RuntimeError("An attempt has one job_transaction, and this is a second.")
+    attempt.entered = True
+    try:
         session, transaction = await _claimed(attempt)
         failure, returned = None, False
         try:
@@ -83,15 +85,8 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         finally:
             del session.info[ATTEMPT]
             await closed(session)
-
-
-@contextmanager
-def _noted(attempt: Attempt) -> Iterator[None]:
-    """What keeps the effect from being applied, whether or not the task lets it through."""
-    try:
-        yield
     except BaseException as error:
-        attempt.failure = error
+        attempt.failure = error  # whether or not the task lets it through
         raise
 
 
@@ -151,6 +146,17 @@ async def set_result(session: AnySession, value: Any) -> None:
         raise RuntimeError("set_result needs the session of a job_transaction.")  # noqa: TRY004 - of its context
     text, _ = as_it_arrives("the result", value)
     await interruptible(session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text}))
+
+
+def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
+    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
+
+    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
+    """
+    attempt = ctx.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
+    _, attempt.progress = as_it_arrives("progress", value)
 
 
 def ours(attempt: Attempt) -> dict[str, Any]:
