@@ -39,7 +39,7 @@ from coord import (
 from coord.database.engine import bind_for_writes
 from coord.http import Reply, reply
 from coord.notify.channels import Channels
-from tests.ledger import a_task, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, delivered
 from tests.models import Base, Item, User
 from tests.serving import served
 from tests.shop import empty_database

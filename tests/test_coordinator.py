@@ -593,11 +593,7 @@ async def test_nothing_that_can_be_rung_fails_a_commit(
 
 
 async def test_a_change_while_the_session_reads_is_no_disagreement_with_the_shared_read(
-    session_maker: SessionMaker,
-    engine: AsyncEngine,
-    redis_url: str,
-    observer: Connection,
-    user: int,
+    session_maker: SessionMaker, engine: AsyncEngine, redis_url: str, observer: Connection, user: int
 ) -> None:
     """The session's own read began before it, and the shared read after it."""
     reads = 0

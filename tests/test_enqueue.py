@@ -451,18 +451,7 @@ async def test_a_task_is_called_what_arq_calls_it(session_maker: SessionMaker, t
 
 
 @pytest.mark.parametrize(
-    "task",
-    [
-        None,
-        5,
-        "",
-        "a\0b",
-        "\ud800",
-        "x" * 501,
-        "é" * 251,
-        functools.partial(a_task, None),
-        User,
-    ],
+    "task", [None, 5, "", "a\0b", "\ud800", "x" * 501, "é" * 251, functools.partial(a_task, None), User]
 )
 async def test_anything_but_a_task_is_refused_before_any_sql(session_maker: SessionMaker, task: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="task"):

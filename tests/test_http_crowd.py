@@ -203,11 +203,7 @@ class Follower:
 
 
 async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
-    database_url: str,
-    redis_url: str,
-    engine: AsyncEngine,
-    session_maker: SessionMaker,
-    orders: None,
+    database_url: str, redis_url: str, engine: AsyncEngine, session_maker: SessionMaker, orders: None
 ) -> None:
     """None goes backwards, and what lasts, in the middle and at the end, everybody sees."""
     chance = random.Random(500)

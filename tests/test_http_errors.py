@@ -207,9 +207,7 @@ async def test_a_page_of_another_origin_may_read_that_its_upload_took_too_long()
         assert slow.headers["access-control-allow-origin"] == ORIGIN["Origin"]
 
 
-async def test_a_bug_is_answered_by_the_applications_own_handler_and_logged(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+async def test_a_bug_is_answered_by_the_applications_own_handler_and_logged(capfd: pytest.CaptureFixture[str]) -> None:
     async with served(with_cors(own_handler=True)) as client:
         answer = await client.get("/bug", headers=ORIGIN)
     assert (answer.status_code, answer.json()["detail"]) == (500, "an own handler")

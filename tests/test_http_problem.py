@@ -266,9 +266,7 @@ def asking(engine: AsyncEngine, *statements: str) -> FastAPI:
     return app
 
 
-async def test_a_database_that_is_not_there_is_a_503_and_one_line_in_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_database_that_is_not_there_is_a_503_and_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     engine = create_async_engine(f"postgresql+asyncpg://shop:{SECRET}@127.0.0.1:1/shop")
     with caplog.at_level(logging.WARNING, "coord.http"):
         async with served(asking(engine, "SELECT 1")) as client:

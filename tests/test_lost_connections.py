@@ -164,9 +164,7 @@ async def test_a_primary_that_was_demoted_is_left_and_its_errors_are_transient(
     assert name is not None
 
 
-async def test_a_transaction_that_is_read_only_by_its_own_wish_is_no_server_that_is_away(
-    database_url: str,
-) -> None:
+async def test_a_transaction_that_is_read_only_by_its_own_wish_is_no_server_that_is_away(database_url: str) -> None:
     async with doomed(database_url) as engine, AsyncSession(engine) as session:
         await session.execute(text("SET TRANSACTION READ ONLY"))
         with pytest.raises(Exception, match="read-only") as caught:

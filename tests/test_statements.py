@@ -176,10 +176,7 @@ def _once_a_statement(action: Callable[..., None], *, of_row: bool) -> Callable[
 @example(listeners=[("commit", fail_and_swallow)], steps=["add"])
 @example(listeners=[("commit", fail_in_a_savepoint)], steps=["add"])
 async def test_a_commit_that_raises_has_stored_nothing_and_one_that_returns_has_stored_all(
-    database_url: str,
-    observer: Connection,
-    listeners: list[tuple[str, Callable[..., None]]],
-    steps: list[str],
+    database_url: str, observer: Connection, listeners: list[tuple[str, Callable[..., None]]], steps: list[str]
 ) -> None:
     await observer.execute("DELETE FROM items; DELETE FROM users; DELETE FROM coord_jobs")
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
