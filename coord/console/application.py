@@ -49,7 +49,7 @@ def console(
     routes = [Route(page.path, handlers.page(page), methods=["GET"]) for page in PAGES]
     routes += [
         Route("/sign-in", handlers.sign_in, methods=["POST"]),
-        Route("/sign-out", handlers.sign_out, methods=["POST"]),
+        Route("/sign-out", handlers.signed_in(handlers.sign_out), methods=["POST"]),
         Route("/static/{name}", _static(desk), methods=["GET"]),
     ]
     for path, actions, ask, do in (
