@@ -128,17 +128,10 @@ async def test_under_load_every_error_of_terminated_backends_is_retryable(
         for _ in range(10):
             already = len(errors)
             await eventually(lambda: observer.fetch(TERMINATE), within=20)
-            await eventually(_more_than(errors, already), within=20)
+            await eventually(lambda already=already: len(errors) > already, within=20)
         stop.set()
         await asyncio.wait(workers)
     assert [error for error in errors if not is_retryable(error)] == []
-
-
-def _more_than(errors: list[BaseException], count: int) -> Any:
-    async def there_are() -> bool:
-        return len(errors) > count
-
-    return there_are
 
 
 async def test_a_primary_that_was_demoted_is_left_and_its_errors_are_transient(

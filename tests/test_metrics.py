@@ -148,11 +148,7 @@ async def test_what_is_open_is_counted_while_it_is(metrics: Metrics, office: Off
         await session.commit()
         metrics.watch(office.session_maker.kw["bind"])
         waiting = asyncio.create_task(wait_for_row_change(session, User, 1))
-
-        async def registered() -> bool:
-            return Scrape(metrics.text().decode()).value("coord_waiters") == 1
-
-        await eventually(registered)
+        await eventually(lambda: Scrape(metrics.text().decode()).value("coord_waiters") == 1)
         waiting.cancel()
         await asyncio.wait([waiting])
         async with office.session_maker() as other:
@@ -168,11 +164,7 @@ async def test_a_change_that_nobody_announced_is_a_hint_missed(
     await observer.execute("INSERT INTO users (id, name) VALUES (1, '')")
     async with office.session_maker() as session:
         waiting = asyncio.create_task(wait_for_row_change(session, User, 1, interval=0.3))
-
-        async def registered() -> bool:
-            return Scrape(metrics.text().decode()).value("coord_waiters") == 1
-
-        await eventually(registered)
+        await eventually(lambda: Scrape(metrics.text().decode()).value("coord_waiters") == 1)
         await asyncio.sleep(0.15)  # beyond the first read, and beyond what counts as at once
         await observer.execute("UPDATE users SET name = 'raw'")
         assert (await waiting).name == "raw"
