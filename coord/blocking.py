@@ -116,19 +116,15 @@ def tree(backends: Sequence[Backend]) -> Iterator[tuple[int, Backend]]:
         below.setdefault(first, []).append(backend)
     seen: set[int] = set()
 
-    def walk(above: int | None, depth: int) -> Iterator[tuple[int, Backend]]:
-        for backend in below.get(above, ()):
-            if backend.pid not in seen:
-                seen.add(backend.pid)
-                yield depth, backend
-                yield from walk(backend.pid, depth + 1)
-
-    yield from walk(None, 0)
-    for backend in backends:  # a deadlock, until PostgreSQL breaks it
+    def walk(backend: Backend, depth: int) -> Iterator[tuple[int, Backend]]:
         if backend.pid not in seen:
             seen.add(backend.pid)
-            yield 0, backend
-            yield from walk(backend.pid, 1)
+            yield depth, backend
+            for behind in below.get(backend.pid, ()):
+                yield from walk(behind, depth + 1)
+
+    for backend in (*below.get(None, ()), *backends):  # nobody is first in a deadlock, until PostgreSQL breaks it
+        yield from walk(backend, 0)
 
 
 def _is_of_note(row: Any, blockers: set[int]) -> bool:

@@ -117,21 +117,17 @@ async def living_workers(session: AsyncSession) -> Sequence[LivingWorker]:
     ids = [job_id for row in rows for job_id in row.jobs]
     named = select(jobs.c.id, jobs.c.task).where(jobs.c.id.in_(ids))
     tasks = {str(row.id): row.task for row in await session.run_sync(execute, named)} if ids else {}
-    return [_worker(row, tasks) for row in rows]
-
-
-def _worker(row: Any, tasks: dict[str, str]) -> LivingWorker:
-    return LivingWorker(
-        id=row.id,
-        queue=row.queue,
-        host=row.host,
-        pid=row.pid,
-        started_at=row.started_at,
-        heartbeat=row.heartbeat,
-        state="dead" if row.dead else "stopping" if row.stopping else "leads" if row.leads else "works",
-        runs=[
-            RunningJob(id=job_id, task=tasks.get(job_id), attempt=running["attempt"])
-            for job_id, running in row.jobs.items()
-        ],
-        tasks=sorted(row.tasks),
-    )
+    return [
+        LivingWorker(
+            id=row.id,
+            queue=row.queue,
+            host=row.host,
+            pid=row.pid,
+            started_at=row.started_at,
+            heartbeat=row.heartbeat,
+            state="dead" if row.dead else "stopping" if row.stopping else "leads" if row.leads else "works",
+            runs=[RunningJob(id=id_, task=tasks.get(id_), attempt=run["attempt"]) for id_, run in row.jobs.items()],
+            tasks=sorted(row.tasks),
+        )
+        for row in rows
+    ]

@@ -22,7 +22,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -118,8 +118,6 @@ class Metrics(Observer):
 
     def routes(self, session_maker: async_sessionmaker[AsyncSession], *, path: str = "/metrics") -> APIRouter:
         """`GET /metrics`, with the ledger's figures, for which it opens a session of its own; not for everybody."""
-        from fastapi import APIRouter, Response
-
         router = APIRouter(tags=["metrics"], include_in_schema=False)
 
         @router.get(path)

@@ -12,16 +12,16 @@ import ast
 import asyncio
 import inspect
 import re
-import warnings
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
-from arq.worker import create_worker
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import create_ledger, job_transaction, lock_tables, worker_settings
+from coord.testing import run_worker
 from tests.pooler import UNTOLD
+from tests.serving import engine_at
 from tests.shop import ROOT, emptied, empty_database
 from worker.models import Base, Order, OrderStatus, Stock
 
@@ -100,20 +100,10 @@ async def fulfil_order(ctx: dict[str, Any], order_id: int) -> None:
 @asynccontextmanager
 async def working(namespace: Namespace, functions: Sequence[Any]) -> AsyncIterator[None]:
     """A worker that runs them, in this event loop."""
-    engine = create_async_engine(namespace["database_url"], pool_size=5, **UNTOLD)
-    sessions = async_sessionmaker(engine, expire_on_commit=False)
-    redis_url = namespace["redis_url"]
-    settings = worker_settings(functions, session_maker=sessions, redis=redis_url, handle_signals=False)
-    worker = create_worker(settings)
-    task = asyncio.create_task(worker.async_run())
-    yield
-    while not task.done():  # redis-py may swallow a cancellation
-        task.cancel()
-        await asyncio.wait([task], timeout=0.5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # arq calls what redis-py has deprecated
-        await worker.close()
-    await engine.dispose()
+    async with engine_at(namespace["database_url"], pool_size=5, **UNTOLD) as engine:
+        sessions = async_sessionmaker(engine, expire_on_commit=False)
+        async with run_worker(worker_settings(functions, session_maker=sessions, redis=namespace["redis_url"])):
+            yield
 
 
 async def run(page: Path, namespace: Namespace) -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import QueuePool
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
+    from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 MAX_PAUSE_SECONDS = 0.05
@@ -63,6 +65,16 @@ async def eventually(condition: Any, *, within: float = 5.0, message: str = "") 
             raise AssertionError(message or f"not true within {within} s, last seen: {result!r}")
         await asyncio.sleep(pause)
         pause = min(1.2 * pause, MAX_PAUSE_SECONDS)
+
+
+@contextlib.asynccontextmanager
+async def engine_at(url: str | URL, **options: Any) -> AsyncIterator[AsyncEngine]:
+    """An engine that has no connection any more when the block ends."""
+    engine = create_async_engine(url, **options)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
 
 
 async def all_given_back(engine: AsyncEngine, *, within: float = 5.0) -> None:

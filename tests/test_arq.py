@@ -435,11 +435,7 @@ async def test_a_burst_stops_when_it_is_told_to(office: Office, notes: Notes) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("setting", "refusal"),
-    [
-        (("min-replicas-to-write", "1"), "NOREPLICAS"),
-        (("maxmemory", "1"), "OOM|maxmemory"),
-    ],
+    ("setting", "refusal"), [(("min-replicas-to-write", "1"), "NOREPLICAS"), (("maxmemory", "1"), "OOM|maxmemory")]
 )
 async def test_what_redis_refuses_is_waited_out_and_said_as_what_it_is(
     ledger: None, database_url: str, tmp_path: Path, setting: tuple[str, str], refusal: str, caplog: Any

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from fastapi import Depends, FastAPI
 from sqlalchemy import Delete, Update, text, update
-from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session, make_transient_to_detached
 
 import coord
@@ -39,9 +39,9 @@ from coord import (
 from coord.database.engine import bind_for_writes
 from coord.http import Reply, reply
 from coord.notify.channels import Channels
-from tests.ledger import a_task, delivered, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task, delivered
 from tests.models import Base, Item, User
-from tests.serving import served
+from tests.serving import engine_at, served
 from tests.shop import empty_database
 from tests.waits import registered, waiting
 
@@ -62,9 +62,8 @@ NEVER = 60.0
 async def elsewhere(database_url: str) -> AsyncIterator[AsyncEngine]:
     """An engine whose database has no table at all, so that whatever is sent there fails."""
     async with empty_database(database_url) as url:
-        engine = create_async_engine(url)
-        yield engine
-        await engine.dispose()
+        async with engine_at(url) as engine:
+            yield engine
 
 
 def routed(leader: AsyncEngine, follower: AsyncEngine) -> SessionMaker:

@@ -12,10 +12,9 @@ from sqlalchemy import text
 from coord.blocking import Backend, TableLock, blocking, tree
 from coord.cli import main
 from coord.cli.locks import line
-from tests.ledger import ledger  # noqa: F401 - fixture
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
-from tests.workers import Notes, Office, notes, office, process  # noqa: F401 - fixtures
+from tests.workers import Notes, Office, process
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,17 +24,13 @@ if TYPE_CHECKING:
 MODE = "SHARE ROW EXCLUSIVE"
 
 
-async def looked(office: Office) -> list[Backend]:  # noqa: F811
+async def looked(office: Office) -> list[Backend]:
     async with office.session_maker() as session:
         return await blocking(session)
 
 
 async def test_a_blocked_job_stands_beneath_the_job_that_holds_its_table(
-    office: Office,  # noqa: F811
-    notes: Notes,  # noqa: F811
-    tables: None,
-    observer: asyncpg.Connection,
-    capsys: pytest.CaptureFixture[str],
+    office: Office, notes: Notes, tables: None, observer: asyncpg.Connection, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with process(office, notes, heartbeat_process=False, COORD_TEST_GRACE="5") as worker:
         first = await office.enqueue("hold_lock", "go")
@@ -80,11 +75,7 @@ async def test_a_blocked_job_stands_beneath_the_job_that_holds_its_table(
     assert "nobody" in capsys.readouterr().out
 
 
-async def test_who_is_no_job_is_told_by_what_he_is(
-    office: Office,  # noqa: F811
-    tables: None,
-    observer: asyncpg.Connection,
-) -> None:
+async def test_who_is_no_job_is_told_by_what_he_is(office: Office, tables: None, observer: asyncpg.Connection) -> None:
     """A handler's session behind psql, which has a row: no table's lock, and still in the way."""
     await observer.execute("INSERT INTO users (id, name) VALUES (1, ''); SET application_name = 'psql'")
     transaction = observer.transaction()
@@ -104,9 +95,7 @@ async def test_who_is_no_job_is_told_by_what_he_is(
 
 
 async def test_weak_locks_that_nobody_waits_for_are_not_told_of(
-    office: Office,  # noqa: F811
-    tables: None,
-    observer: asyncpg.Connection,
+    office: Office, tables: None, observer: asyncpg.Connection
 ) -> None:
     async with observer.transaction():
         await observer.execute("SELECT * FROM users")

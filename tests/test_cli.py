@@ -14,8 +14,8 @@ from sqlalchemy import text
 from coord import JobState, cancel_job
 from coord.cli import COMMANDS, main
 from coord.jobs.ids import new_id
-from tests.ledger import a_task, ledger  # noqa: F401 - fixture
-from tests.workers import Office, office, working  # noqa: F401 - fixtures
+from tests.ledger import a_task
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from coord import Job
@@ -26,7 +26,7 @@ async def fail(ctx: dict[str, Any]) -> None:
 
 
 class Terminal:
-    def __init__(self, office: Office, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    def __init__(self, office: Office, capsys: pytest.CaptureFixture[str]) -> None:
         self._url = office.database_url
         self._capsys = capsys
 
@@ -41,11 +41,11 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(office: Office, capsys: pytest.CaptureFixture[str]) -> Terminal:  # noqa: F811
+def terminal(office: Office, capsys: pytest.CaptureFixture[str]) -> Terminal:
     return Terminal(office, capsys)
 
 
-async def failed(office: Office) -> Job:  # noqa: F811
+async def failed(office: Office) -> Job:
     async with working(office, [fail]):
         job = await office.enqueue(fail)
         await office.final(job)
@@ -53,8 +53,7 @@ async def failed(office: Office) -> Job:  # noqa: F811
 
 
 async def test_jobs_are_listed_by_state_and_task_and_shown_with_their_attempts(
-    office: Office,  # noqa: F811
-    terminal: Terminal,
+    office: Office, terminal: Terminal
 ) -> None:
     assert await terminal.says("jobs", "list") == "no such job\n"
     bad, waiting = await failed(office), await office.enqueue(a_task, [1], name="x")
@@ -70,7 +69,7 @@ async def test_jobs_are_listed_by_state_and_task_and_shown_with_their_attempts(
     assert (await terminal.json("jobs", "show", str(waiting.id)))["arguments"] == [[[1]], {"name": "x"}]
 
 
-async def test_jobs_are_retried_all_or_none_and_cancelled(office: Office, terminal: Terminal) -> None:  # noqa: F811
+async def test_jobs_are_retried_all_or_none_and_cancelled(office: Office, terminal: Terminal) -> None:
     bad, unknown = await failed(office), new_id()
     said = await terminal.says("jobs", "retry", str(bad.id), str(unknown), status=1)
     assert said == f"coord: Job({unknown}) not found\n"
@@ -86,9 +85,7 @@ async def test_jobs_are_retried_all_or_none_and_cancelled(office: Office, termin
 
 
 async def test_jobs_that_ended_long_ago_are_pruned_and_no_others(
-    office: Office,  # noqa: F811
-    terminal: Terminal,
-    monkeypatch: pytest.MonkeyPatch,
+    office: Office, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new, waiting = await failed(office), await office.enqueue(a_task), await office.enqueue(a_task)
     async with office.session_maker.begin() as session:
@@ -107,7 +104,7 @@ async def test_jobs_that_ended_long_ago_are_pruned_and_no_others(
     assert left == 0
 
 
-async def test_queues_and_workers_are_listed(office: Office, terminal: Terminal) -> None:  # noqa: F811
+async def test_queues_and_workers_are_listed(office: Office, terminal: Terminal) -> None:
     assert await terminal.says("workers") == "no worker has a heartbeat\n"
     assert await terminal.json("queues", "list") == []
     await office.enqueue(a_task)
@@ -122,7 +119,7 @@ async def test_queues_and_workers_are_listed(office: Office, terminal: Terminal)
     assert "default" in await terminal.says("queues", "list")
 
 
-async def test_a_queue_is_paused_and_resumed(office: Office, terminal: Terminal) -> None:  # noqa: F811
+async def test_a_queue_is_paused_and_resumed(office: Office, terminal: Terminal) -> None:
     assert await terminal.says("queues", "pause", "default") == "default is paused\n"
     async with working(office, [a_task]):
         job = await office.enqueue(a_task)
@@ -163,9 +160,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 
 
 async def test_tables_need_rich_and_json_does_not(
-    office: Office,  # noqa: F811
-    terminal: Terminal,
-    monkeypatch: pytest.MonkeyPatch,
+    office: Office, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await office.enqueue(a_task)
     for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:

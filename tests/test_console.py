@@ -25,7 +25,7 @@ from coord.telemetry import REQUEST_ID
 from tests.desk import FULL, READ, mounted, signed_in
 from tests.ledger import a_task, committed, executed
 from tests.models import User
-from tests.serving import all_given_back, eventually
+from tests.serving import all_given_back, engine_at, eventually
 from tests.shop import empty_database
 
 if TYPE_CHECKING:
@@ -324,14 +324,15 @@ async def test_a_stream_that_is_asked_for_again_leaves_out_what_its_client_has(
 
 
 async def test_a_postgresql_that_is_away_is_said_and_looked_for_again() -> None:
-    engine = create_async_engine("postgresql+asyncpg://nobody@127.0.0.1:1/nowhere")
-    async with signed_in(mounted(async_sessionmaker(engine))) as client:
+    async with (
+        engine_at("postgresql+asyncpg://nobody@127.0.0.1:1/nowhere") as engine,
+        signed_in(mounted(async_sessionmaker(engine))) as client,
+    ):
         answer = await client.get("jobs")
         assert answer.status_code == 503
         assert "PostgreSQL cannot be read" in answer.text
         async with client.stream("GET", "jobs", headers=EVENTS) as stream:
             assert (await first_event(stream))[0] == "away"
-    await engine.dispose()
 
 
 async def test_a_slow_read_is_repeated_seldom(session_maker: SessionMaker) -> None:

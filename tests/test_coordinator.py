@@ -27,7 +27,7 @@ from coord.observation import Observer, observers
 from tests.clusters import lay
 from tests.models import Account, Base, Item, User
 from tests.proxy import Proxy
-from tests.serving import all_given_back, eventually, served
+from tests.serving import all_given_back, engine_at, eventually, served
 from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
@@ -245,8 +245,8 @@ async def _equal(actual: Any, expected: Any) -> bool:
 async def test_another_namespace_or_database_wakes_nobody(
     database_url: str, session_maker: SessionMaker, redis_url: str
 ) -> None:
-    other = create_async_engine(database_url)
     async with (
+        engine_at(database_url) as other,
         Coordinator(async_sessionmaker(other), redis=redis_url, namespace="other"),
         session_maker() as session,
         AsyncSession(other) as writer,
@@ -258,7 +258,6 @@ async def test_another_namespace_or_database_wakes_nobody(
         done, _ = await asyncio.wait([task], timeout=0.3)
         assert not done
         assert (await task).name == "after"  # the last look
-    await other.dispose()
     mapper = mapper_of(User)
     names = {Channels(namespace, database).table(mapper, ()) for namespace in "ab" for database in "cd"}
     assert len(names) == 4
@@ -593,11 +592,7 @@ async def test_nothing_that_can_be_rung_fails_a_commit(
 
 
 async def test_a_change_while_the_session_reads_is_no_disagreement_with_the_shared_read(
-    session_maker: SessionMaker,
-    engine: AsyncEngine,
-    redis_url: str,
-    observer: Connection,
-    user: int,
+    session_maker: SessionMaker, engine: AsyncEngine, redis_url: str, observer: Connection, user: int
 ) -> None:
     """The session's own read began before it, and the shared read after it."""
     reads = 0

@@ -10,7 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from coord import Coordinator, TooManyWaitersError, enqueue, wait_for_row_change
-from tests.ledger import a_task, ledger  # noqa: F401 - a fixture
+from tests.ledger import a_task
 from tests.models import User
 from tests.round_trip import rename
 from tests.serving import eventually

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 import asyncpg
 import httpx
 import pytest
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from demo.customers import Outcome, Wish, stock_for, wishes
 from demo.verify import Check, verify
 from tests.clusters import lay
 from tests.commands import started
 from tests.project import processes_in
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import ROOT, dsn_of, empty_database
 from worker.models import Base
 
@@ -58,11 +57,8 @@ async def output_until(process: asyncio.subprocess.Process, pattern: str) -> re.
 
 
 async def left_behind(directory: Path) -> list[str]:
-    async def none() -> bool:
-        return not processes_in(directory)
-
     with suppress(AssertionError):
-        await eventually(none, within=20)
+        await eventually(lambda: not processes_in(directory), within=20)
     return [*processes_in(directory).values()]
 
 
@@ -141,10 +137,8 @@ TAMPERING = {
 async def sold(database_url: str) -> AsyncIterator[tuple[str, list[Outcome]]]:
     """A database in which all holds, and what its customers were told."""
     async with empty_database(database_url) as url:
-        engine = create_async_engine(url)
-        async with engine.begin() as connection:
+        async with engine_at(url) as engine, engine.begin() as connection:
             await connection.run_sync(Base.metadata.create_all)
-        await engine.dispose()
         outcomes = []
         database = await asyncpg.connect(dsn_of(url))
         await database.execute("INSERT INTO stock VALUES ('tea', 6), ('saffron', 0)")

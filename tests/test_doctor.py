@@ -27,7 +27,7 @@ from tests.clusters import lay
 from tests.ledger import a_task, committed
 from tests.matrix.environment import NotToBeRun
 from tests.matrix.servers import PgBouncer
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import dsn_of, empty_database
 from tests.workers import opened, working
 
@@ -53,10 +53,8 @@ def servers() -> Iterator[tuple[str, str]]:
 async def with_ledger(servers: tuple[str, str]) -> AsyncIterator[str]:
     """A database to be copied."""
     async with empty_database(servers[0]) as url:
-        engine = create_async_engine(url)
-        async with engine.begin() as connection:
+        async with engine_at(url) as engine, engine.begin() as connection:
             await create_ledger(connection)
-        await engine.dispose()
         yield str(make_url(url).database)
 
 
@@ -80,15 +78,12 @@ class Place:
         await self._execute(insert(Worker).values(**row, tasks=dict.fromkeys(tasks, "()")))
 
     async def enqueue(self) -> None:
-        engine = create_async_engine(str(self.url))
-        await committed(async_sessionmaker(engine))
-        await engine.dispose()
+        async with engine_at(str(self.url)) as engine:
+            await committed(async_sessionmaker(engine))
 
     async def _execute(self, statement: Any) -> None:
-        engine = create_async_engine(str(self.url))
-        async with engine.begin() as connection:
+        async with engine_at(str(self.url)) as engine, engine.begin() as connection:
             await connection.execute(statement)
-        await engine.dispose()
 
 
 @pytest.fixture
@@ -121,10 +116,8 @@ def settings(place: Place, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Non
 
 async def test_a_ledger_in_a_schema_of_its_own_is_found_and_looked_at(place: Place) -> None:
     await place.sql.execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-    engine = create_async_engine(str(place.url))
-    async with engine.begin() as connection:
+    async with engine_at(str(place.url)) as engine, engine.begin() as connection:
         await create_ledger(connection, schema="the jobs")
-    await engine.dispose()
     await place.sql.execute(f"ALTER DATABASE {place.name} SET search_path = 'the jobs', public")
     await place.has_worker("another_task")
     await place.sql.execute(f"ALTER DATABASE {place.name} RESET search_path")
@@ -132,10 +125,8 @@ async def test_a_ledger_in_a_schema_of_its_own_is_found_and_looked_at(place: Pla
     assert await place.checks() == {"tasks"}
     await place.sql.execute('DROP INDEX "the jobs".coord_jobs_due')
     assert await place.checks() == {"tasks", "indexes"}
-    engine = create_async_engine(str(place.url))
-    async with engine.begin() as connection:
+    async with engine_at(str(place.url)) as engine, engine.begin() as connection:
         await create_ledger(connection, schema="others")
-    await engine.dispose()
     assert await place.checks() == {"ledger"}, "nobody says which"
 
 
@@ -169,10 +160,8 @@ async def latin(place: Place) -> None:
         f"CREATE DATABASE \"{name}\" TEMPLATE template0 ENCODING 'LATIN1' LOCALE_PROVIDER libc LOCALE 'C'"
     )
     place.url = make_url(str(place.url)).set(database=name).render_as_string(hide_password=False)
-    engine = create_async_engine(place.url)
-    async with engine.begin() as connection:
+    async with engine_at(str(place.url)) as engine, engine.begin() as connection:
         await create_ledger(connection)
-    await engine.dispose()
 
 
 async def autovacuum_off(place: Place) -> None:

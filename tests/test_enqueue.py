@@ -39,7 +39,7 @@ from coord.jobs.model import jobs
 from coord.retryable import is_retryable
 from tests.ledger import a_task, committed, delivered, statements
 from tests.models import User
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import empty_database, waiting_for_locks
 
 if TYPE_CHECKING:
@@ -243,12 +243,10 @@ async def test_a_rollback_per_test_session_enqueues_in_its_connections_transacti
 
 
 async def test_a_session_that_is_not_asyncpgs_is_refused() -> None:
-    engine = create_async_engine("sqlite+aiosqlite://")
-    async with async_sessionmaker(engine)() as session:
+    async with engine_at("sqlite+aiosqlite://") as engine, async_sessionmaker(engine)() as session:
         with pytest.raises(ValueError, match=r"postgresql\+asyncpg"):
             await enqueue(session, a_task)
         assert not session.in_transaction()
-    await engine.dispose()
 
 
 @pytest.mark.parametrize("level", ["engine", "session", "connection"])
@@ -451,18 +449,7 @@ async def test_a_task_is_called_what_arq_calls_it(session_maker: SessionMaker, t
 
 
 @pytest.mark.parametrize(
-    "task",
-    [
-        None,
-        5,
-        "",
-        "a\0b",
-        "\ud800",
-        "x" * 501,
-        "é" * 251,
-        functools.partial(a_task, None),
-        User,
-    ],
+    "task", [None, 5, "", "a\0b", "\ud800", "x" * 501, "é" * 251, functools.partial(a_task, None), User]
 )
 async def test_anything_but_a_task_is_refused_before_any_sql(session_maker: SessionMaker, task: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="task"):

@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from coord import Coordinator
 from tests.counter import changed, counter, placed
 from tests.raw import call
-from tests.serving import eventually, served
+from tests.serving import all_given_back, eventually, served
 from tests.shop import API, SERVING, WORKER, WORKING, dsn_of, emptied, empty_database, running
 from worker.models import OrderStatus
 
@@ -203,11 +203,7 @@ class Follower:
 
 
 async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
-    database_url: str,
-    redis_url: str,
-    engine: AsyncEngine,
-    session_maker: SessionMaker,
-    orders: None,
+    database_url: str, redis_url: str, engine: AsyncEngine, session_maker: SessionMaker, orders: None
 ) -> None:
     """None goes backwards, and what lasts, in the middle and at the end, everybody sees."""
     chance = random.Random(500)
@@ -225,11 +221,8 @@ async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
 
         await asyncio.gather(*map(change, order_ids))
 
-    async def all_have_seen(version: int) -> bool:
+    def all_have_seen(version: int) -> bool:
         return all(follower.seen and follower.seen[-1] == version for follower in followers)
-
-    async def none_holds_a_connection() -> bool:
-        return "Current Checked out connections: 0" in pool.pool.status()
 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(pool.dispose)
@@ -242,7 +235,7 @@ async def test_five_hundred_streams_on_a_pool_of_two_are_told_what_lasts(
             await eventually(lambda: all_have_seen(1), within=PATIENCE)
             await flow(OrderStatus.PENDING)
             await eventually(lambda: all_have_seen(1 + CHANGES), within=PATIENCE)
-            await eventually(none_holds_a_connection, within=PATIENCE)
+            await all_given_back(pool, within=PATIENCE)
             await flow(OrderStatus.FULFILLED)
             await eventually(lambda: all_have_seen(1 + 2 * CHANGES), within=PATIENCE)
     for follower in followers:

@@ -22,9 +22,7 @@ from tests.waits import registered
 DOCS = ROOT / "docs"
 
 
-async def test_the_application_of_the_http_page_behaves(
-    namespace: Namespace,
-) -> None:
+async def test_the_application_of_the_http_page_behaves(namespace: Namespace) -> None:
     session_maker = namespace["session_maker"]
     await run(DOCS / "http.md", namespace)
     path = f"/orders/{await placed(session_maker)}"

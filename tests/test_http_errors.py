@@ -9,7 +9,7 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.middleware.cors import CORSMiddleware
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import create_db_context, create_db_dependency
 from coord.dev.embedded import PostgreSQL
@@ -17,7 +17,7 @@ from coord.http import RequestLimits, problem, problem_handlers
 from tests.clusters import lay
 from tests.counter import PROBLEM, URN
 from tests.raw import call
-from tests.serving import served
+from tests.serving import engine_at, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -119,17 +119,14 @@ def writing(engine: AsyncEngine) -> FastAPI:
 async def test_a_server_that_only_reads_is_away_and_its_connections_are_given_up(tmp_path: Path, kind: str) -> None:
     """As after a failover: the address leads to a server that is no primary any more."""
     with PostgreSQL(lay(tmp_path)) as server:
-        engine = create_async_engine(server.url)
-        async with engine.begin() as connection:
+        async with engine_at(server.url) as engine, engine.begin() as connection:
             await connection.execute(text("CREATE TABLE written (id int)"))
             if kind == "a read-only server":
                 await connection.execute(text("ALTER DATABASE postgres SET default_transaction_read_only = on"))
-        await engine.dispose()
     if kind == "a standby":
         (server.data / "standby.signal").touch()
     with PostgreSQL(tmp_path) as server:
-        engine = create_async_engine(server.url, pool_size=1, max_overflow=0)
-        async with served(writing(engine)) as client:
+        async with engine_at(server.url, pool_size=1, max_overflow=0) as engine, served(writing(engine)) as client:
             backends = []
             for statement in WRITES:
                 backends.append((await client.post("/", params={"statement": "SELECT pg_backend_pid()"})).json())
@@ -137,7 +134,6 @@ async def test_a_server_that_only_reads_is_away_and_its_connections_are_given_up
                 assert (answer.status_code, answer.json()["type"]) == (503, f"{URN}database-away")
                 assert int(answer.headers["retry-after"]) >= 1
             assert len({*backends}) == len(WRITES)
-        await engine.dispose()
 
 
 async def test_a_transaction_that_asked_to_read_only_is_a_bug_of_its_own(engine: AsyncEngine) -> None:
@@ -207,9 +203,7 @@ async def test_a_page_of_another_origin_may_read_that_its_upload_took_too_long()
         assert slow.headers["access-control-allow-origin"] == ORIGIN["Origin"]
 
 
-async def test_a_bug_is_answered_by_the_applications_own_handler_and_logged(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+async def test_a_bug_is_answered_by_the_applications_own_handler_and_logged(capfd: pytest.CaptureFixture[str]) -> None:
     async with served(with_cors(own_handler=True)) as client:
         answer = await client.get("/bug", headers=ORIGIN)
     assert (answer.status_code, answer.json()["detail"]) == (500, "an own handler")

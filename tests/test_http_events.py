@@ -234,10 +234,7 @@ async def test_a_stream_of_a_job_follows_its_states_until_it_has_ended(
 
 
 async def test_a_job_that_ends_while_the_heartbeats_are_read_is_reported_as_ended(
-    http: httpx.AsyncClient,
-    session_maker: SessionMaker,
-    observer: asyncpg.Connection,
-    monkeypatch: pytest.MonkeyPatch,
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The session's own instance is brought up to date in place, whoever holds it."""
     monkeypatch.setattr(coord.http.events, "HEARTBEAT_INTERVAL_SECONDS", 0.02)

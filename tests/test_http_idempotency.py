@@ -387,9 +387,7 @@ def by_hand() -> Idempotency:
     return Idempotency("key", "scope", "fingerprint", timedelta(days=1))
 
 
-async def test_a_key_whose_job_could_not_be_enqueued_is_free_for_the_next(
-    session_maker: SessionMaker,
-) -> None:
+async def test_a_key_whose_job_could_not_be_enqueued_is_free_for_the_next(session_maker: SessionMaker) -> None:
     """Also while the other's transaction goes on."""
     await committed(session_maker, task_options(a_task, unique_key="u"), 1)
     async with session_maker() as one, session_maker() as two, asyncio.timeout(5):

@@ -19,7 +19,7 @@ from coord.http import RequestLimits, problem_handlers
 from tests.counter import PROBLEM, URN, pass_on
 from tests.proxy import Proxy
 from tests.raw import call
-from tests.serving import eventually, served
+from tests.serving import engine_at, eventually, served
 from tests.shop import waiting_for_locks
 from worker.models import Order
 
@@ -228,8 +228,7 @@ async def test_what_a_handler_sends_after_the_deadline_is_dropped() -> None:
 @pytest.mark.parametrize(("method", "path"), [("GET", "/select"), ("POST", "/order"), ("POST", "/lock")])
 async def test_a_database_that_does_not_answer_holds_no_request(database_url: str, method: str, path: str) -> None:
     async with Proxy(database_url).opened() as way:
-        engine = create_async_engine(way.url)
-        async with served(Service(async_sessionmaker(engine), margin=0.3).app) as client:
+        async with engine_at(way.url) as engine, served(Service(async_sessionmaker(engine), margin=0.3).app) as client:
             assert (await client.get("/select")).json() == 1
             way.flows.clear()
             try:
@@ -239,7 +238,6 @@ async def test_a_database_that_does_not_answer_holds_no_request(database_url: st
             assert (answer.status_code, answer.json()["type"]) == OUT_OF_TIME
             assert answer.elapsed.total_seconds() < 3
             assert (await client.get("/select")).json() == 1
-        await engine.dispose()
 
 
 async def test_a_stream_that_has_begun_takes_as_long_as_it_takes(service: Service) -> None:

@@ -21,7 +21,7 @@ from coord import create_db_dependency
 from coord.http import HeadRequests, problem, problem_handlers, problems, public_reason
 from coord.http.problem import KINDS
 from tests.counter import PROBLEM, URN
-from tests.serving import served
+from tests.serving import engine_at, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -266,9 +266,7 @@ def asking(engine: AsyncEngine, *statements: str) -> FastAPI:
     return app
 
 
-async def test_a_database_that_is_not_there_is_a_503_and_one_line_in_the_log(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
+async def test_a_database_that_is_not_there_is_a_503_and_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     engine = create_async_engine(f"postgresql+asyncpg://shop:{SECRET}@127.0.0.1:1/shop")
     with caplog.at_level(logging.WARNING, "coord.http"):
         async with served(asking(engine, "SELECT 1")) as client:
@@ -315,10 +313,12 @@ async def test_a_server_that_takes_no_more_connections_is_a_503(fallible: Fallib
 
 
 async def test_an_exhausted_pool_is_a_503(database_url: str) -> None:
-    engine = create_async_engine(database_url, pool_size=1, max_overflow=0, pool_timeout=0.1)
-    async with engine.connect(), served(asking(engine, "SELECT 1")) as client:
+    async with (
+        engine_at(database_url, pool_size=1, max_overflow=0, pool_timeout=0.1) as engine,
+        engine.connect(),
+        served(asking(engine, "SELECT 1")) as client,
+    ):
         answer = await client.get("/")
-    await engine.dispose()
     assert (answer.status_code, answer.json()["type"]) == (503, f"{URN}busy")
     assert int(answer.headers["retry-after"]) >= 1
 

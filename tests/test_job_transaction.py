@@ -11,7 +11,7 @@ import anyio
 import pytest
 from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import (
     Job,
@@ -29,7 +29,7 @@ from coord.retryable import is_retryable
 from tests.ledger import WORKER_LOCK, a_task, committed, delivered, statements
 from tests.models import Item, User
 from tests.proxy import Proxy
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import waiting_for_locks
 
 if TYPE_CHECKING:
@@ -390,9 +390,8 @@ async def test_nothing_can_be_written_after_the_block(session_maker: SessionMake
 @contextlib.asynccontextmanager
 async def one_connection(url: str, **options: Any) -> Any:
     """A session maker whose sessions all have the same connection."""
-    engine = create_async_engine(url, pool_size=1, max_overflow=0, pool_timeout=5, **options)
-    yield async_sessionmaker(engine, expire_on_commit=False)
-    await engine.dispose()
+    async with engine_at(url, pool_size=1, max_overflow=0, pool_timeout=5, **options) as engine:
+        yield async_sessionmaker(engine, expire_on_commit=False)
 
 
 async def shown(session: AsyncSession) -> list[str]:

@@ -30,7 +30,7 @@ from coord import (
     lock_tables,
 )
 from tests.models import Item, Reserved, User, table_of
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -519,8 +519,7 @@ async def test_a_level_that_was_set_by_sql_is_refused_where_its_snapshot_would_b
 
 
 async def test_settings_of_the_connection_survive_a_lock(database_url: str) -> None:
-    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
-    async with AsyncSession(engine) as session:
+    async with engine_at(database_url, pool_size=1, max_overflow=0) as engine, AsyncSession(engine) as session:
         await session.execute(text("SET lock_timeout = '11s'"))
         await session.execute(text("SET statement_timeout = '12s'"))
         await session.commit()
@@ -531,7 +530,6 @@ async def test_settings_of_the_connection_survive_a_lock(database_url: str) -> N
                 shown = [await session.scalar(text(f"SHOW {name}")) for name in ("lock_timeout", "statement_timeout")]
                 assert shown == ["11s", "12s"]
             await session.rollback()
-    await engine.dispose()
 
 
 async def test_the_servers_own_statement_timeout_is_no_lock_timeout(session_maker: SessionMaker) -> None:
@@ -588,12 +586,14 @@ async def lock_once(session: AsyncSession) -> None:
 
 
 async def test_an_exhausted_pool_counts_against_the_deadline(database_url: str) -> None:
-    engine = create_async_engine(database_url, pool_size=1, max_overflow=0)
-    async with AsyncSession(engine) as holder, AsyncSession(engine) as session:
+    async with (
+        engine_at(database_url, pool_size=1, max_overflow=0) as engine,
+        AsyncSession(engine) as holder,
+        AsyncSession(engine) as session,
+    ):
         await holder.execute(text("SELECT 1"))
         began = time.monotonic()
         with pytest.raises(LockTimeoutError, match="waiting for a connection"):
             async with lock_tables(session, [User], timeout=0.2):
                 pytest.fail("not to be had")
         assert time.monotonic() - began < 0.6
-    await engine.dispose()

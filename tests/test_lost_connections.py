@@ -128,17 +128,10 @@ async def test_under_load_every_error_of_terminated_backends_is_retryable(
         for _ in range(10):
             already = len(errors)
             await eventually(lambda: observer.fetch(TERMINATE), within=20)
-            await eventually(_more_than(errors, already), within=20)
+            await eventually(lambda already=already: len(errors) > already, within=20)
         stop.set()
         await asyncio.wait(workers)
     assert [error for error in errors if not is_retryable(error)] == []
-
-
-def _more_than(errors: list[BaseException], count: int) -> Any:
-    async def there_are() -> bool:
-        return len(errors) > count
-
-    return there_are
 
 
 async def test_a_primary_that_was_demoted_is_left_and_its_errors_are_transient(
@@ -164,9 +157,7 @@ async def test_a_primary_that_was_demoted_is_left_and_its_errors_are_transient(
     assert name is not None
 
 
-async def test_a_transaction_that_is_read_only_by_its_own_wish_is_no_server_that_is_away(
-    database_url: str,
-) -> None:
+async def test_a_transaction_that_is_read_only_by_its_own_wish_is_no_server_that_is_away(database_url: str) -> None:
     async with doomed(database_url) as engine, AsyncSession(engine) as session:
         await session.execute(text("SET TRANSACTION READ ONLY"))
         with pytest.raises(Exception, match="read-only") as caught:

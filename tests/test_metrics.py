@@ -25,11 +25,11 @@ from coord.jobs.model import Job, Worker
 from coord.metrics import Metrics
 from coord.observation import tell_rescued
 from tests.commands import started
-from tests.ledger import a_task, ledger  # noqa: F401 - fixture
+from tests.ledger import a_task
 from tests.models import User
 from tests.serving import eventually, served
 from tests.shop import API, ROOT, SERVING, WORKER, WORKING, empty_database, running
-from tests.workers import Office, office, working  # noqa: F401 - fixtures
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +83,7 @@ class Scrape:
         return next((set(s.labels) for s in self.samples if s.name == name), None)
 
 
-async def scraped(metrics: Metrics, office: Office) -> Scrape:  # noqa: F811
+async def scraped(metrics: Metrics, office: Office) -> Scrape:
     app = FastAPI()
     app.include_router(metrics.routes(office.session_maker))
     async with served(app) as client:
@@ -93,7 +93,7 @@ async def scraped(metrics: Metrics, office: Office) -> Scrape:  # noqa: F811
     return Scrape(response.text)
 
 
-async def lived(metrics: Metrics, office: Office) -> None:  # noqa: F811
+async def lived(metrics: Metrics, office: Office) -> None:
     """Everything happens at least once."""
     metrics.watch(office.session_maker.kw["bind"])
     async with working(office, [rename, fail]) as worker, office.session_maker() as session:
@@ -117,9 +117,7 @@ async def lived(metrics: Metrics, office: Office) -> None:  # noqa: F811
 
 
 async def test_each_name_of_the_design_is_scraped_with_its_labels_and_counts_what_happened(
-    metrics: Metrics,
-    office: Office,  # noqa: F811
-    tables: None,
+    metrics: Metrics, office: Office, tables: None
 ) -> None:
     await lived(metrics, office)
     scrape = await scraped(metrics, office)
@@ -144,17 +142,13 @@ def used(metrics: Metrics) -> float:
     return Scrape(metrics.text().decode()).value("coord_pool_connections", state="used")
 
 
-async def test_what_is_open_is_counted_while_it_is(metrics: Metrics, office: Office, tables: None) -> None:  # noqa: F811
+async def test_what_is_open_is_counted_while_it_is(metrics: Metrics, office: Office, tables: None) -> None:
     async with office.session_maker() as session:
         session.add(User(id=1))
         await session.commit()
         metrics.watch(office.session_maker.kw["bind"])
         waiting = asyncio.create_task(wait_for_row_change(session, User, 1))
-
-        async def registered() -> bool:
-            return Scrape(metrics.text().decode()).value("coord_waiters") == 1
-
-        await eventually(registered)
+        await eventually(lambda: Scrape(metrics.text().decode()).value("coord_waiters") == 1)
         waiting.cancel()
         await asyncio.wait([waiting])
         async with office.session_maker() as other:
@@ -165,19 +159,12 @@ async def test_what_is_open_is_counted_while_it_is(metrics: Metrics, office: Off
 
 
 async def test_a_change_that_nobody_announced_is_a_hint_missed(
-    metrics: Metrics,
-    office: Office,  # noqa: F811
-    tables: None,
-    observer: Any,
+    metrics: Metrics, office: Office, tables: None, observer: Any
 ) -> None:
     await observer.execute("INSERT INTO users (id, name) VALUES (1, '')")
     async with office.session_maker() as session:
         waiting = asyncio.create_task(wait_for_row_change(session, User, 1, interval=0.3))
-
-        async def registered() -> bool:
-            return Scrape(metrics.text().decode()).value("coord_waiters") == 1
-
-        await eventually(registered)
+        await eventually(lambda: Scrape(metrics.text().decode()).value("coord_waiters") == 1)
         await asyncio.sleep(0.15)  # beyond the first read, and beyond what counts as at once
         await observer.execute("UPDATE users SET name = 'raw'")
         assert (await waiting).name == "raw"
@@ -188,8 +175,7 @@ async def test_a_change_that_nobody_announced_is_a_hint_missed(
 
 
 async def test_running_jobs_are_not_queued_and_the_oldest_is_one_that_nobody_runs(
-    metrics: Metrics,
-    office: Office,  # noqa: F811
+    metrics: Metrics, office: Office
 ) -> None:
     running, waiting = await office.enqueue(a_task), await office.enqueue(a_task)
     beat = {"id": new_id(), "queue": "default", "host": "here", "pid": 1, "tasks": {}}
@@ -263,9 +249,7 @@ def queries() -> list[tuple[str, str]]:
 
 
 async def test_the_dashboard_and_the_rules_ask_for_what_a_scrape_has(
-    metrics: Metrics,
-    office: Office,  # noqa: F811
-    tables: None,
+    metrics: Metrics, office: Office, tables: None
 ) -> None:
     await lived(metrics, office)
     scrape = await scraped(metrics, office)

@@ -114,10 +114,7 @@ async def test_locks_end_with_their_transaction_and_leave_no_setting_behind(
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 async def test_a_worker_that_is_gone_frees_its_locks_through_it(
-    office: Office,
-    notes: Notes,
-    pooled: async_sessionmaker[AsyncSession],
-    fault: signal.Signals,
+    office: Office, notes: Notes, pooled: async_sessionmaker[AsyncSession], fault: signal.Signals
 ) -> None:
     """The transaction is the pooler's connection to the server by then, which the rescue ends."""
     async with process(office, notes) as worker:

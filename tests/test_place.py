@@ -15,6 +15,7 @@ from coord import Coordinator, Job, create_ledger, enqueue, get_job, lock_tables
 from tests.ledger import a_task, executed
 from tests.models import User
 from tests.round_trip import rename
+from tests.serving import engine_at
 from tests.shop import dsn_of, empty_database
 from tests.workers import Office, client, working
 
@@ -31,11 +32,12 @@ async def placed(database_url: str, *schemas: str | None) -> AsyncIterator[tuple
         engine, observer = create_async_engine(url), await asyncpg.connect(dsn_of(url))
         await observer.execute("CREATE SCHEMA acme; CREATE TABLE acme.users (id int PRIMARY KEY, name text NOT NULL)")
         for schema in schemas:
-            maker = create_async_engine(url, execution_options={"schema_translate_map": {None: "acme"}})
-            async with maker.begin() as connection:
+            async with (
+                engine_at(url, execution_options={"schema_translate_map": {None: "acme"}}) as maker,
+                maker.begin() as connection,
+            ):
                 await create_ledger(connection, schema=schema)
                 assert await connection.scalar(text("SHOW search_path")) == '"$user", public'
-            await maker.dispose()
         yield url, engine, observer
         await observer.close()
         await engine.dispose()
@@ -103,10 +105,8 @@ async def test_a_ledger_that_is_made_later_is_found_then(database_url: str) -> N
         with pytest.raises(ProgrammingError, match="coord_jobs"):
             async with sessions.begin() as session:
                 await enqueue(session, a_task)
-        maker = create_async_engine(engine.url)
-        async with maker.begin() as connection:
+        async with engine_at(engine.url) as maker, maker.begin() as connection:
             await create_ledger(connection, schema=PLACE)
-        await maker.dispose()
         async with sessions.begin() as session:
             await enqueue(session, a_task)
         assert await observer.fetchval(f'SELECT count(*) FROM "{PLACE}".coord_jobs') == 1

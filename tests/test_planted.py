@@ -37,11 +37,7 @@ def cases(names: Iterable[str]) -> list[object]:
 
 
 async def verdict_on(
-    edits: Iterable[Edit],
-    situation: Callable[[World], Awaitable[None]],
-    directory: Path,
-    database: str,
-    redis_url: str,
+    edits: Iterable[Edit], situation: Callable[[World], Awaitable[None]], directory: Path, database: str, redis_url: str
 ) -> Verdict:
     copy_with(edits, directory)
     await emptied(redis_url)

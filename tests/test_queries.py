@@ -13,7 +13,7 @@ import anyio
 import pytest
 from redis.asyncio import Redis
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from coord import (
     Coordinator,
@@ -35,7 +35,7 @@ from coord import (
 from coord.jobs.attempt import ATTEMPT
 from tests.ledger import a_task, committed, delivered
 from tests.models import User
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import waiting_for_locks
 from tests.workers import KEYS
 
@@ -523,8 +523,7 @@ async def test_a_retry_that_anyio_cancels_waits_in_postgresql_no_longer(
     """Its backend is one that does not look whether its client is there."""
     job = await committed(session_maker)
     await ended(observer, job, "failed")
-    engine = create_async_engine(database_url)
-    async with async_sessionmaker(engine)() as session, observer.transaction():
+    async with engine_at(database_url) as engine, async_sessionmaker(engine)() as session, observer.transaction():
         await observer.execute("SELECT FROM coord_jobs FOR UPDATE")
         async with anyio.create_task_group() as group:
             group.start_soon(retry_job, session, job.id)
@@ -535,4 +534,3 @@ async def test_a_retry_that_anyio_cancels_waits_in_postgresql_no_longer(
             return await waiting_for_locks(observer) == 0
 
         await eventually(nobody_waits)
-    await engine.dispose()

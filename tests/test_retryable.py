@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import make_url, select, text, update
 from sqlalchemy.exc import DBAPIError, InvalidRequestError, NotSupportedError, PendingRollbackError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import (
     DeadlockError,
@@ -29,14 +29,13 @@ from coord import (
 from coord.retryable import is_retryable, is_server_away
 from tests.ledger import a_task, committed, delivered
 from tests.models import Item, User
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 from tests.shop import waiting_for_locks
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from asyncpg import Connection
-    from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     SessionMaker = async_sessionmaker[AsyncSession]
@@ -47,15 +46,6 @@ pytestmark = pytest.mark.usefixtures("tables", "ledger")
 @pytest.fixture
 async def rows(tables: None, observer: Connection) -> None:
     await observer.execute("INSERT INTO users VALUES (1, ''), (2, '')")
-
-
-@contextlib.asynccontextmanager
-async def engine_of(url: str | URL, **options: Any) -> AsyncIterator[AsyncEngine]:
-    engine = create_async_engine(url, **options)
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
 
 @contextlib.contextmanager
@@ -214,7 +204,7 @@ async def test_a_backend_terminated_in_the_middle_of_a_statement_is(
 )
 async def test_a_session_that_was_ended_for_idling_is(database_url: str, observer: Connection, setting: str) -> None:
     connect_args = {"server_settings": {setting: "500ms"}}  # SQLAlchemy's first statements are one transaction
-    async with engine_of(database_url, connect_args=connect_args) as engine, async_sessionmaker(engine)() as session:
+    async with engine_at(database_url, connect_args=connect_args) as engine, async_sessionmaker(engine)() as session:
         pid = await session.scalar(text("SELECT pg_backend_pid()"))
         if setting == "idle_session_timeout":
             await session.rollback()
@@ -228,7 +218,7 @@ async def test_a_session_that_was_ended_for_idling_is(database_url: str, observe
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "no-such-host.invalid"])
 async def test_a_server_that_cannot_be_reached_is(database_url: str, host: str) -> None:
     with closed_port() as port:
-        async with engine_of(make_url(database_url).set(host=host, port=port)) as engine:
+        async with engine_at(make_url(database_url).set(host=host, port=port)) as engine:
             with pytest.raises(OSError, match=r"Connect|Name|resol") as caught:
                 async with engine.connect():
                     pass
@@ -236,7 +226,7 @@ async def test_a_server_that_cannot_be_reached_is(database_url: str, host: str) 
 
 
 async def test_an_exhausted_pool_is(database_url: str) -> None:
-    async with engine_of(database_url, pool_size=1, max_overflow=0, pool_timeout=0.01) as engine:
+    async with engine_at(database_url, pool_size=1, max_overflow=0, pool_timeout=0.01) as engine:
         async with engine.connect():
             with pytest.raises(PoolTimeoutError) as caught:
                 async with engine.connect():
@@ -249,7 +239,7 @@ async def test_too_many_connections_are(database_url: str, observer: Connection)
     await observer.execute(f'ALTER DATABASE "{name}" CONNECTION LIMIT 0')
     await observer.execute("CREATE ROLE visitor LOGIN")
     try:
-        async with engine_of(make_url(database_url).set(username="visitor")) as engine:
+        async with engine_at(make_url(database_url).set(username="visitor")) as engine:
             with pytest.raises(Exception, match="too many connections") as caught:
                 async with engine.connect():
                     pass
@@ -273,7 +263,7 @@ async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, sess
     job = await committed(session_maker)
     async with silent_server() as port:
         url = make_url(database_url).set(port=port)
-        async with engine_of(url, connect_args={"timeout": 0.05}) as engine:
+        async with engine_at(url, connect_args={"timeout": 0.05}) as engine:
             with pytest.raises(ConnectionError, match="PostgreSQL") as caught:
                 async with job_transaction(delivered(job, async_sessionmaker(engine))):
                     pass
@@ -282,7 +272,7 @@ async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, sess
 
 async def test_a_socket_that_is_not_there_is_to_a_job(session_maker: SessionMaker) -> None:
     job = await committed(session_maker)
-    async with engine_of("postgresql+asyncpg:///x?host=/nowhere") as engine:
+    async with engine_at("postgresql+asyncpg:///x?host=/nowhere") as engine:
         with pytest.raises(ConnectionError) as caught:
             async with job_transaction(delivered(job, async_sessionmaker(engine))):
                 pass
@@ -409,7 +399,7 @@ async def test_a_read_of_a_table_that_was_altered_may_be_repeated(database_url: 
     read = text("SELECT * FROM altered")
     await observer.execute("CREATE TABLE altered (id int)")
     try:
-        async with engine_of(database_url) as engine, engine.connect() as connection:
+        async with engine_at(database_url) as engine, engine.connect() as connection:
             await connection.execute(read)
             await connection.rollback()
             await observer.execute("ALTER TABLE altered ADD COLUMN name text")
@@ -433,7 +423,7 @@ async def test_a_read_of_a_table_that_was_altered_may_be_repeated(database_url: 
 async def test_a_read_may_be_repeated_unless_the_statement_or_its_values_were_refused(
     database_url: str, statement: str, away: bool
 ) -> None:
-    async with engine_of(database_url) as engine, engine.connect() as connection:
+    async with engine_at(database_url) as engine, engine.connect() as connection:
         with pytest.raises(DBAPIError) as caught:
             for part in statement.split("; "):
                 await connection.execute(text(part))

@@ -26,7 +26,7 @@ from coord import (
 from coord.database.engine import prepare
 from tests.ledger import delivered
 from tests.models import Item, User
-from tests.serving import eventually
+from tests.serving import engine_at, eventually
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -76,8 +76,7 @@ async def test_a_transaction_that_has_enqueued_is_idle_and_ended_as_such(
 ) -> None:
     """With its locks: no answer is left unread, which PostgreSQL would take for a busy client."""
     options = {"server_settings": {"idle_in_transaction_session_timeout": "300ms"}}
-    engine = create_async_engine(database_url, connect_args=options)
-    async with async_sessionmaker(engine)() as session:
+    async with engine_at(database_url, connect_args=options) as engine, async_sessionmaker(engine)() as session:
         with pytest.raises(PendingRollbackError):
             async with lock_tables(session, [Item]):
                 await enqueue(session, "a_task")
@@ -89,7 +88,6 @@ async def test_a_transaction_that_has_enqueued_is_idle_and_ended_as_such(
                 with pytest.raises(DBAPIError) as caught:
                     await session.execute(text("SELECT 1"))
                 assert caught.value.connection_invalidated
-    await engine.dispose()
 
 
 def insert_another(session: Session, *_: Any) -> None:
@@ -176,10 +174,7 @@ def _once_a_statement(action: Callable[..., None], *, of_row: bool) -> Callable[
 @example(listeners=[("commit", fail_and_swallow)], steps=["add"])
 @example(listeners=[("commit", fail_in_a_savepoint)], steps=["add"])
 async def test_a_commit_that_raises_has_stored_nothing_and_one_that_returns_has_stored_all(
-    database_url: str,
-    observer: Connection,
-    listeners: list[tuple[str, Callable[..., None]]],
-    steps: list[str],
+    database_url: str, observer: Connection, listeners: list[tuple[str, Callable[..., None]]], steps: list[str]
 ) -> None:
     await observer.execute("DELETE FROM items; DELETE FROM users; DELETE FROM coord_jobs")
     engine = create_async_engine(database_url, pool_size=1, max_overflow=0)

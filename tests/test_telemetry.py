@@ -14,12 +14,10 @@ from sqlalchemy import select
 from coord import create_db_dependency, enqueue
 from coord.http import Reply, RequestLimits, reply
 from coord.jobs.model import jobs
-from tests.ledger import ledger  # noqa: F401 - fixture
 from tests.models import User
 from tests.serving import eventually, served
 from tests.shop import ROOT
-from tests.spans import spans  # noqa: F401 - fixture
-from tests.workers import Notes, Office, notes, office, process  # noqa: F401 - fixtures
+from tests.workers import Notes, Office, process
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -29,7 +27,7 @@ if TYPE_CHECKING:
     Span = dict[str, Any]
 
 
-def traced(office: Office, spans: Spans) -> FastAPI:  # noqa: F811
+def traced(office: Office, spans: Spans) -> FastAPI:
     """A request has a span of its own, as instrumentations of FastAPI give it one."""
     app = FastAPI()
     app.add_middleware(RequestLimits)
@@ -53,10 +51,7 @@ def named(found: list[Span], name: str) -> list[Span]:
 
 
 async def test_one_trace_leads_from_the_request_to_its_answer_over_two_processes(
-    office: Office,  # noqa: F811
-    notes: Notes,  # noqa: F811
-    spans: Spans,  # noqa: F811
-    tables: None,
+    office: Office, notes: Notes, spans: Spans, tables: None
 ) -> None:
     async with process(office, notes, module="tests.traced_worker.Settings"):
         async with served(traced(office, spans)) as client:
@@ -101,10 +96,7 @@ async def test_one_trace_leads_from_the_request_to_its_answer_over_two_processes
 
 
 async def test_a_request_id_goes_with_the_job_into_the_log_of_its_worker(
-    office: Office,  # noqa: F811
-    notes: Notes,  # noqa: F811
-    spans: Spans,  # noqa: F811
-    tables: None,
+    office: Office, notes: Notes, spans: Spans, tables: None
 ) -> None:
     async with process(office, notes, module="tests.traced_worker.Settings") as worker:
         async with served(traced(office, spans)) as client:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from fastapi import Depends, FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
 from coord import (
     Coordinator,
@@ -22,7 +22,7 @@ from coord import (
 )
 from coord.testing import Servers, run_worker
 from tests.models import User
-from tests.serving import served
+from tests.serving import engine_at, served
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -37,9 +37,8 @@ async def name(ctx: dict[str, Any], user_id: int) -> None:
 
 @pytest.fixture
 async def maker(coord_database: Servers) -> AsyncIterator[SessionMaker]:
-    engine = create_async_engine(coord_database.database_url)
-    yield async_sessionmaker(engine, expire_on_commit=False)
-    await engine.dispose()
+    async with engine_at(coord_database.database_url) as engine:
+        yield async_sessionmaker(engine, expire_on_commit=False)
 
 
 def settings_of(maker: SessionMaker, servers: Servers, **options: Any) -> type:

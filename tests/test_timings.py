@@ -28,13 +28,11 @@ from coord.console import console
 from coord.http import Poll, Reply, RequestLimits, poll, problem_handlers, reply
 from coord.timings import AttemptTimings, wait_timings_of
 from tests.desk import FULL, signed_in
-from tests.ledger import ledger  # noqa: F401 - fixture
 from tests.models import Account, User
 from tests.serving import eventually, served
 from tests.shop import waiting_for_locks
-from tests.spans import spans  # noqa: F401 - fixture
 from tests.waits import registered
-from tests.workers import Office, office, working  # noqa: F401 - fixtures
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -81,7 +79,7 @@ TASKS = [occupy, rename, fail]
 
 
 @pytest.fixture
-async def app(single: AsyncEngine, office: Office, tables: None) -> AsyncIterator[FastAPI]:  # noqa: F811
+async def app(single: AsyncEngine, office: Office, tables: None) -> AsyncIterator[FastAPI]:
     """With a pool of one connection, which `hold` in the query takes for a while once the job is committed."""
     maker = async_sessionmaker(single, expire_on_commit=False)
     database = Depends(create_db_dependency(maker))
@@ -138,7 +136,7 @@ async def asked(app: FastAPI, user: int = 1, **query: float) -> Any:
     return response
 
 
-async def in_the_queue(app: FastAPI, office: Office, observer: asyncpg.Connection) -> Any:  # noqa: F811
+async def in_the_queue(app: FastAPI, office: Office, observer: asyncpg.Connection) -> Any:
     """The worker's only slot is taken."""
     gate["occupy"] = asyncio.Event()
     await office.enqueue(occupy)
@@ -166,9 +164,9 @@ async def held(observer: asyncpg.Connection, app: FastAPI) -> Any:
 async def test_a_delay_is_named_as_what_it_was_by_header_log_span_and_console(
     where: str,
     app: FastAPI,
-    office: Office,  # noqa: F811
+    office: Office,
     observer: asyncpg.Connection,
-    spans: Spans,  # noqa: F811
+    spans: Spans,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.INFO, "arq.coord")
@@ -217,10 +215,7 @@ async def test_a_delay_is_named_as_what_it_was_by_header_log_span_and_console(
     assert f'Most of it: <b class="part part-{where}">{where}</b>' in page
 
 
-async def test_a_long_poll_says_where_the_time_of_the_change_went(
-    app: FastAPI,
-    office: Office,  # noqa: F811
-) -> None:
+async def test_a_long_poll_says_where_the_time_of_the_change_went(app: FastAPI, office: Office) -> None:
     """It knows no job: from the bell's arrival on it counts for itself."""
     async with office.session_maker() as session:
         session.add(Account(region="eu", number=1))
@@ -240,8 +235,7 @@ async def test_a_long_poll_says_where_the_time_of_the_change_went(
 
 
 async def test_the_bell_carries_timings_with_a_failure_and_names_what_came_before_a_retry(
-    office: Office,  # noqa: F811
-    tables: None,
+    office: Office, tables: None
 ) -> None:
     async with working(office, [retried, fail]), office.session_maker() as session:
         session.add(User(id=1))
@@ -264,10 +258,7 @@ async def test_the_bell_carries_timings_with_a_failure_and_names_what_came_befor
         assert sum(again.parts().values()) == pytest.approx(again.total, abs=0.001)
 
 
-async def test_a_job_that_is_to_begin_later_has_not_waited_in_the_queue(
-    office: Office,  # noqa: F811
-    tables: None,
-) -> None:
+async def test_a_job_that_is_to_begin_later_has_not_waited_in_the_queue(office: Office, tables: None) -> None:
     async with working(office, [rename]), office.session_maker() as session:
         session.add(User(id=1))
         job = await enqueue(session, task_options(rename, delay=1.5), 1)
@@ -311,9 +302,7 @@ def test_no_name_of_a_table_ends_the_header() -> None:
 
 
 async def test_a_wait_that_ends_before_its_job_is_due_has_lasted_since_the_commit(
-    session_maker: async_sessionmaker[AsyncSession],
-    tables: None,
-    ledger: None,  # noqa: F811
+    session_maker: async_sessionmaker[AsyncSession], tables: None, ledger: None
 ) -> None:
     async with Coordinator(session_maker, read_settings={}), session_maker() as session:
         session.add(User(id=1))

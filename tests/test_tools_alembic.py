@@ -15,6 +15,7 @@ from coord import create_ledger
 from tests import warm
 from tests.pooler import UNTOLD
 from tests.round_trip import application, rename, running
+from tests.serving import engine_at
 from tests.shop import ROOT, dsn_of, empty_database
 from tests.test_migrations import described
 
@@ -86,10 +87,8 @@ def included() -> str:
 
 
 async def make(url: str, schema: str | None = None) -> None:
-    engine = create_async_engine(url)
-    async with engine.begin() as connection:
+    async with engine_at(url) as engine, engine.begin() as connection:
         await create_ledger(connection, schema=schema)
-    await engine.dispose()
 
 
 async def test_a_generated_migration_makes_the_ledger_and_nothing_is_left_for_a_second(

@@ -12,7 +12,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.pooler import UNTOLD
 from tests.round_trip import application, rename, running
 

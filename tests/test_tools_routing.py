@@ -14,7 +14,6 @@ from advanced_alchemy.config.routing import RoutingConfig
 from advanced_alchemy.routing import RoutingAsyncSessionMaker
 from sqlalchemy import event, text
 
-from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.round_trip import application, rename, running
 from tests.shop import empty_database
 

@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from tests.commands import ended
-from tests.ledger import ledger  # noqa: F401 - a fixture
 from tests.shop import ROOT
 
 pytestmark = pytest.mark.usefixtures("tables", "ledger")

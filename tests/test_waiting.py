@@ -12,16 +12,7 @@ from uuid import UUID
 
 import anyio
 import pytest
-from sqlalchemy import (
-    Column,
-    Integer,
-    MetaData,
-    Table,
-    event,
-    select,
-    text,
-    update,
-)
+from sqlalchemy import Column, Integer, MetaData, Table, event, select, text, update
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased

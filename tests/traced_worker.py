@@ -43,8 +43,5 @@ async def on_shutdown(ctx: dict[str, Any]) -> None:
 
 
 Settings = worker_settings(
-    [rename, follow],
-    session_maker=maker,
-    redis=os.environ["COORD_REDIS_URL"],
-    on_shutdown=on_shutdown,
+    [rename, follow], session_maker=maker, redis=os.environ["COORD_REDIS_URL"], on_shutdown=on_shutdown
 )

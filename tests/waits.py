@@ -68,7 +68,7 @@ async def coordinator(
 async def registered(count: int = 1, *, within: float = 5.0) -> None:
     """Return once so many wait and everybody who waits has had the first look at the row."""
 
-    async def read() -> bool:
+    def read() -> bool:
         return len(found := waiters()) >= count and all(waiter.has_read for waiter in found)
 
     await eventually(read, within=within)

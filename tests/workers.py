@@ -308,11 +308,8 @@ class Notes:
 
     async def say(self, job: Job, what: str, *, times: int = 1, within: float = 15.0) -> tuple[int, int, str]:
         """The last of so many notes, waited for."""
-
-        async def said() -> bool:
-            return len(self.of(job, what)) >= times
-
-        await eventually(said, within=within, message=f"{job} never said {what!r} {times} times, but {self.of(job)}")
+        message = f"{job} never said {what!r} {times} times, but {self.of(job)}"
+        await eventually(lambda: len(self.of(job, what)) >= times, within=within, message=message)
         return self.of(job, what)[times - 1]
 
     def let(self, name: str) -> None:

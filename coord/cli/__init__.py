@@ -38,7 +38,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        found: click.Command = getattr(importlib.import_module(f"coord.cli.{name}"), "command")  # noqa: B009
+        found: click.Command = importlib.import_module(f"coord.cli.{name}").command
         return found
 
 

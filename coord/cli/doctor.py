@@ -78,7 +78,8 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
             yield finding
             return
         try:
-            schema = await _schema(engine)
+            async with engine.connect() as connection:
+                schema = await connection.run_sync(ledger_schema)
         except RuntimeError as error:  # there are several
             yield Finding("ledger", str(error), "let the role of this URL use one of them")
             return
@@ -121,11 +122,6 @@ async def _away(engine: AsyncEngine, address: str) -> Finding | None:
             return Finding("pgbouncer", what, "pool_mode = transaction, or session")
         return Finding("postgresql", what, "start it, or correct the URL")
     return None
-
-
-async def _schema(engine: AsyncEngine) -> str | None:
-    async with engine.connect() as connection:
-        return await connection.run_sync(ledger_schema)
 
 
 async def _redis(url: str | None, stack: AsyncExitStack) -> tuple[Redis | None, Finding | None]:

@@ -46,7 +46,6 @@ async def pause(queue: str, url: str | None) -> None:
     """Pause a queue: within two seconds workers take nothing more of it; what runs goes on to its end."""
     async with session_of(url) as session:
         await pause_queue(session, queue)
-        await session.commit()
     click.echo(f"{queue} is paused")
 
 
@@ -58,5 +57,4 @@ async def resume(queue: str, url: str | None) -> None:
     """Resume a queue: within two seconds workers take its jobs again."""
     async with session_of(url) as session:
         await resume_queue(session, queue)
-        await session.commit()
     click.echo(f"{queue} is resumed")

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 from coord.cancellation import interruptible
 from coord.console.job import actions_of
 from coord.console.listing import Filter, count_page
-from coord.errors import RowNotFoundError, UniqueKeyConflictError
+from coord.errors import UniqueKeyConflictError
 from coord.jobs.batches import cancel_jobs, retry_jobs
 from coord.jobs.model import JobState
 from coord.jobs.pauses import pause_queue, resume_queue
@@ -106,8 +106,6 @@ async def do_to_job(session: AsyncSession, action: str, job_id: UUID) -> str:
         await retry_job(session, job_id)
     except UniqueKeyConflictError:
         return "conflict"
-    except RowNotFoundError:
-        raise
     except ValueError:
         return "refused"
     await session.commit()

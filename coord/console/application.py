@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
     from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
-
-logger = logging.getLogger("coord.console")
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -52,7 +49,7 @@ def console(
     routes = [Route(page.path, handlers.page(page), methods=["GET"]) for page in PAGES]
     routes += [
         Route("/sign-in", handlers.sign_in, methods=["POST"]),
-        Route("/sign-out", handlers.sign_out, methods=["POST"]),
+        Route("/sign-out", handlers.signed_in(handlers.sign_out), methods=["POST"]),
         Route("/static/{name}", _static(desk), methods=["GET"]),
     ]
     for path, actions, ask, do in (

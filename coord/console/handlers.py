@@ -59,10 +59,7 @@ class Handlers:
     def page(self, page: Page) -> Handler:
         """As a page, or for `Accept: text/event-stream` as what it shows after each change."""
 
-        async def show(request: Request) -> Response:
-            viewer = self._viewer(request)
-            if isinstance(viewer, HTMLResponse):
-                return viewer
+        async def show(request: Request, viewer: Viewer) -> Response:
             if "text/event-stream" in request.headers.get("accept", ""):
                 return self._stream(page, request, viewer)
             try:
@@ -72,7 +69,7 @@ class Handlers:
             context = {**self._context(request, viewer), **read, "page": page}
             return HTMLResponse(self._desk.render(f"{page.name}.html", **context))
 
-        return show
+        return self.signed_in(show)
 
     def _stream(self, page: Page, request: Request, viewer: Viewer) -> Response:
         if self._streams >= MAX_STREAMS:
@@ -111,10 +108,7 @@ class Handlers:
         self._desk.access.sign_in(response, request, role)
         return response
 
-    async def sign_out(self, request: Request) -> Response:
-        viewer = self._viewer(request)
-        if isinstance(viewer, HTMLResponse):
-            return viewer
+    async def sign_out(self, request: Request, viewer: Viewer) -> Response:
         await self._allowed(request, viewer)
         response = RedirectResponse(_base(request), 303)
         self._desk.access.sign_out(response)
@@ -123,10 +117,7 @@ class Handlers:
     def asking(self, ask: Ask, action: str) -> Handler:
         """The confirmation page of an action."""
 
-        async def show(request: Request) -> Response:
-            viewer = self._viewer(request)
-            if isinstance(viewer, HTMLResponse):
-                return viewer
+        async def show(request: Request, viewer: Viewer) -> Response:
             if not viewer.is_full:
                 return self._read_only(request, viewer)
             try:
@@ -136,15 +127,12 @@ class Handlers:
             context = self._context(request, viewer)
             return HTMLResponse(self._desk.render("confirm.html", **context, question=question))
 
-        return show
+        return self.signed_in(show)
 
     def doing(self, do: Do, action: str) -> Handler:
         """What the confirmation page sends: from here, with its token, by who may act."""
 
-        async def act(request: Request) -> Response:
-            viewer = self._viewer(request)
-            if isinstance(viewer, HTMLResponse):
-                return viewer
+        async def act(request: Request, viewer: Viewer) -> Response:
             fields = await self._allowed(request, viewer)
             if not viewer.is_full:
                 return self._read_only(request, viewer)
@@ -156,7 +144,7 @@ class Handlers:
             logger.info("The console was told: %s %s", action, request.url.path)
             return RedirectResponse(f"{_base(request)}{onward}", 303)
 
-        return act
+        return self.signed_in(act)
 
     async def ask_job(self, request: Request, action: str) -> Question:
         async with self._desk.session_maker() as session:
@@ -196,14 +184,16 @@ class Handlers:
             )
         return self._message(request, status, said, "", viewer)
 
-    def _viewer(self, request: Request) -> Viewer | HTMLResponse:
-        """Or what he is told who may see nothing."""
-        if self._desk.access.is_closed:
-            return HTMLResponse(self._desk.render("closed.html", **self._context(request)), 403)
-        viewer = self._desk.access.viewer_of(request)
-        if viewer is None:
-            return self._sign_in_page(request, _here(request))
-        return viewer
+    def signed_in(self, answer: Callable[[Request, Viewer], Awaitable[Response]]) -> Handler:
+        """`answer`, or what he is told who may see nothing."""
+
+        async def handle(request: Request) -> Response:
+            if self._desk.access.is_closed:
+                return HTMLResponse(self._desk.render("closed.html", **self._context(request)), 403)
+            viewer = self._desk.access.viewer_of(request)
+            return self._sign_in_page(request, _here(request)) if viewer is None else await answer(request, viewer)
+
+        return handle
 
     async def _allowed(self, request: Request, viewer: Viewer) -> Mapping[str, str]:
         """The fields of a form that this viewer was given, and sends from here."""

@@ -172,9 +172,7 @@ def _end(report: JobReport, spent: Spent | None, *, tried: Sequence[int], full: 
         ended, title, text = report.started_at + timedelta(seconds=took), "Committed", "done, together with its effect"
         if spent.parts.get("lock", 0) >= OF_NOTE_SECONDS:
             lock = f"{spent.parts['lock'] * 1000:.1f} ms for {spent.locked or 'its locks'}"
-            moments.append(
-                Moment(at=report.started_at, kind="step", title="Waited for a lock", text=lock, order=4),
-            )
+            moments.append(Moment(at=report.started_at, kind="step", title="Waited for a lock", text=lock, order=4))
     if ended is not None:
         traceback = report.traceback if full else None
         moments.append(Moment(at=ended, kind=str(report.state), title=title, text=text, traceback=traceback, order=8))

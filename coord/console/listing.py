@@ -115,7 +115,7 @@ class Listing:
     """The last of this page, where there is another one."""
 
 
-async def list_page(session: AsyncSession, wanted: Filter, before: UUID | None, *, few: bool = False) -> Listing:
+async def list_page(session: AsyncSession, wanted: Filter, before: UUID | None, *, few: bool) -> Listing:
     """The newest first. Joins the session's transaction, and only reads.
 
     Of a `few` that match all are looked for, and put in order then: in order one would read the whole ledger for them.

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -88,15 +89,13 @@ class Reads:
             return await read(session)
 
 
+@dataclass(slots=True)
 class _Kept:
-    __slots__ = ("error", "expires", "lock", "value")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.value: Any = None
-        self.error: UnreadableError | None = None
-        self.expires = 0.0
-        """On the monotonic clock."""
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    value: Any = None
+    error: UnreadableError | None = None
+    expires: float = 0.0
+    """On the monotonic clock."""
 
 
 async def events(show: Callable[[], Awaitable[str]], *, interval: float, last: str | None) -> AsyncIterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -88,13 +89,13 @@ async def job_list(desk: Desk, request: Request, viewer: Viewer) -> dict[str, An
     wanted = Filter.of(request.query_params)
     given = request.query_params.get("before")
     before = UUID(given) if given else None
-
-    number = await how_many(desk, wanted)
+    count = partial(count_page, wanted=wanted)
+    try:
+        number = await desk.reads.get(("count", wanted), count, interval=COUNT_INTERVAL_SECONDS, share=HEAVY_SHARE)
+    except UnreadableError:  # not in time
+        number = None
     few = number is not None and number.value <= MAX_FEW
-
-    async def read(session: AsyncSession) -> Any:
-        return await list_page(session, wanted, before, few=few)
-
+    read = partial(list_page, wanted=wanted, before=before, few=few)
     listing = await desk.reads.get(("jobs", wanted, before), read, interval=INTERVAL_SECONDS)
     return {
         "filter": wanted,
@@ -105,18 +106,6 @@ async def job_list(desk: Desk, request: Request, viewer: Viewer) -> dict[str, An
         "states": [*JobState],
         "error_of": (lambda job: job.error) if viewer.is_full else (lambda job: public_reason(job.error)),
     }
-
-
-async def how_many(desk: Desk, wanted: Filter) -> Any:
-    """None if that cannot be counted in time."""
-
-    async def read(session: AsyncSession) -> Any:
-        return await count_page(session, wanted)
-
-    try:
-        return await desk.reads.get(("count", wanted), read, interval=COUNT_INTERVAL_SECONDS, share=HEAVY_SHARE)
-    except UnreadableError:
-        return None
 
 
 async def one_job(desk: Desk, request: Request, viewer: Viewer) -> dict[str, Any]:

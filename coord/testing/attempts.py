@@ -84,7 +84,8 @@ class Attempts:
         """The job's next attempt, whether or not it is due, from its message to its end in the ledger."""
         job = await self._job(job_id)
         if job.one_at_a_time is not None:
-            await self._write(update(jobs).where(jobs.c.id == job_id).values(turn=jobs.c.attempt))
+            async with self.sessions.begin() as session:
+                await session.run_sync(execute, update(jobs).where(jobs.c.id == job_id).values(turn=jobs.c.attempt))
         message = Message.read(Message.of(job).text().encode())
         running = self._executor.admit(message)
         outcome = await self._executor.run(running)
@@ -99,10 +100,6 @@ class Attempts:
     async def _job(self, job_id: UUID) -> Job:
         (row,) = await self.rows(select(jobs).where(jobs.c.id == job_id))
         return job_of(row)
-
-    async def _write(self, statement: Executable) -> None:
-        async with self.sessions.begin() as session:
-            await session.run_sync(execute, statement)
 
 
 @contextmanager

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from sqlalchemy import DateTime, bindparam, func, select, text
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from datetime import datetime
 
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -56,15 +54,6 @@ class Clock:
         await self._connection.execute(_MOVE, {"moment": moment})
 
     async def restore(self) -> None:
+        """What was installed goes when the connection's transaction is rolled back."""
         if self._path is not None:
             await self._connection.execute(_SEARCH, {"path": self._path})
-
-
-@asynccontextmanager
-async def clock_of(connection: AsyncConnection) -> AsyncIterator[Clock]:
-    """Restored at the end; what was installed goes when the connection's transaction is rolled back."""
-    clock = Clock(connection)
-    try:
-        yield clock
-    finally:
-        await clock.restore()

@@ -14,7 +14,7 @@ from coord.durations import seconds
 from coord.jobs.model import is_queued, jobs, queues
 from coord.observation import PUT_OFF
 from coord.testing.attempts import attempting
-from coord.testing.clock import clock_of
+from coord.testing.clock import Clock
 from coord.testing.rollback import connection_of
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from coord.database.engine import AnySession
     from coord.durations import Seconds
     from coord.testing.attempts import Attempts
-    from coord.testing.clock import Clock
 
 MAX_ATTEMPTS_RUN = 1_000
 
@@ -73,8 +72,9 @@ async def drain_jobs(
     """
     end = _checked(queue, ahead, until, limit)
     await session_of(session).flush()
+    clock = Clock(connection_of(session))
     with attempting(session, tasks, ctx) as attempts:
-        async with clock_of(connection_of(session)) as clock:
+        try:
             target = end if isinstance(end, datetime) else await clock.now() + timedelta(seconds=end)
             drain = _Drain(attempts, clock, queue, target, with_retries=with_retries)
             while (job := await drain.next()) is not None:
@@ -84,6 +84,8 @@ async def drain_jobs(
                         "enqueue itself, or never end its retries? If it is meant, give it another limit="
                     )
                 await drain.run(job)
+        finally:
+            await clock.restore()
     return Drained(**{each.name: drain.ended[each.name] for each in fields(Drained)})
 
 

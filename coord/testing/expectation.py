@@ -12,11 +12,10 @@ from sqlalchemy import func, select
 
 from coord.database.engine import session_of
 from coord.durations import seconds
-from coord.jobs.arguments import as_it_arrives, is_same
+from coord.jobs.arguments import as_it_arrives, is_same, to_json
 from coord.jobs.model import execute, is_queued, jobs
 from coord.jobs.options import TaskOptions
 from coord.testing.attempts import job_of
-from coord.testing.table import shown, table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,12 +24,16 @@ if TYPE_CHECKING:
     from coord.durations import Seconds
     from coord.jobs.model import Job
     from coord.jobs.options import Task
-    from coord.testing.table import Shown
 
     Moment = Seconds | datetime | None
+    Shown = Mapping[str, str]
+    """What a message shows of a job, by column."""
 
 OPTIONS = ("queue", "priority", "unique_key", "one_at_a_time", "max_attempts", "timeout")
 """Of a job, as `task_options` gives them; those that are not given match any."""
+COLUMNS = ("task", "arguments", *OPTIONS, "due")
+MAX_ROWS, MAX_CHARACTERS = 20, 50
+"""Rows, and characters of a cell, that are shown."""
 _now = func.statement_timestamp()
 _queued = select(*jobs.c, func.extract("epoch", jobs.c.scheduled_at - _now).label("due_in"), _now.label("now")).where(
     is_queued
@@ -62,7 +65,7 @@ async def assert_enqueued(
         if asked.matches(row):
             return job_of(row)
     others = sorted(rows, key=lambda row: row.task != asked.task)
-    raise AssertionError(f"No such job is queued:\n\n{table([asked.shown()])}\n\n{_queue(others)}")
+    raise AssertionError(f"No such job is queued:\n\n{_table([asked.shown()])}\n\n{_queue(others)}")
 
 
 async def refute_enqueued(
@@ -78,7 +81,7 @@ async def refute_enqueued(
     asked = _Asked.of(task, args, kwargs, scheduled)
     found = [row for row in await _read(session) if asked.matches(row)]
     if found:
-        raise AssertionError(f"Such a job is queued:\n\n{table([asked.shown()])}\n\n{_queue(found)}")
+        raise AssertionError(f"Such a job is queued:\n\n{_table([asked.shown()])}\n\n{_queue(found)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +152,7 @@ class _Asked:
 
     def shown(self) -> Shown:
         given = {name: str(value) for name, value in self._given().items()}
-        arguments = shown(self.args, self.kwargs) or "any"
+        arguments = _arguments(self.args, self.kwargs) or "any"
         return {"task": self.task, "arguments": arguments, **given, "due": _due_asked(self.scheduled, self.options)}
 
 
@@ -190,7 +193,7 @@ def _queue(rows: Sequence[Any]) -> str:
     if not rows:
         return "Nothing is queued."
     what = "1 job is queued" if len(rows) == 1 else f"{len(rows)} jobs are queued"
-    return f"{what}:\n\n{table([_of_row(row) for row in rows])}"
+    return f"{what}:\n\n{_table([_of_row(row) for row in rows])}"
 
 
 def _of_row(row: Any) -> Shown:
@@ -199,7 +202,7 @@ def _of_row(row: Any) -> Shown:
     due = "now" if row.due_in <= 0 else f"in {row.due_in:,.0f} s"
     return {
         "task": row.task,
-        "arguments": shown(*row.arguments) or "none",
+        "arguments": _arguments(*row.arguments) or "none",
         **{name: str(value) for name, value in options.items()},
         "due": due,
     }
@@ -221,3 +224,25 @@ def _bound(moment: Moment) -> str:
     return (
         f"{moment:%Y-%m-%d %H:%M:%S %Z}" if isinstance(moment, datetime) else f"in {seconds('scheduled', moment):,g} s"
     )
+
+
+def _table(rows: Sequence[Shown]) -> str:
+    """A line of names and a line a row, without the columns that none has anything in."""
+    names = [name for name in COLUMNS if any(row.get(name) for row in rows)]
+    cells = [names, *([_cut(row.get(name, "")) for name in names] for row in rows[:MAX_ROWS])]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    lines = ["    " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    if len(rows) > MAX_ROWS:
+        lines.append(f"    … and {len(rows) - MAX_ROWS} more")
+    return "\n".join(lines)
+
+
+def _arguments(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """As they are passed, each as JSON."""
+    named = (f"{name}={to_json(value)}" for name, value in kwargs.items())
+    return ", ".join([*map(to_json, args), *named])
+
+
+def _cut(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_CHARACTERS else f"{line[: MAX_CHARACTERS - 1]}…"

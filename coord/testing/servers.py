@@ -60,10 +60,6 @@ class Host:
         self._template = f"{self._run}template"
         self._names = (f"{self._run}{worker}_{number}" for number in count())
 
-    def prepare(self, schema: Schema) -> None:
-        """Make the template, if no other process of the run has."""
-        _in_a_loop(self._prepare(schema))
-
     @contextmanager
     def servers(self, *, of_one_test: bool = False) -> Iterator[Servers]:
         """A new database, dropped at the end, and a Redis, emptied before and after."""
@@ -76,11 +72,8 @@ class Host:
             _in_a_loop(self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name))
             _empty(redis_url)
 
-    def clean(self) -> None:
-        """Drop the template, unless another process of the run still has a database."""
-        _in_a_loop(self._clean())
-
-    async def _prepare(self, schema: Schema) -> None:
+    async def prepare(self, schema: Schema) -> None:
+        """Make the template, if no other process of the run has."""
         async with self._alone() as connection:
             if await connection.scalar(_is_there, {"name": self._template}):
                 return
@@ -94,7 +87,8 @@ class Host:
                 await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", unfinished)
                 raise
 
-    async def _clean(self) -> None:
+    async def clean(self) -> None:
+        """Drop the template, unless another process of the run still has a database."""
         async with self._alone() as connection:
             if await connection.scalar(_others, {"name": self._run}) == 1:
                 await _run(connection, "DROP DATABASE IF EXISTS {}", self._template)
@@ -131,8 +125,8 @@ def open_host(schema: Schema, environ: Mapping[str, str] = os.environ) -> Iterat
             redis_url = stack.enter_context(Valkey(directory / "valkey")).url
             redis_urls = redis_url, _numbered(redis_url, 1)
         host = Host(url, redis_urls, run, worker)
-        host.prepare(schema)
-        stack.callback(host.clean)
+        _in_a_loop(host.prepare(schema))
+        stack.callback(lambda: _in_a_loop(host.clean()))
         yield host
 
 
@@ -181,9 +175,9 @@ def _in_a_loop(work: Coroutine[Any, Any, None]) -> None:
 
 
 @asynccontextmanager
-async def _connected(url: URL, **options: Any) -> AsyncIterator[AsyncConnection]:
+async def _connected(url: URL) -> AsyncIterator[AsyncConnection]:
     """To the given database, where databases are made; each statement is a transaction."""
-    engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT", **options)
+    engine = create_async_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
     try:
         async with engine.connect() as connection:
             yield connection
@@ -200,8 +194,7 @@ async def _fill(url: URL, schema: Any) -> None:
     engine = create_async_engine(url, poolclass=NullPool)
     try:
         async with engine.begin() as connection:
-            made = schema(connection) if inspect.iscoroutinefunction(schema) else connection.run_sync(schema)
-            await made
+            await (schema(connection) if inspect.iscoroutinefunction(schema) else connection.run_sync(schema))
             await create_ledger(connection)  # where the schema has put it, if it has
     finally:
         await engine.dispose()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, get_args
 
 
 class Outcome(StrEnum):
@@ -127,9 +127,7 @@ class Complaint:
 
 
 Record = Operation | Effect | Row | LedgerJob | Number | FaultSpan | Calm | Complaint
-_KINDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (Operation, Effect, Row, LedgerJob, Number, FaultSpan, Calm, Complaint)
-}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in get_args(Record)}
 
 
 @dataclass(frozen=True, slots=True)

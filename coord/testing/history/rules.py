@@ -101,11 +101,7 @@ def _own_effect(effect: str, asked: Sequence[Operation], applied: Sequence[Effec
 
 
 def _lost(
-    effect: str,
-    asked: tuple[Operation, ...],
-    applied: Sequence[Effect],
-    jobs: Sequence[LedgerJob],
-    bounds: Bounds,
+    effect: str, asked: tuple[Operation, ...], applied: Sequence[Effect], jobs: Sequence[LedgerJob], bounds: Bounds
 ) -> Iterator[Violation]:
     acknowledged = tuple(one for one in asked if one.outcome in ACKNOWLEDGED)
     known = {job.job for job in jobs}
