@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from uuid import UUID
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import func, select, tuple_
 
 from coord.jobs.model import is_queued, jobs
 from coord.queue.message import Message
@@ -17,6 +17,8 @@ LATE_SECONDS = 0.75
 """After which a popped job is not begun: it was on nobody's list meanwhile, and is handed over to another."""
 OLD_SECONDS = 10.0
 """After which the ledger is asked whether a message still holds."""
+AHEAD_SECONDS = 1.0
+"""By which Redis' time may seem to be ahead in a message, or else the ledger is asked: Redis' clock has been set."""
 TICK_SECONDS = 0.25
 
 
@@ -43,11 +45,13 @@ class Freshness:
     def is_old(self, due: float) -> bool:
         """Of a message that was due then, in milliseconds by Redis' clock."""
         clock = self._state.clock
-        return not clock.is_set or not clock.now() - due <= OLD_SECONDS * 1000  # also of what is no number
+        # Also of what is no number.
+        return not clock.is_set or not -AHEAD_SECONDS * 1000 <= clock.now() - due <= OLD_SECONDS * 1000
 
     async def stale(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
-        """Those that the ledger does not want to be run, or that another worker runs."""
+        """Those that the ledger does not want to be run, or not yet, or that another worker runs."""
         keys = [message.key for message in messages]
         key = tuple_(jobs.c.id, jobs.c.attempt)
-        rows = await self._state.read(select(jobs.c.id, jobs.c.attempt).where(is_queued, key.in_(keys)))
+        due = jobs.c.scheduled_at <= func.clock_timestamp()
+        rows = await self._state.read(select(jobs.c.id, jobs.c.attempt).where(is_queued, due, key.in_(keys)))
         return set(keys) - ({(row.id, row.attempt) for row in rows} - self._registry.held_elsewhere)
