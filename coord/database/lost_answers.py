@@ -28,6 +28,7 @@ from coord.cancellation import interruptible
 from coord.database.engine import Backend, another, backend_of, dispose, prepare, session_that_uses
 from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
+from coord.errors import message_of
 
 Sent = tuple[float, Connection, tuple[Any, ...]]
 """When something was sent, on the monotonic clock, by which connection, and what: a statement and its values."""
@@ -143,7 +144,7 @@ class LostAnswers:
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
-                logger.debug("PostgreSQL does not say whose answers are lost: %s", str(error) or type(error).__name__)
+                logger.debug("PostgreSQL does not say whose answers are lost: %s", message_of(error))
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS

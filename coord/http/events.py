@@ -18,7 +18,7 @@ from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import bind_for_writes, engines_of, prepare
 from coord.database.schemas import read_as
 from coord.durations import Seconds, seconds
-from coord.errors import RowNotFoundError, TooManyWaitersError
+from coord.errors import RowNotFoundError, TooManyWaitersError, message_of
 from coord.http.interruption import ended, stop_observed
 from coord.http.jobs import JobStatus
 from coord.jobs.model import Job, JobState
@@ -162,7 +162,7 @@ class RunningJobs:
         try:
             self._running = await interruptible(self._found(), limit=READ_SECONDS)
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", str(error) or type(error).__name__)
+            logger.debug("The workers' heartbeats cannot be read: %s", message_of(error))
         self._expires = loop.time() + MAX_AGE_SECONDS  # now, or each stream would wait as long for a silent server
 
     async def _found(self) -> set[tuple[UUID, int]]:

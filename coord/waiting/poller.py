@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.orm.attributes import instance_state
 
 from coord.database.target import column_names
+from coord.errors import message_of
 from coord.observation import tell_waiters
 from coord.retryable import is_server_away
 from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader
@@ -285,8 +286,7 @@ class Poller:
         """Try again if the database is away; else find the row that failed: only its waiters get the error."""
         if is_server_away(error):
             if self.error is None:
-                reason = str(error) or type(error).__name__
-                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", reason)
+                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", message_of(error))
             self.error = error
             self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)
