@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Self
 
@@ -69,6 +70,8 @@ class Coordinator:
     ) -> None:
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
+        if iscoroutinefunction(read_settings):
+            raise TypeError("read_settings is a mapping or a plain function of the session, not an asynchronous one")
         if read_settings is not None and not callable(read_settings):
             checked_settings(read_settings)
         self._read_settings = read_settings
