@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from inspect import iscoroutinefunction
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -85,8 +86,10 @@ class EventStreams:
 
         `id` tells states apart: one with the id of the one before, or of the client's `Last-Event-ID`, is left out. The
         stream ends after a state that `is_final`; to a client that has that one already the answer is 204, after which
-        a browser does not come back.
+        a browser does not come back. Both are plain functions; for another it is a `TypeError`.
         """
+        if iscoroutinefunction(id) or iscoroutinefunction(is_final):
+            raise TypeError("id and is_final are plain functions; of an asynchronous one every state would be final")
         return self._following(row, columns, id, is_final, running=None)
 
     def jobs(self, job: Callable[..., Any]) -> Dependency:
