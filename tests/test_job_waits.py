@@ -47,11 +47,6 @@ NEVER = 60.0
 """An interval that no test lives to see."""
 
 
-@pytest.fixture
-async def job(ledger: None, session_maker: SessionMaker) -> Job:
-    return await committed(session_maker)
-
-
 async def end(observer: Connection, state: str, error: str | None = None) -> None:
     await observer.execute("UPDATE coord_jobs SET state = $1, error = $2", state, error)
 
