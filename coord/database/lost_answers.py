@@ -95,9 +95,12 @@ class LostAnswers:
         self._is_connected = False
         self._halfway: dict[int, object] = {}
         """Which backends waited for the rest of a statement at the last look, and when they had got the first part."""
+        self._pings = Pings()
         statements = ("do_execute", "do_executemany", "do_execute_no_params")
         self._listeners: list[tuple[Any, str, Callable[..., None]]] = [
             *((engine.sync_engine, name, self._on_statement) for name in statements),
+            (engine.sync_engine, "checkin", self._pings.on_checkin),
+            (engine.sync_engine, "checkout", self._pings.on_checkout),
             (Session, "before_commit", self._on_commit),
         ]
 
@@ -105,15 +108,13 @@ class LostAnswers:
         self._loop = asyncio.get_running_loop()
         prepare(self._watched)
         for target, name, listener in self._listeners:
-            event.listen(target, name, listener)
-        self._pings = Pings(self._watched)
+            event.listen(target, name, listener, insert=True)  # before what an application does then
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for target, name, listener in self._listeners:
             event.remove(target, name, listener)
-        self._pings.close()
         self._task.cancel()
         await asyncio.wait([self._task])
         await self._disconnect()
