@@ -50,22 +50,13 @@ from coord.errors import (
 from coord.jobs.batches import cancel_jobs, retry_jobs
 from coord.jobs.bulk import Call, call, enqueue_many
 from coord.jobs.enqueue import enqueue
-from coord.jobs.job_transaction import JobSuperseded, job_transaction, set_result
+from coord.jobs.job_transaction import JobSuperseded, job_transaction, set_progress, set_result
 from coord.jobs.migrations import create_ledger
 from coord.jobs.model import Job, JobState
 from coord.jobs.options import TaskOptions, task_options
 from coord.jobs.pauses import pause_queue, resume_queue
 from coord.jobs.periodic import Periodic, periodic
-from coord.jobs.queries import (
-    AttemptReport,
-    JobReport,
-    cancel_job,
-    get_job,
-    list_attempts,
-    list_jobs,
-    retry_job,
-    set_progress,
-)
+from coord.jobs.queries import AttemptReport, JobReport, cancel_job, get_job, list_attempts, list_jobs, retry_job
 from coord.locks import LockMode, advisory_lock, lock_tables
 from coord.notify.sentinel import redis_from_url
 from coord.session import create_db_context, create_db_dependency, get_transaction

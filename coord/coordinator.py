@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,7 @@ from coord.notify.client import close_client
 from coord.notify.outage import Outage
 from coord.notify.sentinel import redis_from_url
 from coord.notify.subscriber import Listener
-from coord.observation import tell_published
+from coord.observation import observers
 from coord.queue.handover import hand_over
 from coord.timings import attempt_payload
 from coord.waiting.watcher import MAX_WAITERS, Declared, Watcher, checked_settings
@@ -41,8 +42,8 @@ class Coordinator:
     Sessions are recognised by their engine, whichever maker made them; of a maker with `binds` all engines count.
     Messages are sent after the outermost commit, never delay or fail it, and are hints: a wait reads the row again, and
     reads it once an interval without any. `namespace` and the database's name keep services apart that share a Redis.
-    Without `redis` waits go by polling alone. One wait more than `max_waiters` in this process is a
-    `TooManyWaitersError`.
+    Without `redis` waits go by polling alone. One wait more than `max_waiters` in this process, for all engines, is a
+    `TooManyWaitersError`; of several coordinators the widest cap counts.
 
     `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one query serves
     all waits for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
@@ -69,6 +70,8 @@ class Coordinator:
     ) -> None:
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
+        if iscoroutinefunction(read_settings):
+            raise TypeError("read_settings is a mapping or a plain function of the session, not an asynchronous one")
         if read_settings is not None and not callable(read_settings):
             checked_settings(read_settings)
         self._read_settings = read_settings
@@ -84,7 +87,6 @@ class Coordinator:
         self._bell: Bell | None = None
         self._watchers: list[Watcher] = []
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         if self._loop is not None:
@@ -100,7 +102,11 @@ class Coordinator:
                 self._bell = await stack.enter_async_context(Bell(self._redis, self.outage).open())
                 stack.callback(setattr, self, "_bell", None)
             for engine in engines:
-                self._coordinate(engine, stack)
+                prepare(engine)
+                channels, watcher = self._channels(engine), Watcher.of(engine)
+                self._watchers.append(watcher)
+                stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
+                stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
                 await stack.enter_async_context(LostAnswers(engine))
             self._stack = stack.pop_all()
         return self
@@ -152,13 +158,6 @@ class Coordinator:
     def _channels(self, engine: AsyncEngine) -> Channels:
         return Channels(self._namespace, engine.url.database or "")
 
-    def _coordinate(self, engine: AsyncEngine, stack: AsyncExitStack) -> None:
-        prepare(engine)
-        channels, watcher = self._channels(engine), Watcher.of(engine)
-        self._watchers.append(watcher)
-        stack.enter_context(watcher.coordinate(self._max_waiters, self._read_settings, self._bell, channels))
-        stack.enter_context(observed(engine.dialect, partial(self._publish_changes, channels)))
-
     def _publish_changes(self, to: Channels, session: Session, changes: Changed) -> bool:
         loop = self._loop
         if self._bell is None or loop is None or loop.is_closed():
@@ -170,7 +169,8 @@ class Coordinator:
             jobs = [job for job in changes.values() if job is not None]
             batch = hand_over(jobs, self._namespace) if jobs else {}
             payload = attempt_payload(session)
-            tell_published(len(channels))
+            for observer in observers:
+                observer.hints("published", len(channels))
         except Exception:
             logger.exception("Changes could not be published; waits see them by polling")
             return True

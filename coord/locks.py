@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from sqlalchemy import Connection, Table, func, inspect, select
@@ -90,11 +90,7 @@ def lock_tables(
     limit = None if timeout is None else postgres_timeout("timeout", timeout)
     session = session_of(session)
     targets, binding = _tables(tables), _binding(session, tables)
-
-    def plan(connection: Connection) -> Acquisition:
-        return _table_acquisition(connection, targets, lock_mode, nowait=limit == 0)
-
-    return _held(session, binding, plan, limit)
+    return _held(session, binding, partial(_table_acquisition, targets, lock_mode), limit)
 
 
 def advisory_lock(
@@ -166,16 +162,12 @@ async def _connected(session: AsyncSession, binding: Mapping[str, Any], limit: f
     began = loop.time()
     timeout = limit or NOWAIT_CONNECT_TIMEOUT_SECONDS
     try:
-        await interruptible(session.run_sync(_connect, binding), limit=timeout)
+        await interruptible(session.connection(bind_arguments=dict(binding)), limit=timeout)
     except TimeoutError as error:
         if loop.time() - began < timeout:  # the driver's own
             raise
         raise LockTimeoutError(f"timed out after {timeout:g} s waiting for a connection, and so for a lock") from error
     return limit and max(0.001, limit - (loop.time() - began))
-
-
-def _connect(session: Session, binding: Mapping[str, Any]) -> None:
-    session.connection(bind_arguments=dict(binding))
 
 
 def _tables(tables: Sequence[type[Any] | Table]) -> tuple[Table, ...]:
@@ -202,13 +194,11 @@ def _tables_of(target: type[Any] | Table) -> Iterable[Table]:
     return found
 
 
-def _table_acquisition(
-    connection: Connection, tables: tuple[Table, ...], mode: LockMode, *, nowait: bool
-) -> Acquisition:
+def _table_acquisition(tables: tuple[Table, ...], mode: LockMode, connection: Connection) -> Acquisition:
     schemas = connection.get_execution_options().get("schema_translate_map") or {}
     dialect = connection.dialect
     under = tuple(schemas.get(table.schema, table.schema) for table in tables)
-    return _in_one_order(dialect.identifier_preparer, tables, under, dialect.default_schema_name or "", mode, nowait)
+    return _in_one_order(dialect.identifier_preparer, tables, under, dialect.default_schema_name or "", mode)
 
 
 @lru_cache(maxsize=256)  # a job's locks are the same each time
@@ -218,7 +208,6 @@ def _in_one_order(
     schemas: tuple[str | None, ...],
     default: str,
     mode: LockMode,
-    nowait: bool,
 ) -> Acquisition:
     spelled: dict[tuple[str, str, str], tuple[str, str]] = {}
     for table, schema in zip(tables, schemas, strict=True):
@@ -227,23 +216,17 @@ def _in_one_order(
         plain = f"{schema}.{table.name}" if schema else table.name
         spelled[schema or default, table.name, sql] = (sql, plain)
     ordered = [spelled[key] for key in sorted(spelled)]
-    names = [plain for _, plain in ordered]
+    names, shown = [sql for sql, _ in ordered], [plain for _, plain in ordered]
+    as_pg_locks_spells = [other.title().replace(" ", "") + "Lock" for other in _CONFLICTS[mode]]
     return Acquisition(
         mode=mode,
-        names=[sql for sql, _ in ordered],
-        statements=[f"LOCK TABLE {sql} IN {mode} MODE{' NOWAIT' if nowait else ''}" for sql, _ in ordered],
-        subject=f"{', '.join(names)} in {mode} mode",
+        names=names,
+        statements=[f"LOCK TABLE {name} IN {mode} MODE" for name in names],
+        subject=f"{', '.join(shown)} in {mode} mode",
         blockers="lock.relation = ANY (CAST(CAST(:names AS text[]) AS regclass[])) AND lock.mode = ANY (:modes)",
-        blocked_by={
-            "names": [sql for sql, _ in ordered],
-            "modes": [_as_pg_locks_spells(other) for other in _CONFLICTS[mode]],
-        },
-        tables=names,
+        blocked_by={"names": names, "modes": as_pg_locks_spells},
+        tables=shown,
     )
-
-
-def _as_pg_locks_spells(mode: LockMode) -> str:
-    return mode.title().replace(" ", "") + "Lock"
 
 
 def _advisory_key(key: int | tuple[int, int] | str) -> tuple[int, ...]:

@@ -67,11 +67,6 @@ def tell_waiters(change: int) -> None:
         observer.waiters(change)
 
 
-def tell_published(channels: int) -> None:
-    for observer in observers:
-        observer.hints("published", channels)
-
-
 def tell_rescued(rows: Sequence[Any]) -> None:
     """A dead worker's jobs, as they are now."""
     for observer in observers:
@@ -143,21 +138,17 @@ class ObservedWait:
         if self._span is not None:
             noted = {"wait.outcome": outcome, "wait.job_id": timings.job_id, **_seconds(timings)}
             telemetry.note(self._span, noted)
-        task = getattr(self._job, "task", None)
-        _wait_ended(outcome, monotonic() - began, timings, heard=message is not None, task=task)
-
-
-def _wait_ended(outcome: str, seconds: float, timings: WaitTimings, *, heard: bool, task: str | None) -> None:
-    for observer in observers:
-        observer.wait_ended(outcome, seconds)
-        if outcome in ("changed", "failed"):
-            observer.wait_answered(task, timings)
-        if heard:
-            observer.hints("heard")
-        elif outcome == "changed" and seconds > MISSED_SECONDS:
-            observer.hints("missed")
-    if waits.isEnabledFor(logging.DEBUG):
-        log(waits, logging.DEBUG, f"wait {outcome}", job=timings.job_id, **_seconds(timings), **telemetry.ids())
+        seconds = monotonic() - began
+        for observer in observers:
+            observer.wait_ended(outcome, seconds)
+            if outcome in ("changed", "failed"):
+                observer.wait_answered(getattr(self._job, "task", None), timings)
+            if message is not None:
+                observer.hints("heard")
+            elif outcome == "changed" and seconds > MISSED_SECONDS:
+                observer.hints("missed")
+        if waits.isEnabledFor(logging.DEBUG):
+            log(waits, logging.DEBUG, f"wait {outcome}", job=timings.job_id, **_seconds(timings), **telemetry.ids())
 
 
 @contextmanager
@@ -175,19 +166,9 @@ def attempt_ended(message: Any, outcome: str, timings: AttemptTimings, reason: s
     for observer in observers:
         observer.attempt_ended(message.task, outcome, timings)
     level = _LEVELS.get(outcome, logging.INFO)
-    if not jobs.isEnabledFor(level):
-        return
-    log(
-        jobs,
-        level,
-        f"job {outcome}",
-        job=message.id,
-        task=message.task,
-        attempt=message.attempt,
-        reason=reason,
-        **_spent(timings),
-        **telemetry.ids_of(message.trace),
-    )
+    if jobs.isEnabledFor(level):
+        fields = {"job": message.id, "task": message.task, "attempt": message.attempt, "reason": reason}
+        log(jobs, level, f"job {outcome}", **fields, **_spent(timings), **telemetry.ids_of(message.trace))
 
 
 def _spent(timings: AttemptTimings) -> dict[str, object]:
@@ -204,8 +185,6 @@ def _seconds(timings: WaitTimings) -> dict[str, object]:
 
 def log(logger: logging.Logger, level: int, event: str, **fields: object) -> None:
     """One line, `event key=value …`; a handler that writes JSON finds the fields in the record's `coord`."""
-    if not logger.isEnabledFor(level):
-        return
     found = {name: value for name, value in fields.items() if value is not None}
     text = " ".join(f"{name}={_quoted(value)}" for name, value in found.items())
     logger.log(level, "%s %s", event, text, extra={"coord": {"event": event, **found}}, stacklevel=2)

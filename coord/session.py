@@ -37,13 +37,13 @@ def create_db_dependency(session_maker: SessionMaker) -> Callable[..., AsyncGene
     request that is not for one of FastAPI's own routes. Outside a request, `asynccontextmanager(get_db)()` and
     `async for session in get_db()` commit when they end.
     """
-    _prepare(session_maker())
+    context = create_db_context(session_maker)
 
     async def get_db(connection: HTTPConnection = _BARE) -> AsyncGenerator[AsyncSession, None]:
         if connection is not _BARE:
             yield await _request_session(connection.scope, session_maker)
             return
-        async with _closing(_made(session_maker)) as session, _committing(session):
+        async with context() as session:
             yield session
 
     return get_db
@@ -64,7 +64,7 @@ def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsync
 
     @asynccontextmanager
     async def context() -> AsyncIterator[AsyncSession]:
-        async with _closing(_made(session_maker)) as session, _committing(session):
+        async with _opened(session_maker) as session, _committing(session):
             yield session
 
     return context
@@ -104,7 +104,7 @@ async def _request_session(scope: MutableMapping[str, Any], session_maker: Sessi
     sessions: dict[Any, AsyncSession] = scope.setdefault(_SESSIONS, {})
     attempt = (session_maker, after)  # a middleware may run the application twice with one scope
     if attempt not in sessions:
-        session = await after.enter_async_context(_closing(_made(session_maker)))
+        session = await after.enter_async_context(_opened(session_maker))
         sessions[attempt] = await before.enter_async_context(_committing(session))
     return sessions[attempt]
 
@@ -117,16 +117,12 @@ def _prepare(session: AsyncSession) -> bool:
     return bool(engines)
 
 
-def _made(session_maker: SessionMaker) -> AsyncSession:
+@asynccontextmanager
+async def _opened(session_maker: SessionMaker) -> AsyncIterator[AsyncSession]:
     session = session_maker()
     if not _prepare(session):
         engine_of(session)  # says so
     own(session)
-    return session
-
-
-@asynccontextmanager
-async def _closing(session: AsyncSession) -> AsyncIterator[AsyncSession]:
     try:
         yield session
     finally:

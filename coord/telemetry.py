@@ -83,19 +83,15 @@ def _processing(
         return
     sent = api.trace.get_current_span(parent).get_span_context()
     later = attempt > 1 and sent.is_valid
-    attributes = {**_messaging("process", queue, job_id), "coord.job.attempt": attempt}
-    with (
-        tracer.start_as_current_span(
-            f"process {task}",
-            context=api.context.Context() if later else parent,
-            kind=api.trace.SpanKind.CONSUMER,
-            attributes=attributes,
-            links=[api.trace.Link(sent)] if later else [],
-            record_exception=False,
-            set_status_on_exception=False,
-        ) as span,
-        _failing(api, span),
-    ):
+    with _span(
+        api,
+        tracer,
+        f"process {task}",
+        context=api.context.Context() if later else parent,
+        kind=api.trace.SpanKind.CONSUMER,
+        attributes={**_messaging("process", queue, job_id), "coord.job.attempt": attempt},
+        links=[api.trace.Link(sent)] if later else [],
+    ) as span:
         yield span
 
 
@@ -103,16 +99,20 @@ def internal(name: str) -> AbstractContextManager[Any]:
     """A span of coord's own between the two, or None."""
     api = _api()
     tracer = None if api is None else _tracer(api)
-    return _NOTHING if tracer is None else _internal(api, tracer, name)
+    return _NOTHING if tracer is None else _span(api, tracer, name)
 
 
 @contextmanager
-def _internal(api: Any, tracer: Any, name: str) -> Iterator[Any]:
-    with (
-        tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False) as span,
-        _failing(api, span),
-    ):
-        yield span
+def _span(api: Any, tracer: Any, name: str, **options: Any) -> Iterator[Any]:
+    """Of an error that passes it has the type alone."""
+    with tracer.start_as_current_span(name, record_exception=False, set_status_on_exception=False, **options) as span:
+        try:
+            yield span
+        except BaseException as error:
+            kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
+            span.set_attribute("error.type", kind)
+            span.set_status(api.trace.Status(api.trace.StatusCode.ERROR))
+            raise
 
 
 def note(span: Any, values: Mapping[str, object]) -> None:
@@ -135,17 +135,6 @@ def ids_of(trace: Mapping[str, str] | None) -> dict[str, str]:
     parent = told.get("traceparent", "").split("-")
     known = {"trace_id": parent[1]} if len(parent) == 4 else {}
     return known | ({"request_id": told[REQUEST_ID]} if told.get(REQUEST_ID) else {})
-
-
-@contextmanager
-def _failing(api: Any, span: Any) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        kind = f"{type(error).__module__}.{type(error).__qualname__}".removeprefix("builtins.")
-        span.set_attribute("error.type", kind)
-        span.set_status(api.trace.Status(api.trace.StatusCode.ERROR))
-        raise
 
 
 def _messaging(operation: str, queue: str, job_id: object) -> dict[str, str]:

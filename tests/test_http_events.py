@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fastapi.routing
 import pytest
@@ -319,3 +319,14 @@ async def test_a_stream_of_a_job_ends_after_its_time_though_postgresql_has_falle
                 finally:
                     way.flows.set()
         await engine.dispose()
+
+
+async def of_a_row(_row: Order) -> str:
+    return ""
+
+
+@pytest.mark.parametrize("given", [{"id": of_a_row}, {"id": str, "is_final": of_a_row}])
+def test_an_asynchronous_id_or_is_final_is_refused(session_maker: SessionMaker, given: Any) -> None:
+    """A coroutine is true, so that each stream would end with its first state."""
+    with pytest.raises(TypeError, match="plain functions"):
+        EventStreams(session_maker).of(lambda: None, **given)

@@ -98,6 +98,14 @@ def test_slots_that_nobody_made_in_time_are_left_out_unless_they_are_to_be_caugh
     assert periodic(a_task, line, overlap=True, catch_up=99).due(START, three_days) == days
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(("catch_up", "count"), [(True, 1), (1_000, 1_000)])
+def test_catching_up_with_every_second_of_a_year_takes_no_look_at_each(catch_up: int, count: int) -> None:
+    now = START + timedelta(days=365)
+    found = periodic(a_task, "* * * * * *", overlap=True, catch_up=catch_up).due(START, now)
+    assert found == [now - timedelta(seconds=back) for back in reversed(range(count))]
+
+
 @pytest.mark.parametrize(
     ("line", "options"),
     [
@@ -214,6 +222,22 @@ async def test_what_was_missed_while_nobody_worked_is_caught_up_with_once(clock:
         await asyncio.gather(clock.ticker(*given).round(), clock.ticker(*given).round())
     counts = await observer.fetch("SELECT arguments::text AS given, count(*) FROM coord_jobs GROUP BY 1 ORDER BY 1")
     assert [tuple(row) for row in counts] == [("[[1],{}]", 1), ("[[3],{}]", 3)]
+
+
+async def test_a_schedule_that_has_much_to_catch_up_with_keeps_no_other_one_waiting(
+    clock: Clock, observer: Connection
+) -> None:
+    seconds = periodic(a_task, "* * * * * *", "seconds", overlap=True, catch_up=250)
+    other = periodic(a_task, "0 0 * * *", "other")
+    ticker = clock.ticker(seconds, other)
+    await ticker.round()
+    await clock.go_on(days=7)
+    made = "SELECT count(*) FROM coord_jobs GROUP BY arguments::text ORDER BY arguments::text"
+    found = []
+    for _ in range(4):
+        is_behind = not await ticker.round()
+        found.append((is_behind, *[row["count"] for row in await observer.fetch(made)]))
+    assert found == [(True, 1, 100), (True, 1, 200), (False, 1, 250), (False, 1, 250)]
 
 
 async def test_a_schedule_that_is_in_no_code_makes_nothing_and_leaves_the_ledger(

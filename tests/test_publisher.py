@@ -16,8 +16,8 @@ from redis.exceptions import ResponseError
 
 import coord.notify.client
 from coord.dev.embedded import Valkey
-from coord.notify.client import Command, close_client, own_client, packed
-from coord.notify.publisher import Publisher, notice
+from coord.notify.client import Command, connector, packed
+from coord.notify.publisher import Publisher
 from tests.serving import eventually
 
 if TYPE_CHECKING:
@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 NAME = "publisher"
 ARGUMENTS = st.binary(max_size=20) | st.text(max_size=20) | st.integers() | st.floats()
+
+
+def notice(channel: bytes) -> Command:
+    return ("PUBLISH", channel, b"")
 
 
 class Scene:
@@ -63,7 +67,7 @@ async def scene(redis_url: str) -> AsyncIterator[Scene]:
 async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
     results: list[Exception | None] = []
     received: list[bytes] = []
-    own = own_client(Redis.from_url(url, socket_timeout=0.1).connection_pool)
+    connection = connector(Redis.from_url(url, socket_timeout=0.1).connection_pool)()
     async with Redis.from_url(redis_url) as redis, redis.pubsub() as subscription:
         await subscription.psubscribe("*")
         await subscription.get_message(timeout=5)
@@ -73,9 +77,8 @@ async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
                 received.append(message["channel"])  # noqa: PERF401 - it never ends
 
         listening = asyncio.create_task(listen())
-        async with Publisher(own, results.append).open() as publisher:
+        async with Publisher(connection, results.append).open() as publisher:
             yield Scene(redis, publisher, results, received)
-        await close_client(own)
         listening.cancel()
         await asyncio.wait([listening])
 

@@ -15,16 +15,15 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from coord.worker.fetcher import BACK_SECONDS, BLOCK_SECONDS
-from coord.worker.freshness import LATE_SECONDS, TICK_SECONDS
+from coord.worker.fetcher import BACK_SECONDS, BLOCK_SECONDS, LATE_SECONDS
 from coord.worker.maintenance.beat import BEAT_SECONDS, LOOK_SECONDS, UNNAMED_SECONDS
 from coord.worker.maintenance.reconciler import MISSING_SECONDS, TAKEN_SECONDS
 from coord.worker.maintenance.registry import DEAD_SECONDS
 
 Key = tuple[int, int]
 """A job and its attempt."""
-STALE = LATE_SECONDS + max(TICK_SECONDS, BLOCK_SECONDS)
-"""Since a pop was asked for, or the loop was last seen to go on, after which nothing is begun."""
+STALE = LATE_SECONDS + BLOCK_SECONDS
+"""Since a pop was asked for, after which nothing is begun."""
 NAMED = UNNAMED_SECONDS + LOOK_SECONDS
 """Since its start, by when a job is in its worker's heartbeat, whatever holds the worker up."""
 

@@ -17,6 +17,7 @@ from sqlalchemy import select
 from coord import cancel_job, job_transaction, lock_tables, task_options
 from coord.jobs.model import attempts
 from coord.worker.maintenance.registry import DEAD_SECONDS
+from tests.ledger import a_task
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import Network
@@ -139,6 +140,28 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
                 _, pid, _ = await notes.say(later, "starts")
                 assert pid == worker.pid
                 await office.nothing_left_in_redis()
+
+
+async def test_a_dead_worker_that_cannot_be_rescued_keeps_no_other_one_from_it(
+    office: Office, observer: asyncpg.Connection
+) -> None:
+    """Somebody has locked its row for as long as they like."""
+    stuck, other = [
+        await observer.fetchval(
+            """INSERT INTO coord_workers (id, queue, host, pid, jobs, dead)
+                VALUES (gen_random_uuid(), 'default', 'h', 1, '{}', true) RETURNING id"""
+        )
+        for _ in range(2)
+    ]
+    async with observer.transaction():
+        await observer.execute("SELECT FROM coord_workers WHERE id = $1 FOR UPDATE", stuck)
+        async with working(office, [a_task]):
+
+            async def left() -> bool:
+                return other not in {row.id for row in await office.workers()}
+
+            await eventually(left, within=PROMISED)
+            assert stuck in {row.id for row in await office.workers()}
 
 
 async def how(office: Office, job: Job) -> tuple[str, int, tuple[int, ...]]:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import Coordinator, redis_from_url, worker_settings
 from coord.cli.doctor import findings
-from coord.notify.client import own_client
+from coord.notify.client import connector, exchange
 from coord.worker.maintenance.beat import redis_of
 from tests.faults.sentinel import MASTER, task, watched
 
@@ -102,9 +102,10 @@ async def test_the_server_is_found_and_every_connection_is_closed_again(database
         async with watched(Path(directory)) as (master, _, sentinel):
             url = f"redis+sentinel://127.0.0.1:{sentinel.port}/{MASTER}"
             client = redis_from_url(url)
-            own = own_client(client.connection_pool)
-            assert (await own.info("server"))["tcp_port"] == master.port
-            await own.aclose()
+            own = connector(client.connection_pool)()
+            [info] = await exchange(own, [("INFO", "server")])
+            assert b"tcp_port:%d" % master.port in info
+            await own.disconnect()
             await client.aclose()  # warnings are errors: one that was left open would be told of
             assert "redis" not in {finding.check async for finding in findings(database_url, url, None, "coord")}
             unknown: Any = redis_from_url(f"redis+sentinel://127.0.0.1:{sentinel.port}/another")

@@ -14,7 +14,7 @@ from redis.exceptions import NoPermissionError
 
 import coord.notify.subscriber
 from coord.dev.embedded import Valkey
-from coord.notify.client import close_client, own_client
+from coord.notify.client import connector
 from coord.notify.subscriber import MAX_CHANNELS_PER_COMMAND, Subscriber
 from tests.proxy import Proxy
 from tests.serving import eventually
@@ -77,11 +77,9 @@ async def scene(redis_url: str, request: pytest.FixtureRequest) -> AsyncIterator
 @asynccontextmanager
 async def opened(url: str, redis_url: str) -> AsyncIterator[Scene]:
     results: list[Exception | None] = []
-    own = own_client(Redis.from_url(url).connection_pool)
-    async with Redis.from_url(redis_url) as redis:
-        async with Subscriber(own, results.append).open() as subscriber:
-            yield Scene(redis, subscriber, results)
-        await close_client(own)
+    connect = connector(Redis.from_url(url).connection_pool)
+    async with Redis.from_url(redis_url) as redis, Subscriber(connect, results.append).open() as subscriber:
+        yield Scene(redis, subscriber, results)
 
 
 async def test_messages_reach_the_listeners_of_their_channel_and_nobody_else(scene: Scene) -> None:

@@ -7,13 +7,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from sqlalchemy import Float, bindparam, cast, func, literal, select
+from sqlalchemy import Float, cast, func, literal, select
 
 from coord.console.figures import sample_of, sample_percent
 from coord.fleet import MAX_EXACT_JOBS, Number
 from coord.jobs.batches import conditions_of
-from coord.jobs.model import JobState, execute, is_queued, jobs
-from coord.jobs.queries import heartbeats, held_by
+from coord.jobs.model import JobState, execute, jobs
+from coord.jobs.queries import heartbeats, in_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -160,15 +160,8 @@ async def count_page(session: AsyncSession, wanted: Filter) -> Number:
 
 
 def _conditions(wanted: Filter, beats: Sequence[Beat]) -> list[ColumnElement[bool]]:
-    found = conditions_of(wanted.task, wanted.queue, wanted.ages.get("older_than"), wanted.ages.get("newer_than"))
-    match wanted.state:
-        case JobState.RUNNING:
-            found += [is_queued, held_by(beats)]
-        case JobState.QUEUED:
-            found += [is_queued, ~held_by(beats)]
-        case JobState():  # written out, as in is_queued
-            found.append(jobs.c.state == bindparam(None, wanted.state, literal_execute=True))
-    return found
+    ages = wanted.ages.get("older_than"), wanted.ages.get("newer_than")
+    return [*conditions_of(wanted.task, wanted.queue, *ages), *in_state(wanted.state, beats)]
 
 
 def _listed(row: Any, held: set[tuple[UUID, int]]) -> Listed:

@@ -62,8 +62,8 @@ class Acquisition:
 def acquire(connection: Connection, acquisition: Acquisition, limit: float | None) -> None:
     """Take the lock in the connection's transaction, which stays usable if it is not granted.
 
-    `limit` is seconds for all of it together; 0 is in the statements, None leaves it to the server's `lock_timeout`,
-    which is afterwards as it was before. To be called where SQLAlchemy's own connections are (`run_sync`).
+    `limit` is seconds for all of it together; 0 is NOWAIT, None leaves it to the server's `lock_timeout`, which is
+    afterwards as it was before. To be called where SQLAlchemy's own connections are (`run_sync`).
     """
     function = None if _keeps_its_snapshot(connection) else lock_function(connection)
     if function is None:
@@ -79,7 +79,10 @@ def acquire(connection: Connection, acquisition: Acquisition, limit: float | Non
     if state == ACTIVE_TRANSACTION:
         raise InvalidRequestError(SET_BY_SQL.format(detail.upper()))
     if state == LOCK_NOT_AVAILABLE:
-        raise _timed_out(connection, acquisition)
+        holders = _holders(connection, acquisition)
+        seen = "; ".join(map(str, holders)) or "its holder is gone"
+        message = f"timed out waiting for {acquisition.subject}: {seen}"
+        raise LockTimeoutError(message, tables=acquisition.tables, holders=holders)
     raise DeadlockError(f"Deadlock while locking {acquisition.subject}: {detail}")
 
 
@@ -108,7 +111,7 @@ def _send_plain_statements(
         for statement in acquisition.statements:
             if limit:
                 connection.exec_driver_sql(_set_local(max(1, math.ceil((deadline - monotonic()) * 1000))))
-            connection.exec_driver_sql(statement)
+            connection.exec_driver_sql(f"{statement} NOWAIT" if limit == 0 else statement)
         if usual is not None:
             connection.exec_driver_sql(_set_local(usual))
     except DBAPIError as error:
@@ -121,15 +124,8 @@ def _send_plain_statements(
     return None
 
 
-def _timed_out(connection: Connection, acquisition: Acquisition) -> LockTimeoutError:
-    holders = _holders(connection, acquisition)
-    seen = "; ".join(map(str, holders)) or "its holder is gone"
-    message = f"timed out waiting for {acquisition.subject}: {seen}"
-    return LockTimeoutError(message, tables=acquisition.tables, holders=holders)
-
-
 def _holders(connection: Connection, acquisition: Acquisition) -> list[LockHolder]:
-    """None if the query fails, which does not end the transaction either."""
+    """None are known if the query fails, which does not end the transaction either."""
     question = text(f"{_HOLDERS} AND {acquisition.blockers}")
     try:
         with connection.begin_nested():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from contextvars import copy_context
 from datetime import datetime
 from functools import lru_cache
@@ -49,7 +48,6 @@ _WHICH_BACKEND = "SELECT pg_postmaster_start_time(), backend_start FROM pg_stat_
 _SESSION = "coord.session"
 """In a connection's `info`: a reference to the session whose transaction it was given to."""
 _prepared: WeakSet[Dialect] = WeakSet()
-_noting: WeakSet[Dialect] = WeakSet()
 """By their dialect, which an engine shares with those that its `execution_options()` make, as it does its pool."""
 
 
@@ -144,19 +142,34 @@ def prepare(engine: AsyncEngine) -> None:
     if sync_engine.dialect not in _prepared:
         _prepared.add(sync_engine.dialect)
         event.listen(sync_engine, "connect", _on_connect)
-        note_backends(engine)
         event.listen(sync_engine, "handle_error", _on_error)
         event.listen(sync_engine, "checkin", _forget_failure)
 
 
-def _on_connect(dbapi_connection: Any, _record: Any) -> None:
-    dbapi_connection.run_async(_set_connection_check)
+def _on_connect(dbapi_connection: Any, record: Any) -> None:
+    record.info[_BACKEND] = dbapi_connection.run_async(_set_up)
+
+
+async def _set_up(driver: asyncpg.Connection) -> Backend | None:
+    """Which backend it has. Whatever fails, the connection is made: its first statement will tell.
+
+    If it takes long the connection is closed: a statement that is cancelled might wait for its cancellation.
+    """
+    timer = asyncio.get_running_loop().call_later(FIRST_ANSWERS_SECONDS, driver.terminate)
+    try:
+        await _set_connection_check(driver)
+        async with driver.transaction():  # for a pooler's sake
+            return Backend(*await driver.fetchrow(_WHICH_BACKEND))
+    except Exception as error:  # noqa: BLE001 - raised in here, the driver's error would reach the caller as it is
+        logger.debug("PostgreSQL does not say which backend it is: %s", error)
+        return None
+    finally:
+        timer.cancel()
 
 
 async def _set_connection_check(driver: asyncpg.Connection) -> None:
     try:
-        with _given_up_late(driver):
-            await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
+        await driver.execute(f"SET client_connection_check_interval = '{CONNECTION_CHECK}'")
     except asyncpg.PostgresError as error:
         logger.debug("client_connection_check_interval cannot be set here: %s", error)
 
@@ -166,38 +179,6 @@ class Backend(NamedTuple):
 
     server_started: datetime
     started: datetime
-
-
-def note_backends(engine: AsyncEngine) -> None:
-    """Have each connection know, from when it is made, which backend it has."""
-    if engine.sync_engine.dialect not in _noting:
-        _noting.add(engine.sync_engine.dialect)
-        event.listen(engine.sync_engine, "connect", _note_backend)
-
-
-def _note_backend(dbapi_connection: Any, record: Any) -> None:
-    record.info[_BACKEND] = dbapi_connection.run_async(_backend)
-
-
-async def _backend(driver: asyncpg.Connection) -> Backend | None:
-    """In a transaction, for a pooler's sake. Whatever fails, the connection is made: its first statement will tell."""
-    try:
-        with _given_up_late(driver):
-            async with driver.transaction():
-                return Backend(*await driver.fetchrow(_WHICH_BACKEND))
-    except Exception as error:  # noqa: BLE001 - raised in here, the driver's error would reach the caller as it is
-        logger.debug("PostgreSQL does not say which backend it is: %s", error)
-        return None
-
-
-@contextmanager
-def _given_up_late(driver: asyncpg.Connection) -> Iterator[None]:
-    """Close the connection if the block takes long: a cancelled statement might wait for its cancellation."""
-    timer = asyncio.get_running_loop().call_later(FIRST_ANSWERS_SECONDS, driver.terminate)
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def backend_of(connection: Connection | ConnectionPoolEntry) -> Backend | None:

@@ -25,9 +25,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.orm import Session
 
 from coord.cancellation import interruptible
-from coord.database.engine import Backend, another, backend_of, dispose, note_backends, session_that_uses
+from coord.database.engine import Backend, another, backend_of, dispose, prepare, session_that_uses
 from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
+from coord.errors import message_of
 
 Sent = tuple[float, Connection, tuple[Any, ...]]
 """When something was sent, on the monotonic clock, by which connection, and what: a statement and its values."""
@@ -94,9 +95,6 @@ class LostAnswers:
         self._is_connected = False
         self._halfway: dict[int, object] = {}
         """Which backends waited for the rest of a statement at the last look, and when they had got the first part."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pings: Pings | None = None
-        self._task: asyncio.Task[None] | None = None
         statements = ("do_execute", "do_executemany", "do_execute_no_params")
         self._listeners: list[tuple[Any, str, Callable[..., None]]] = [
             *((engine.sync_engine, name, self._on_statement) for name in statements),
@@ -105,7 +103,7 @@ class LostAnswers:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        note_backends(self._watched)
+        prepare(self._watched)
         for target, name, listener in self._listeners:
             event.listen(target, name, listener)
         self._pings = Pings(self._watched)
@@ -113,8 +111,6 @@ class LostAnswers:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._task is not None
-        assert self._pings is not None
         for target, name, listener in self._listeners:
             event.remove(target, name, listener)
         self._pings.close()
@@ -148,7 +144,7 @@ class LostAnswers:
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
-                logger.debug("PostgreSQL does not say whose answers are lost: %s", str(error) or type(error).__name__)
+                logger.debug("PostgreSQL does not say whose answers are lost: %s", message_of(error))
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS
@@ -161,7 +157,6 @@ class LostAnswers:
 
     def _suspects(self, late: float) -> Iterator[Suspect]:
         """Where an answer has been waited for since before that; what nobody waits for any more is forgotten."""
-        assert self._pings is not None
         for sender, sent in self._mine():
             since, connection, what = sent
             if not _is_awaited(sender, sent):
@@ -238,11 +233,9 @@ class Suspect:
         if row is None or row.backend_start not in (None, self.backend.started):
             return True
         does_nothing = row.state in IDLE_STATES or row.pid in stuck
-        return does_nothing and bool(row.idle_seconds >= ANSWER_SECONDS) and not self._may_be_on_its_way()
-
-    def _may_be_on_its_way(self) -> bool:
-        """Whether a slow link may still be carrying what was sent."""
-        return monotonic() - self._since < ANSWER_SECONDS + _size(self._what) / BYTES_PER_SECOND
+        # Before that a slow link may still be carrying it.
+        has_arrived = monotonic() - self._since >= ANSWER_SECONDS + _size(self._what) / BYTES_PER_SECOND
+        return does_nothing and has_arrived and bool(row.idle_seconds >= ANSWER_SECONDS)
 
 
 async def _end(connection: AsyncConnection, suspects: Sequence[Suspect]) -> None:
@@ -264,14 +257,11 @@ def _driver(connection: Connection) -> Any:
 def _is_awaited(sender: greenlet, sent: Sent) -> bool:
     """What SQLAlchemy asks the first connection of all is in no transaction, and nobody's to watch."""
     connection = sent[1]
-    is_open = not connection.closed and not connection.invalidated and connection.in_transaction()
-    return is_open and not sender.dead and not _commits_with_others(connection)
-
-
-def _commits_with_others(connection: Connection) -> bool:
-    """Whether its session sends COMMIT by one connection after the other, and does not say by which just now."""
+    if sender.dead or connection.closed or connection.invalidated or not connection.in_transaction():
+        return False
+    # A session that sends COMMIT by one connection after the other does not say by which just now.
     session = session_that_uses(connection)
-    return session is not None and not session.is_active and len(connections_in_use(session)) > 1
+    return session is None or session.is_active or len(connections_in_use(session)) <= 1
 
 
 def _size(what: Any) -> int:

@@ -53,8 +53,3 @@ class Attempt:
     def __post_init__(self) -> None:
         queued = self.queued if 0 <= self.queued < MAX_SPAN_SECONDS else 0.0
         self.timings = AttemptTimings(str(self.job_id), self.number, queued)
-
-    def enter(self) -> None:
-        if self.entered:
-            raise RuntimeError("An attempt has one job_transaction, and this is a second.")
-        self.entered = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,7 @@ from coord.database.engine import AnySession, session_of
 from coord.durations import Seconds, whole
 from coord.jobs.model import JobState, jobs
 from coord.jobs.options import checked_text, span
-from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, held_by, run_again
+from coord.jobs.queries import MAX_LISTED_JOBS, RETRYABLE_STATES, cancel_some, free_of, heartbeats, in_state, run_again
 
 MAX_CONFLICTS = 5
 """With jobs that are enqueued meanwhile under the unique keys of those that are to run again."""
@@ -48,8 +49,7 @@ async def cancel_jobs(
     whole("limit", limit, most=MAX_LISTED_JOBS)
     conditions = conditions_of(task, queue, older_than, newer_than)
     if wanted is not None:
-        held = held_by(await heartbeats(session))
-        conditions.append(held if wanted is JobState.RUNNING else ~held)
+        conditions += in_state(wanted, await heartbeats(session))
     return sum(await interruptible(session_of(session).run_sync(cancel_some, conditions, limit)))
 
 
@@ -111,11 +111,7 @@ def _retry(session: Session, conditions: Sequence[ColumnElement[bool]], limit: i
     ranked = select(jobs.c.id, place).where(*conditions, ~taken).subquery()
     newest = select(ranked.c.id).where(ranked.c.place == 1)
     free = free_of(select(jobs.c.id).where(*conditions, jobs.c.id.in_(newest)).order_by(jobs.c.id).limit(limit))
-    left = MAX_CONFLICTS
-    while True:
-        left -= 1
-        try:
+    for _ in range(MAX_CONFLICTS - 1):
+        with suppress(IntegrityError):
             return len(run_again(session, jobs.c.id.in_(free)))
-        except IntegrityError:
-            if not left:
-                raise
+    return len(run_again(session, jobs.c.id.in_(free)))

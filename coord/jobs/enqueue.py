@@ -24,17 +24,7 @@ from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
 from coord.notify.changes import collect, warn_if_uncoordinated
 from coord.telemetry import sending
 
-options_given = (
-    "id",
-    "task",
-    "queue",
-    "max_attempts",
-    "timeout",
-    "unique_key",
-    "priority",
-    "one_at_a_time",
-    "trace",
-)
+options_given = ("id", "task", "queue", "max_attempts", "timeout", "unique_key", "priority", "one_at_a_time", "trace")
 """What is stored of a job as `values_of` has it."""
 # The text itself, which was made to see that it can be: the claim compares it.
 _text = cast(bindparam("text", type_=Text), JSON)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from coord.cancellation import cleaned_up, interruptible, leaving
 from coord.database.engine import AnySession, last_failure, session_of
 from coord.database.transaction import connections_in_use
+from coord.errors import message_of
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.model import JobState, cancellations, execute, is_queued, job_mapper, jobs
@@ -59,8 +60,10 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
     attempt = ctx.get(ATTEMPT)
     if not isinstance(attempt, Attempt):
         raise RuntimeError("job_transaction needs a job of the ledger, run by worker_settings.")  # noqa: TRY004 - of its context
-    attempt.enter()
-    with _noted(attempt):
+    if attempt.entered:
+        raise RuntimeError("An attempt has one job_transaction, and this is a second.")
+    attempt.entered = True
+    try:
         session, transaction = await _claimed(attempt)
         failure, returned = None, False
         try:
@@ -83,15 +86,8 @@ async def job_transaction(ctx: Mapping[str, Any]) -> AsyncIterator[AsyncSession]
         finally:
             del session.info[ATTEMPT]
             await closed(session)
-
-
-@contextmanager
-def _noted(attempt: Attempt) -> Iterator[None]:
-    """What keeps the effect from being applied, whether or not the task lets it through."""
-    try:
-        yield
     except BaseException as error:
-        attempt.failure = error
+        attempt.failure = error  # whether or not the task lets it through
         raise
 
 
@@ -153,6 +149,17 @@ async def set_result(session: AnySession, value: Any) -> None:
     await interruptible(session.run_sync(execute, _set_result, {"job": attempt.job_id, "text": text}))
 
 
+def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
+    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
+
+    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
+    """
+    attempt = ctx.get(ATTEMPT)
+    if not isinstance(attempt, Attempt):
+        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
+    _, attempt.progress = as_it_arrives("progress", value)
+
+
 def ours(attempt: Attempt) -> dict[str, Any]:
     """The parameters of `is_ours`."""
     return {
@@ -202,7 +209,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     try:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
     except OSError as error:  # a missing socket, or a time-out; neither is retryable when a task itself raises it
-        raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
+        raise ConnectionError(f"PostgreSQL cannot be reached: {message_of(error)}") from error
     attempt.claimed = bool(claimed)
     if not claimed:
         raise JobSuperseded(f"attempt {attempt.number} of job {attempt.job_id} is not the one to apply it")

@@ -43,12 +43,8 @@ _KEY = 0x636F6F7264
 
 
 _TO_2 = (
-    """
-ALTER TABLE coord_jobs RENAME COLUMN attempts TO max_attempts
-""",
-    """
-ALTER TABLE coord_jobs RENAME COLUMN due_at TO scheduled_at
-""",
+    "ALTER TABLE coord_jobs RENAME COLUMN attempts TO max_attempts",
+    "ALTER TABLE coord_jobs RENAME COLUMN due_at TO scheduled_at",
     """
 ALTER TABLE coord_jobs
     ADD COLUMN attempts integer,

@@ -60,6 +60,7 @@ _QUEUED = text("state = 'queued'")
 _IN_FEED = text("state = 'queued' AND turn IS DISTINCT FROM 0")
 _HAS_TURN = text("state = 'queued' AND turn = attempt")
 _WAITS = text("state = 'queued' AND turn = 0")
+_HAS_KEY = text("state = 'queued' AND unique_key IS NOT NULL")
 _Time = DateTime(timezone=True)
 
 
@@ -155,13 +156,7 @@ class Job(Ledger):
         Index("coord_jobs_turn", "one_at_a_time", unique=True, postgresql_where=_HAS_TURN),
         Index("coord_jobs_waiting", "one_at_a_time", priority.desc(), "scheduled_at", "id", postgresql_where=_WAITS),
         Index("coord_jobs_failed", "id", postgresql_where=text("state = 'failed'")),
-        Index(
-            "coord_jobs_unique",
-            "task",
-            "unique_key",
-            unique=True,
-            postgresql_where=text("state = 'queued' AND unique_key IS NOT NULL"),
-        ),
+        Index("coord_jobs_unique", "task", "unique_key", unique=True, postgresql_where=_HAS_KEY),
     )
 
     def __repr__(self) -> str:

@@ -117,14 +117,10 @@ def checked_text(what: str, value: object, longest: int = MAX_NAME_BYTES) -> str
     """`value` if PostgreSQL and Redis can keep it."""
     if not isinstance(value, str):
         raise TypeError(f"{what} is a text, not {value!r}")
-    if not 0 < len(value.encode(errors="replace")) <= longest or "\0" in value or not _is_unicode(value):
+    encoded = value.encode(errors="replace")
+    if not 0 < len(encoded) <= longest or "\0" in value or encoded.decode() != value:  # half a surrogate pair
         raise ValueError(f"{what} is a text of 1 to {longest} bytes, without null characters, not {value!r}")
     return value
-
-
-def _is_unicode(value: str) -> bool:
-    """A lone half of a surrogate pair is none."""
-    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _delay(delay: Seconds | datetime) -> float | datetime:

@@ -11,8 +11,10 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Select,
+    Text,
     bindparam,
     case,
+    cast,
     delete,
     func,
     insert,
@@ -28,8 +30,6 @@ from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
 from coord.durations import whole
 from coord.errors import RowNotFoundError, UniqueKeyConflictError
-from coord.jobs.arguments import as_it_arrives
-from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import is_unwanted
 from coord.jobs.model import (
     Cancellation,
@@ -44,7 +44,6 @@ from coord.jobs.model import (
     ledger_connection,
     workers,
 )
-from coord.jobs.turn import runs_in_turn
 from coord.notify.changes import collect
 
 MAX_LISTED_JOBS = 1_000
@@ -66,6 +65,11 @@ _AGAIN: Mapping[str, Any] = {
     "unknown_seconds": 0,
 }
 """What makes a job that has ended begin anew, with an attempt more."""
+_is_alive = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
+_running = func.json_extract_path_text(workers.c.jobs, cast(jobs.c.id, Text), "attempt") == cast(jobs.c.attempt, Text)
+_runs_in_turn = (
+    jobs.c.turn.is_not_distinct_from(jobs.c.attempt) & select(workers.c.id).where(_is_alive, _running).exists()
+)
 
 
 class Beat(NamedTuple):
@@ -142,14 +146,7 @@ async def list_jobs(
     whole("limit", limit, most=MAX_LISTED_JOBS)
     wanted = None if state is None else JobState(state)
     beats = [] if wanted is not None and wanted.is_final else await heartbeats(session)
-    statement = select(jobs).order_by(jobs.c.id.desc()).limit(limit)
-    match wanted:
-        case JobState.RUNNING:
-            statement = statement.where(is_queued, held_by(beats))
-        case JobState.QUEUED:
-            statement = statement.where(is_queued, ~held_by(beats))
-        case JobState():  # written out, as in is_queued
-            statement = statement.where(jobs.c.state == bindparam(None, wanted, literal_execute=True))
+    statement = select(jobs).where(*in_state(wanted, beats)).order_by(jobs.c.id.desc()).limit(limit)
     if task is not None:
         statement = statement.where(jobs.c.task == task)
     if before is not None:
@@ -189,17 +186,6 @@ async def retry_job(session: AnySession, job_id: UUID) -> Job:
     return await interruptible(session_of(session).run_sync(_retry, job_id))
 
 
-def set_progress(ctx: Mapping[str, Any], value: Any) -> None:
-    """Record the task's progress, as JSON: `get_job` shows it from the next heartbeat on, as long as the job runs.
-
-    Writes nothing itself. `TypeError` for what is not JSON, `RuntimeError` outside a job of the ledger.
-    """
-    attempt = ctx.get(ATTEMPT)
-    if not isinstance(attempt, Attempt):
-        raise RuntimeError("set_progress needs the ctx of a job of the ledger.")  # noqa: TRY004 - of its context
-    _, attempt.progress = as_it_arrives("progress", value)
-
-
 def _cancel(session: Session, job_id: UUID) -> JobState:
     ended, _ = cancel_some(session, [jobs.c.id == job_id], 1)
     if ended:
@@ -212,8 +198,8 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
 
 def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
     """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
-    may_end = ~runs_in_turn(HEARTBEAT_EXPIRY_SECONDS)
-    free = free_of(select(jobs.c.id).where(is_queued, may_end, *conditions).order_by(jobs.c.id).limit(limit))
+    may_end = is_queued & ~_runs_in_turn  # with its row a turn ends, and another job's begins
+    free = free_of(select(jobs.c.id).where(may_end, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
     ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
     for row in ended:
@@ -234,11 +220,7 @@ def _retry(session: Session, job_id: UUID) -> Job:
     # Looked for first: an update would wait for a job that runs just now, this one or one with its key.
     conflict = UniqueKeyConflictError(f"another unfinished job has the unique key of {Job(**found._mapping)}")
     same_key = select(jobs.c.id).where(is_queued, jobs.c.task == found.task, jobs.c.unique_key == found.unique_key)
-    if (
-        found.state in RETRYABLE_STATES
-        and found.unique_key is not None
-        and execute(session, same_key).first() is not None
-    ):
+    if found.state in RETRYABLE_STATES and found.unique_key is not None and execute(session, same_key).first():
         raise conflict
     try:
         retried = run_again(session, jobs.c.id == job_id, jobs.c.state.in_(RETRYABLE_STATES))
@@ -270,8 +252,8 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
 
 
 async def heartbeats(session: AnySession) -> list[Beat]:
-    living = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
-    found = (await session_of(session).run_sync(execute, select(workers.c.id, workers.c.jobs).where(living))).all()
+    living = select(workers.c.id, workers.c.jobs).where(_is_alive)
+    found = (await session_of(session).run_sync(execute, living)).all()
     return [
         Beat(UUID(job_id), running["attempt"], running.get("progress"), worker.id)
         for worker in found
@@ -282,6 +264,18 @@ async def heartbeats(session: AnySession) -> list[Beat]:
 def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
     """Whether a queued job runs."""
     return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+
+
+def in_state(wanted: JobState | None, beats: Iterable[Beat]) -> list[ColumnElement[bool]]:
+    """Which jobs are in that state, by these heartbeats; None for any."""
+    match wanted:
+        case None:
+            return []
+        case JobState.RUNNING:
+            return [is_queued, held_by(beats)]
+        case JobState.QUEUED:
+            return [is_queued, ~held_by(beats)]
+    return [jobs.c.state == bindparam(None, wanted, literal_execute=True)]  # written out, as in is_queued
 
 
 def _by_attempt(beats: Iterable[Beat]) -> dict[tuple[UUID, int], Beat]:

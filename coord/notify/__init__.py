@@ -2,7 +2,7 @@
 
 changes.py    what a session's transaction has changed, once it has committed
 channels.py   the channels of rows and tables
-client.py     clients of Redis that nobody else uses, and what is said to it at once
+client.py     connections to Redis that nobody else uses, and what is said to it at once
 publisher.py  sends commands, in order
 subscriber.py notifies the listeners of channels
 bell.py       both, as one process uses them

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
+from functools import partial
 from types import MappingProxyType
 
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from coord.notify.client import close_client, own_client
+from coord.notify.client import connector
 from coord.notify.outage import Outage
-from coord.notify.publisher import Batch, Publisher, notice
+from coord.notify.publisher import Batch, Publisher
 from coord.notify.subscriber import Subscriber
 
 REFUSAL_SECONDS = 10.0
@@ -27,12 +28,12 @@ class Bell:
     """
 
     def __init__(self, redis: Redis, outage: Outage) -> None:
-        self._client = own_client(redis.connection_pool)
+        connect = connector(redis.connection_pool)
         self._outage = outage
         self._refused_until = 0.0
         """On the loop's clock."""
-        self._publisher = Publisher(self._client, self._on_publisher_result)
-        self._subscriber = Subscriber(self._client, self._on_subscriber_result)
+        self._publisher = Publisher(connect(), self._on_publisher_result)
+        self._subscriber = Subscriber(connect, partial(outage.report, of="subscriber", everybody=True))
         self.listen = self._subscriber.listen
         self.leave = self._subscriber.leave
         self.last_message = self._subscriber.last_message
@@ -41,10 +42,7 @@ class Bell:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Bell]:
         """Publish and subscribe until the block ends; what has been published by then is still sent."""
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(close_client, self._client)
-            await stack.enter_async_context(self._publisher.open())
-            await stack.enter_async_context(self._subscriber.open())
+        async with self._publisher.open(), self._subscriber.open():
             yield self
 
     @property
@@ -52,8 +50,8 @@ class Bell:
         return self._subscriber.connected
 
     def publish(self, channels: Iterable[bytes], batch: Batch = MappingProxyType({}), payload: bytes = b"") -> None:
-        """Send soon, after the commands of the batch, in one round trip with whatever else there is by then."""
-        self._publisher.publish({**batch, **{channel: [notice(channel, payload)] for channel in channels}})
+        """Send soon, after the batch, in one round trip with whatever else there is; the payload is for diagnosis."""
+        self._publisher.publish({**batch, **{channel: [("PUBLISH", channel, payload)] for channel in channels}})
 
     def _on_publisher_result(self, error: Exception | None) -> None:
         """Redis may refuse commands of one kind and carry out others: success of these does not end the outage."""
@@ -62,6 +60,3 @@ class Bell:
             self._refused_until = now + REFUSAL_SECONDS
         if error is not None or now >= self._refused_until:
             self._outage.report(error, "publisher")
-
-    def _on_subscriber_result(self, error: Exception | None) -> None:
-        self._outage.report(error, "subscriber", everybody=True)

@@ -29,7 +29,6 @@ Changed = Mapping[Change, Any]
 Notify = Callable[[Session, Changed], bool]
 """Whether it could notify anybody."""
 
-
 logger = logging.getLogger("coord.bell")
 
 _CHANGES = "coord.changes"
@@ -52,9 +51,9 @@ def observed(dialect: Dialect, notify: Notify) -> Iterator[None]:
 
 def announce(session: Session, dialect: Dialect, change: Change) -> None:
     """Notify of the change after the commit; at once when no transaction is open."""
-    if dialect in _observed and session.in_transaction():
+    if session.in_transaction():
         _collected(session, dialect)[change] = None
-    elif dialect in _observed:
+    else:
         _notify(dialect, session, {change: None})
 
 

@@ -13,7 +13,7 @@ from sqlalchemy import Table
 from sqlalchemy.orm import Mapper, Session
 
 from coord.database.engine import bind_for_writes
-from coord.database.schemas import Schemas, is_untranslated, schemas_for, schemas_in_use
+from coord.database.schemas import Schemas, is_untranslated, schemas_in_use
 from coord.database.target import Key
 from coord.notify.changes import Change
 
@@ -55,7 +55,7 @@ class Channels:
 def _table(namespace: str, database: str, mapper: Mapper[Any], schemas: Schemas) -> bytes:
     table = mapper.base_mapper.local_table
     schema, name = (table.schema, table.name) if isinstance(table, Table) else (None, str(mapper.base_mapper))
-    schema = dict(schemas_for(mapper, schemas)).get(schema, schema)
+    schema = dict(schemas).get(schema, schema)
     return f"{namespace}:{database}:{schema or ''}.{name}".encode()
 
 

@@ -1,10 +1,11 @@
-"""Clients of Redis that nobody else uses, and what is said to it at once."""
+"""Connections to Redis that nobody else uses, and what is said to it at once."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from hiredis import pack_command
@@ -16,12 +17,11 @@ Command = tuple[str | bytes | int | float, ...]
 """As redis-py's `execute_command` takes it; the command's name is one word."""
 Commands = Sequence[Command]
 
-
 ANSWER_TIMEOUT_SECONDS = 2.0
 """After which an answer is not waited for any more, nor a connection used that owes one."""
 CONNECT_TIMEOUT_SECONDS = 2.0
 
-# Who uses the client bounds each exchange. `socket_timeout` would do so by `asyncio.wait_for`, which before Python 3.12
+# Each exchange is bounded by its user. `socket_timeout` would do so by `asyncio.wait_for`, which before Python 3.12
 # may swallow a cancellation (python/cpython#86296): a task that is cancelled to close would never end.
 _OWN: dict[str, Any] = {
     "socket_timeout": None,
@@ -33,14 +33,12 @@ _OWN: dict[str, Any] = {
 }
 
 
-def own_client(pool: ConnectionPool) -> Redis:
-    """Connects to where the pool does, in a pool of its own; no retries, no limits, answers are bytes.
-
-    Redis-py closes a connection on which a command was cancelled, and looks at an idle one before it is used again.
-    """
+def connector(pool: ConnectionPool) -> Callable[[], Connection]:
+    """Makes connections to where the pool's go, for one user each: no retries, no limits, answers are bytes."""
     options = {"socket_connect_timeout": CONNECT_TIMEOUT_SECONDS, **pool.connection_kwargs, **_OWN}
     options["retry_on_error"] = []  # redis-py adds to it
-    return Redis.from_pool(ConnectionPool(pool.connection_class, **options))
+    made: Any = pool.connection_class
+    return partial(made, **options)
 
 
 async def exchange(connection: Connection, commands: Commands) -> list[Any]:

@@ -7,16 +7,14 @@ from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
-from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Command, Commands, exchange
+from coord.notify.client import ANSWER_TIMEOUT_SECONDS, Commands, exchange
 
 Batch = Mapping[Hashable, Commands]
 """Commands by what they are about, in order; of two about the same the later ones count."""
-
 
 PAUSE = 4
 """After a pipeline, times as long as it took, which a process or a Redis that is busy makes long."""
@@ -33,8 +31,8 @@ class Publisher:
     delayed. `on_result` is called with None when Redis has carried a pipeline out, else with the error.
     """
 
-    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
-        self._connection: Connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    def __init__(self, connection: Connection, on_result: Callable[[Exception | None], None]) -> None:
+        self._connection = connection
         self._on_result = on_result
         self._pending: dict[Hashable, Commands] = {}
         self._sent: dict[Hashable, Commands] = {}
@@ -84,17 +82,13 @@ class Publisher:
     async def _send(self) -> None:
         self._sent, self._pending = self._pending, {}
         try:
-            refusal = await self._execute([command for commands in self._sent.values() for command in commands])
+            answers = await exchange(self._connection, [each for commands in self._sent.values() for each in commands])
         except Exception as error:  # noqa: BLE001 - these are hints, and whatever is wrong the next ones are tried
             await self._failed(error)
             return
         self._is_proven, self._sent = True, {}
-        self._on_result(refusal)
-
-    async def _execute(self, commands: Commands) -> Exception | None:
-        """The first error that Redis has answered; it carries out the other commands all the same."""
-        answers = await exchange(self._connection, commands)
-        return next((answer for answer in answers if isinstance(answer, ResponseError)), None)
+        # What Redis refuses first; it carries out the other commands all the same.
+        self._on_result(next((answer for answer in answers if isinstance(answer, ResponseError)), None))
 
     async def _failed(self, error: Exception) -> None:
         """A connection that has worked may have been closed for any reason: what it was sent is sent once more."""
@@ -107,11 +101,6 @@ class Publisher:
         self._is_proven, self._sent, self._pending = False, {}, {}
         self._on_result(error)
         await asyncio.sleep(OUTAGE_PAUSE_SECONDS)
-
-
-def notice(channel: bytes, payload: bytes = b"") -> Command:
-    """Tells a channel's subscribers to read again; the payload is for diagnosis alone."""
-    return ("PUBLISH", channel, payload)
 
 
 def _add(batch: dict[Hashable, Commands], more: Batch) -> None:

@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager, suppress
 from time import monotonic
 from typing import Any, Protocol
 
-from redis.asyncio import Redis
 from redis.asyncio.connection import Connection
 from redis.exceptions import RedisError
 
@@ -47,8 +46,8 @@ class Subscriber:
     No method waits for Redis. `on_result` is called with None when Redis has answered a PING, else with the error.
     """
 
-    def __init__(self, redis: Redis, on_result: Callable[[Exception | None], None]) -> None:
-        self._redis = redis
+    def __init__(self, connect: Callable[[], Connection], on_result: Callable[[Exception | None], None]) -> None:
+        self._connect = connect
         self._on_result = on_result
         self._listeners: dict[bytes, tuple[Listener, ...]] = {}
         self._unconfirmed: dict[bytes, None] = {}
@@ -117,7 +116,7 @@ class Subscriber:
 
     async def _serve(self) -> None:
         """By one connection until it is lost, which is an error; the next one subscribes to everything again."""
-        connection: Connection = self._redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        connection = self._connect()
         reader = None
         try:
             await _bounded(connection.connect())  # type: ignore[no-untyped-call]

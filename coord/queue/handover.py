@@ -38,7 +38,8 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
     queues: dict[str, list[tuple[Job, float]]] = {}
     for job in jobs:
         if job.state.is_final:
-            commands[job.id] = withdrawn(QueueKeys(namespace, job.queue), job)
+            keys, text = QueueKeys(namespace, job.queue), Message.of(job).text()
+            commands[job.id] = [("ZREM", keys.feed, text), ("ZREM", keys.soon, soon_member(text, job.priority))]
         else:
             remaining = job.due_in - (time.monotonic() - job.due_said_at) if job.due_said_at else job.due_in
             queues.setdefault(job.queue, []).append((job, remaining))
@@ -50,9 +51,3 @@ def hand_over(jobs: Iterable[Job], namespace: str) -> dict[Hashable, Commands]:
                 ids = tuple(job.id for job, _ in some)
                 commands[ids if len(ids) > 1 else ids[0]] = (command,)
     return commands
-
-
-def withdrawn(keys: QueueKeys, job: Job | Row[Any]) -> Commands:
-    """No worker need begin it."""
-    text = Message.of(job).text()
-    return [("ZREM", keys.feed, text), ("ZREM", keys.soon, soon_member(text, job.priority))]

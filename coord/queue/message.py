@@ -16,6 +16,8 @@ from coord.jobs.options import MAX_SPAN_SECONDS, name_of
 
 SHOWN_CHARACTERS = 80
 """Of a message that is none, in the log."""
+_OPTIONAL = ("timeout", "deaths", "trace", "one_at_a_time")
+"""What is left out of a message where it says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +45,18 @@ class Message:
     def read(cls, text: bytes) -> Message:
         """`ValueError` if it is not one: Redis may hold anything."""
         try:
-            found = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-            message = cls(
-                id=UUID(found["id"]),
-                attempt=found["attempt"],
-                task=found["task"],
-                args=found["arguments"][0],
-                kwargs=found["arguments"][1],
-                timeout=found.get("timeout"),
-                deaths=found.get("deaths", 0),
-                trace=found.get("trace"),
-                one_at_a_time=found.get("one_at_a_time"),
-            )
+            found = json.loads(text, parse_constant=_finite, parse_float=_finite)
+            args, kwargs = found["arguments"]
+            rest = {name: found[name] for name in _OPTIONAL if name in found}
+            message = cls(UUID(found["id"]), found["attempt"], found["task"], args, kwargs, **rest)
             message._check()
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"not a job: {text[:SHOWN_CHARACTERS]!r}") from error
         return message
 
     def text(self) -> str:
         fields = {"id": str(self.id), "attempt": self.attempt, "task": self.task, "arguments": [self.args, self.kwargs]}
-        rest = {name: getattr(self, name) for name in ("timeout", "deaths", "trace", "one_at_a_time")}
+        rest = {name: getattr(self, name) for name in _OPTIONAL}
         return to_json(fields | {name: value for name, value in rest.items() if value})
 
     @property
@@ -94,12 +88,9 @@ class Message:
             raise ValueError("not of the types, or beyond the limits, of a job")
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
 def _finite(text: str) -> float:
+    """Also of what is no JSON, `NaN` say."""
     number = float(text)
-    if math.isinf(number):
-        raise ValueError(f"{text} is too large")
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number of JSON's")
     return number

@@ -9,21 +9,19 @@ NEAR_SECONDS = 60
 """How long before its time a job is handed to Redis."""
 
 # KEYS: feed, soon. ARGV: of each job the milliseconds that remain, its rank and its message.
-# What is ready goes into the feed, what is near into the other, and what is far nowhere. Answers how many were new.
+# What is ready goes into the feed, and what is near into the other.
 PUSH = (
     _NOW
     + f"""
-local new = 0
 for i = 1, #ARGV, 3 do
   local remaining, rank = tonumber(ARGV[i]), tonumber(ARGV[i + 1])
   local due = now + remaining
   if remaining <= 0 then
-    new = new + redis.call('ZADD', KEYS[1], 'NX', {_SCORE}, ARGV[i + 2])
-  elseif remaining <= {NEAR_SECONDS * 1000} then
-    new = new + redis.call('ZADD', KEYS[2], string.format('%.0f', due), string.format('%03d', rank) .. ARGV[i + 2])
+    redis.call('ZADD', KEYS[1], 'NX', {_SCORE}, ARGV[i + 2])
+  else
+    redis.call('ZADD', KEYS[2], string.format('%.0f', due), string.format('%03d', rank) .. ARGV[i + 2])
   end
 end
-return new
 """
 )
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Boolean, Date, Enum, Integer, LargeBinary, String, Uuid, inspect
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Mapper, PassiveFlag
+from sqlalchemy.orm import PassiveFlag
 from sqlalchemy.orm.attributes import get_history
 from sqlalchemy.types import TypeEngine
 
@@ -22,7 +22,6 @@ Baseline = dict[str, Any]
 """Values by attribute name. Watched columns that are absent take the first value that the wait reads."""
 Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
-
 
 _CHANGEABLE = (list, dict, set, bytearray)
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
@@ -39,11 +38,17 @@ _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
 def baseline_of(session: AsyncSession, target: Target[Any], since: object) -> Baseline:
     """`since=` if given, else the database values that the session has loaded or last flushed for the row."""
     if isinstance(since, Mapping):
-        return _given(target, since)
+        if unknown := [name for name in since if name not in target.columns]:
+            watched = list(target.columns)
+            raise ValueError(f"since has {unknown}, which are not watched; {target} is watched for {watched}")
+        return dict(since)
     if since is not None:
         if not isinstance(since, target.mapper.class_):
             raise ValueError(f"since is a mapping or a {target.mapper.class_.__name__}, not {since!r}")
-        return _as_given(since, target)
+        state = inspect(since)
+        if state.transient:  # it was never in the database
+            return {name: state.dict[name] for name in target.columns if name in state.dict}
+        return database_values(since, target)
     instance = session.sync_session.identity_map.get(target.mapper.identity_key_from_primary_key(target.key))
     if not isinstance(instance, target.mapper.class_):  # or it was another subclass's row
         return {}
@@ -65,22 +70,6 @@ def database_values(instance: object, target: Target[Any]) -> Baseline:
     return values
 
 
-def _as_given(since: object, target: Target[Any]) -> Baseline:
-    """Of an instance that was never in the database, the values it was made with."""
-    state = inspect(since)
-    assert state is not None
-    if not state.transient:
-        return database_values(since, target)
-    return {name: state.dict[name] for name in target.columns if name in state.dict}
-
-
-def _given(target: Target[Any], since: Mapping[Any, Any]) -> Baseline:
-    unknown = [name for name in since if name not in target.columns]
-    if unknown:
-        raise ValueError(f"since has {unknown}, which are not watched; {target} is watched for {list(target.columns)}")
-    return dict(since)
-
-
 def _warn_expired(target: Target[Any]) -> None:
     warnings.warn(
         f"The session's {target} was expired by a commit or rollback, so the wait starts from the row as it is now and "
@@ -89,15 +78,13 @@ def _warn_expired(target: Target[Any]) -> None:
     )
 
 
-def difference(
-    mapper: Mapper[Any], baseline: Baseline, values: Mapping[str, Any], columns: tuple[str, ...]
-) -> Difference:
+def difference(target: Target[Any], baseline: Baseline, values: Mapping[str, Any]) -> Difference:
     """In what a watched column has another value than the baseline, which is completed from `values`."""
     doubtful: Baseline = {}
-    for name in columns:
+    for name in target.columns:
         value = values[name]
         seen = baseline.setdefault(name, value)
-        kind = mapper.columns[name].type
+        kind = target.mapper.columns[name].type
         if seen is value or kind.compare_values(seen, value):
             continue
         if is_certain(kind, seen, value):

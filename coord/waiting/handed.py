@@ -114,7 +114,7 @@ class HandedWaiter(Waiter[M]):
         self.wake()
 
     def differs_in(self, values: Mapping[str, Any]) -> Difference:
-        return difference(self.target.mapper, self.baseline, values, self.target.columns)
+        return difference(self.target, self.baseline, values)
 
     def on_unchanged(self) -> None:
         self.has_read = True

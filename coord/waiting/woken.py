@@ -24,14 +24,12 @@ from coord.jobs.model import Job, JobState
 from coord.retryable import is_server_away
 from coord.waiting.baseline import Baseline, Difference, difference, own_copy
 from coord.waiting.job_wait import end_of, job_not_found, job_target
-from coord.waiting.poller import RETRY_INTERVAL_SECONDS
 from coord.waiting.session_reader import OwnRow, SessionReader, seconds_left
 from coord.waiting.statements import has_identity
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
 
 Identity = tuple[Any, ...] | None
 """None is that of no row."""
-
 
 logger = logging.getLogger("coord.waiting")
 
@@ -131,12 +129,7 @@ class WokenWaiter(Waiter[M]):
             return None
 
     async def _failed(self, error: Exception) -> None:
-        """Have the read repeated if the database is away, and the wait has time."""
-        if self._own.shares_errors or not is_server_away(error):
-            raise error
-        if seconds_left(self._deadline) <= RETRY_INTERVAL_SECONDS:
-            raise self.timed_out(self._own.began) from error
-        await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+        await self._own.before_retry(error, self._deadline)
         self.due = True
 
     async def _ends(self, row: M, until: Callable[[M], bool] | None) -> bool:
@@ -144,7 +137,7 @@ class WokenWaiter(Waiter[M]):
         values = inspect(row).dict
         found: Difference = True
         if not self._fresh:
-            found = difference(self.target.mapper, self.baseline, values, self.target.columns)
+            found = difference(self.target, self.baseline, values)
         if until is not None and found is not None:
             found = until(row) or None
             self._on_tested(row)

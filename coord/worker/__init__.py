@@ -5,7 +5,6 @@ config.py       what it was told, checked
 lifecycle.py    what is open while a worker runs, and how it stops
 state.py        what the parts share
 fetcher.py      the loop that takes jobs and starts them
-freshness.py    whether what was taken may still be begun
 executor.py     one attempt, from its start to any of its ends
 running.py      the jobs that run, and how many more may
 turns.py        of the jobs with one key, which may run

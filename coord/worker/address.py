@@ -32,12 +32,7 @@ class Address:
             settings = RedisSettings.from_dsn(settings.rstrip("/"))
             settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
             settings.password = settings.password and unquote(settings.password)
-        return replace(
-            settings,
-            retry=patience,
-            retry_on_timeout=True,
-            retry_on_error=list(WAITED_OUT),
-        )
+        return replace(settings, retry=patience, retry_on_timeout=True, retry_on_error=list(WAITED_OUT))
 
     @property
     def _sentinels(self) -> RedisSettings | None:

@@ -41,7 +41,7 @@ class Executor:
         self._signatures = {name: inspect.signature(task.coroutine) for name, task in self._config.tasks.items()}
         self._said: set[tuple[str, str]] = set()
 
-    def start(self, message: Message, *, queued: float = 0.0) -> None:
+    def start(self, message: Message, *, queued: float) -> None:
         running = self.admit(message, queued=queued)
         running.task = asyncio.create_task(self.run(running), name=f"coord job {message.id}")
         running.task.add_done_callback(lambda _task: self._running.remove(running))  # also if it never began

@@ -94,11 +94,8 @@ class Finalizer:
 
     async def keep_result(self, attempt: Attempt, result: Any) -> None:
         """Of a task whose effect was applied; its result comes in a commit of its own."""
-
-        async def write(session: AsyncSession) -> None:
-            await session.run_sync(execute, update(jobs).where(jobs.c.id == attempt.job_id).values(result=result))
-
-        await self.persist(attempt, write)
+        kept = update(jobs).where(jobs.c.id == attempt.job_id).values(result=result)
+        await self.persist(attempt, lambda session: session.run_sync(execute, kept))
 
     @_persistent
     async def cancelled(self, end: End) -> JobState:
@@ -112,7 +109,7 @@ class Finalizer:
 
     @_persistent
     async def failed(self, end: End, error: BaseException) -> JobState:
-        return await self._fail(end, error, one_line(error))
+        return await self._fail(end, error)
 
     @_persistent
     async def again(self, end: End, error: BaseException, pause: float | None, *, counts: bool) -> JobState:
@@ -120,9 +117,9 @@ class Finalizer:
         row = end.row
         used, limit = row["attempt"] - row["uncounted"], row["max_attempts"] or end.attempt.max_attempts
         if counts and used >= limit and not await _is_waited_out(end, error):
-            return await self._fail(end, error, f"{one_line(error)} (attempt {used} of {limit})")
+            return await self._fail(end, error, f" (attempt {used} of {limit})")
         uncounted = row["uncounted"] + (not counts or used >= limit)
-        found = await self._record(end, "retried", error, one_line(error))
+        found = await self._record(end, "retried", error)
         wait = backoff(row["attempt"]) if pause is None else pause
         self._on_put_off(wait)
         return await self._put_off(end, wait, attempt=row["attempt"] + 1, uncounted=uncounted, **found)
@@ -131,8 +128,7 @@ class Finalizer:
     async def handed_back(self, end: End) -> JobState:
         """Of a worker that stops: no attempt is used up, and another may begin at once."""
         if end.row["hand_backs"] >= MAX_HAND_BACKS:
-            error = RuntimeError(HANDED_BACK)
-            return await self._fail(end, error, one_line(error))
+            return await self._fail(end, RuntimeError(HANDED_BACK))
         return await self._put_off(end, 0.0, hand_backs=end.row["hand_backs"] + 1)
 
     @_persistent
@@ -140,12 +136,12 @@ class Finalizer:
         """Of a task that cannot be run here: it goes back, and fails after `limit` seconds of that if there is one."""
         waited = end.row["unknown_seconds"]
         if limit is not None and waited >= limit:
-            return await self._fail(end, error, one_line(error))
+            return await self._fail(end, error)
         wait = min(max(waited / 2, UNKNOWN_PAUSE_SECONDS[0]), UNKNOWN_PAUSE_SECONDS[1])
         return await self._put_off(end, wait, unknown_seconds=waited + wait, error=self._text(one_line(error)))
 
-    async def _fail(self, end: End, error: BaseException, reason: str) -> JobState:
-        found = await self._record(end, JobState.FAILED, error, reason)
+    async def _fail(self, end: End, error: BaseException, more: str = "") -> JobState:
+        found = await self._record(end, JobState.FAILED, error, more)
         return await self._end(end, JobState.FAILED, **found)
 
     async def _end(self, end: End, state: JobState, **values: Any) -> JobState:
@@ -171,11 +167,13 @@ class Finalizer:
         return JobState.QUEUED
 
     async def _record(
-        self, end: End, outcome: str, error: BaseException | None = None, reason: str = ""
+        self, end: End, outcome: str, error: BaseException | None = None, more: str = ""
     ) -> dict[str, str]:
-        """An attempt that did not succeed leaves a row; what the job's own row has of it."""
+        """An attempt that did not succeed leaves a row; what the job's own row has of it: the error, and `more`."""
         attempt = end.attempt
-        found = {} if error is None else {"error": self._text(reason), "traceback": self._text(full_text(error))}
+        found: dict[str, str] = {}
+        if error is not None:
+            found = {"error": self._text(one_line(error) + more), "traceback": self._text(full_text(error))}
         who = {"worker": self._worker, "host": socket.gethostname(), "pid": os.getpid()}
         which = {"job_id": attempt.job_id, "number": attempt.number, "began": attempt.began, "outcome": outcome}
         await end.execute(insert(attempts).values({**which, **who, **found}).on_conflict_do_nothing())
@@ -183,7 +181,7 @@ class Finalizer:
 
     async def persist(self, attempt: Attempt, write: Callable[[AsyncSession], Awaitable[T]]) -> T:
         """Have it written and committed, going on while PostgreSQL is away."""
-        pause = LEDGER_PAUSE_SECONDS[0]
+        failures = 0
         while True:
             try:
                 async with self._context() as session:
@@ -196,8 +194,8 @@ class Finalizer:
                 # It goes on in any case: with its end unwritten the job would be handed over and run again.
                 level = logging.DEBUG if is_retryable(error) else logging.ERROR
                 logger.log(level, "the end of job %s cannot be written yet: %s", attempt.job_id, error)
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, LEDGER_PAUSE_SECONDS[1])
+            failures += 1
+            await asyncio.sleep(backoff(failures, LEDGER_PAUSE_SECONDS))
 
 
 # What a dead worker leaves is bounded as for its effect.

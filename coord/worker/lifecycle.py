@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AsyncExitStack, closing
 from typing import Any
 
@@ -21,7 +21,6 @@ from coord.worker.config import WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
-from coord.worker.freshness import Freshness
 from coord.worker.maintenance.beat import Board
 from coord.worker.maintenance.canceller import Canceller
 from coord.worker.maintenance.heartbeat import Heartbeat
@@ -37,6 +36,7 @@ from coord.worker.maintenance.ticker import Ticker
 from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.running import RunningJobs
 from coord.worker.state import WorkerState
+from coord.worker.stopping import also_on_signal
 from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
@@ -71,25 +71,22 @@ class Lifecycle:
             self._stack = stack.pop_all()
         logger.info("Takes jobs of the queue %s, %d at a time", self._config.keys.queue, self._config.max_jobs)
 
-    def hurry(self) -> None:
-        """Leave no more grace."""
-        self._hurry.set()
-
     async def stop(self, *, burst: bool = False) -> None:
         """Take nothing more, leave running jobs their grace, and hand back what has not ended by then.
 
-        In a burst what is due in the ledger is run first.
+        In a burst what is due in the ledger is run first. A signal ends the burst, and the grace.
         """
-        if burst:
-            await self._run_what_is_due()
-        self.state.board.stopping = True
-        self.fetcher.drain()
-        logger.info("This worker stops, leaving %d running jobs %g s", len(self.state.running), self._config.grace)
-        await self._ended(self._config.grace, hurry=True)
-        self.state.running.stop()
-        await self._ended(CANCELLED_SECONDS, hurry=False)
-        await self.state.running.abandon(ABANDONED_SECONDS)
-        await self._stack.aclose()
+        with also_on_signal(self._hurry.set):
+            if burst:
+                await self._run_what_is_due()
+            self.state.board.stopping = True
+            self.fetcher.drain()
+            logger.info("This worker stops, leaving %d running jobs %g s", len(self.state.running), self._config.grace)
+            await self._ended(self._config.grace, hurry=True)
+            self.state.running.stop()
+            await self._ended(CANCELLED_SECONDS, hurry=False)
+            await self.state.running.abandon(ABANDONED_SECONDS)
+            await self._stack.aclose()
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Each ends before what was opened before it."""
@@ -100,8 +97,7 @@ class Lifecycle:
         await stack.enter_async_context(coordinator)
         await _refuse_autocommit(ledger_engine(config.session_maker))
         self.registry = WorkerRegistry(state)
-        freshness = Freshness(state, self.registry)
-        self.heartbeat = Heartbeat(state, freshness.tick)
+        self.heartbeat = Heartbeat(state)
         canceller, scheduler, turns = Canceller(state), Scheduler(state), Turns(state)
         await stack.enter_async_context(self.heartbeat)
         maintenance = (
@@ -115,14 +111,12 @@ class Lifecycle:
             TurnKeeper(state, turns),
             Pruner(state),
         )
-        begun: list[Loop] = []
-        stack.push_async_callback(_end, begun)
         for loop in maintenance:
             await loop.__aenter__()
-            begun.append(loop)
+        stack.push_async_callback(_end, maintenance)
         coordinator.listen(coordinator.channels.table(inspect(Cancellation), ()), canceller)
         executor = Executor(state, Finalizer(state, scheduler.expect), turns, self._context)
-        self.fetcher = await stack.enter_async_context(Fetcher(state, executor, freshness, turns))
+        self.fetcher = await stack.enter_async_context(Fetcher(state, executor, self.registry, turns))
 
     def _share(self, stack: AsyncExitStack) -> WorkerState:
         config = self._config
@@ -162,7 +156,7 @@ class Lifecycle:
             await asyncio.sleep(BURST_SECONDS)
 
 
-async def _end(loops: Sequence[Loop]) -> None:
+async def _end(loops: Iterable[Loop]) -> None:
     """All at once: each may have to wait for a server that says nothing."""
     await asyncio.gather(*(loop.__aexit__() for loop in loops))
 

@@ -127,16 +127,15 @@ class Patience(Retry):
             await asyncio.sleep(backoff(attempt, RETRY_PAUSE_SECONDS))
 
     async def _gave_up(self) -> None:
-        """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done."""
+        """arq's `run` has nothing left to do but to close, for which it wants Redis: end as if that were done.
+
+        With the status of its main task, if that has ended with an exit.
+        """
         if _is(asyncio.current_task(), Worker.close):
             await self.closing()
-            raise SystemExit(self._status())
-
-    def _status(self) -> Any:
-        """What arq's main task has ended with, if that was an exit."""
-        ended = self._main is not None and self._main.done() and not self._main.cancelled()
-        error = self._main.exception() if ended and self._main is not None else None
-        return error.code if isinstance(error, SystemExit) else 0
+            main = self._main
+            error = main.exception() if main is not None and main.done() and not main.cancelled() else None
+            raise SystemExit(error.code if isinstance(error, SystemExit) else 0)
 
     def _begin(self) -> None:
         """With the first call in an event loop, which is the main task's."""

@@ -25,7 +25,7 @@ from coord.worker.address import Address
 from coord.worker.config import Hook, WorkerConfig
 from coord.worker.lifecycle import Lifecycle
 from coord.worker.patience import Patience
-from coord.worker.stopping import also_on_signal, guard_forks
+from coord.worker.stopping import guard_forks
 
 logger = logging.getLogger("arq.coord")
 
@@ -173,12 +173,7 @@ class _Host:
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
     """arq asks Redis before it calls `on_shutdown`, and waits for it. A main task that just ends was a burst."""
     burst = not main.cancelled() and main.exception() is None
-    ctx["coord.stopping"] = asyncio.create_task(_stop(lifecycle, burst=burst), name="coord worker stops")
-
-
-async def _stop(lifecycle: Lifecycle, *, burst: bool) -> None:
-    with also_on_signal(asyncio.get_running_loop(), lifecycle.hurry):
-        await lifecycle.stop(burst=burst)
+    ctx["coord.stopping"] = asyncio.create_task(lifecycle.stop(burst=burst), name="coord worker stops")
 
 
 async def _refuse_cluster(redis: Any) -> None:

@@ -14,11 +14,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @contextmanager
-def also_on_signal(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> Iterator[None]:
-    """Within the block, have SIGTERM and SIGINT call that in the loop as well as whatever they did before."""
+def also_on_signal(call: Callable[[], None]) -> Iterator[None]:
+    """Within the block, have SIGTERM and SIGINT call that in the event loop, as well as whatever they did before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def handle(number: int, frame: Any) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import FromClause, and_, case, exists, func, literal_column, or_, select, tuple_, update
+from sqlalchemy import and_, case, exists, func, literal_column, or_, select, tuple_, update
 from sqlalchemy.exc import IntegrityError
 
 from coord.jobs.model import is_queued, jobs
@@ -37,15 +38,11 @@ def has_turn(key: Any) -> Any:
     return exists().where(queued, _other.c.turn == _other.c.attempt, _other.c.one_at_a_time == key)
 
 
-def _is_earlier(than: FromClause) -> Any:
-    """What waits with the same key and comes first, by priority and age."""
-    age = tuple_(_other.c.scheduled_at, _other.c.id) < tuple_(than.c.scheduled_at, than.c.id)
-    first = or_(_other.c.priority > than.c.priority, and_(_other.c.priority == than.c.priority, age))
-    waits = and_(_other.c.state == literal_column("'queued'"), _other.c.turn == literal_column("0"))
-    return exists().where(waits, _other.c.one_at_a_time == than.c.one_at_a_time, first, _other.c.id != than.c.id)
-
-
-_order = (jobs.c.priority.desc(), jobs.c.scheduled_at, jobs.c.id)
+_age = tuple_(_other.c.scheduled_at, _other.c.id) < tuple_(jobs.c.scheduled_at, jobs.c.id)
+_comes_first = or_(_other.c.priority > jobs.c.priority, and_(_other.c.priority == jobs.c.priority, _age))
+_waits = and_(_other.c.state == literal_column("'queued'"), _other.c.turn == literal_column("0"))
+_same_key = and_(_other.c.one_at_a_time == jobs.c.one_at_a_time, _other.c.id != jobs.c.id)
+_another_is_first = exists().where(_waits, _same_key, _comes_first)
 
 
 class Turns:
@@ -57,7 +54,11 @@ class Turns:
 
     async def admitted(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
         """The keys of those whose turn it is; the others wait from now on, but for what has ended or is locked."""
-        found = await self._taken(messages)
+        statement = _take([message.key for message in messages])
+        found: Sequence[Any] | None = None
+        while found is None:
+            with suppress(IntegrityError):  # another worker was quicker, and is seen now
+                found = await self._all(statement)
         if waiting := {row.one_at_a_time for row in found if not row.turn}:
             await self.pass_on(waiting)  # it may have become free since the statement began
         return {(row.id, row.attempt) for row in found if row.turn}
@@ -71,21 +72,10 @@ class Turns:
         except Exception as error:  # noqa: BLE001 - the leader does it within seconds
             logger.debug("A turn could not be passed on: %s", error)
 
-    async def _taken(self, messages: Sequence[Message]) -> Sequence[Any]:
-        statement = _take([message.key for message in messages])
-        while True:
-            try:
-                return await self._all(statement)
-            except IntegrityError:
-                """Another worker was quicker, and is seen now."""
-
     async def _pass_on(self, key: str) -> None:
-        try:
-            rows = await self._all(_pass_on(key))
-        except IntegrityError:
-            return  # somebody else has
-        for row in rows:
-            await self._state.hand_over([row], keys=QueueKeys(self._state.keys.namespace, row.queue))
+        with suppress(IntegrityError):  # somebody else has
+            for row in await self._all(_pass_on(key)):
+                await self._state.hand_over([row], keys=QueueKeys(self._state.keys.namespace, row.queue))
 
     async def _all(self, statement: Any) -> Sequence[Any]:
         async with self._mutex:
@@ -95,22 +85,20 @@ class Turns:
 def _take(keys: Sequence[tuple[UUID, int]]) -> Any:
     """Of each key one job may have the turn: who has it already, or the first, if nobody has it or waits before it."""
     here = is_queued & tuple_(jobs.c.id, jobs.c.attempt).in_(keys)
-    found = select(jobs.c.id, jobs.c.one_at_a_time, *_order_columns).where(here, jobs.c.one_at_a_time.is_not(None))
-    locked = found.with_for_update(skip_locked=True).cte("locked")
+    found = select(jobs.c.id, jobs.c.one_at_a_time, jobs.c.priority, jobs.c.scheduled_at)
+    locked = found.where(here, jobs.c.one_at_a_time.is_not(None)).with_for_update(skip_locked=True).cte("locked")
     by_order = (locked.c.priority.desc(), locked.c.scheduled_at, locked.c.id)
     place = func.row_number().over(partition_by=locked.c.one_at_a_time, order_by=by_order)
     ranked = select(locked.c.id, place.label("place")).cte("ranked")
-    is_free = and_(ranked.c.place == 1, ~has_turn(jobs.c.one_at_a_time), ~_is_earlier(jobs))
+    is_free = and_(ranked.c.place == 1, ~has_turn(jobs.c.one_at_a_time), ~_another_is_first)
     turn = case((or_(jobs.c.turn == jobs.c.attempt, is_free), jobs.c.attempt), else_=0)
     taken = update(jobs).where(jobs.c.id == ranked.c.id).values(turn=turn)
     return taken.returning(jobs.c.id, jobs.c.attempt, jobs.c.turn, jobs.c.one_at_a_time)
 
 
-_order_columns = (jobs.c.priority, jobs.c.scheduled_at)
-
-
 def _pass_on(key: str) -> Any:
     waiting = select(jobs.c.id).where(is_waiting, jobs.c.one_at_a_time == key, ~has_turn(key))
-    first = waiting.order_by(*_order).limit(1).with_for_update(skip_locked=True, of=jobs).cte("first")
+    by_order = (jobs.c.priority.desc(), jobs.c.scheduled_at, jobs.c.id)
+    first = waiting.order_by(*by_order).limit(1).with_for_update(skip_locked=True, of=jobs).cte("first")
     passed = update(jobs).where(jobs.c.id == select(first.c.id).scalar_subquery()).values(turn=jobs.c.attempt)
     return passed.returning(*message_columns, jobs.c.queue, remaining)

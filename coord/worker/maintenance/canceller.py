@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy import select
 
-from coord.jobs.model import JobState, cancellations, jobs
+from coord.jobs.job_transaction import is_unwanted
+from coord.jobs.model import JobState, jobs
 from coord.worker.maintenance.loops import Loop
 
 
@@ -21,11 +22,7 @@ class Canceller(Loop):
         running = {job.message.id: job.message.attempt for job in self._state.running}
         if not running:
             return
-        found = select(jobs.c.id, jobs.c.attempt, jobs.c.state).where(jobs.c.id.in_(running))
-        wished = select(cancellations.c.job_id).where(cancellations.c.job_id.in_(running))
-        unwanted = {job_id for (job_id,) in await self._state.read(wished)}
-        for row in await self._state.read(found):
-            if row.state is JobState.CANCELLED or row.attempt > running[row.id]:
-                unwanted.add(row.id)
-        for job_id in unwanted:
-            self._state.running.cancel(job_id, running[job_id])
+        found = select(jobs.c.id, jobs.c.attempt, jobs.c.state, is_unwanted.label("is_unwanted"))
+        for row in await self._state.read(found.where(jobs.c.id.in_(running))):
+            if row.is_unwanted or row.state is JobState.CANCELLED or row.attempt > running[row.id]:
+                self._state.running.cancel(row.id, running[row.id])

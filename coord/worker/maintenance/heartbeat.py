@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
 from itertools import count
 from typing import Any, Self
 
@@ -24,7 +23,6 @@ from coord.database.place import known_schema
 from coord.jobs.model import ledger_engine, workers
 from coord.retryable import sqlstate_of
 from coord.worker.failure import backoff
-from coord.worker.freshness import TICK_SECONDS
 from coord.worker.maintenance import beat
 from coord.worker.maintenance.beat import Beats, redis_of
 from coord.worker.maintenance.loops import Loop
@@ -33,6 +31,8 @@ from coord.worker.state import WorkerState
 logger = logging.getLogger("arq.coord")
 
 _PREPARER = postgresql.dialect().identifier_preparer  # type: ignore[no-untyped-call]
+TICK_SECONDS = 0.25
+"""Between two signs of life."""
 PROCESS_END_SECONDS = 2.0
 """For the process, or the thread, to end; and then for the worker to be taken off the list."""
 RESTART_SECONDS = 1.0
@@ -43,16 +43,12 @@ UNDEFINED_TABLE = "42P01"
 
 
 class Heartbeat(Loop):
-    """The worker is on the list within the block. Each round is a sign of life, for the process that says so.
-
-    `tick` is called with it.
-    """
+    """The worker is on the list within the block. Each round is a sign of life, for the process that says so."""
 
     interval = TICK_SECONDS
 
-    def __init__(self, state: WorkerState, tick: Callable[[], None]) -> None:
+    def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
-        self._tick = tick
         self._engine = ledger_engine(state.config.session_maker)
         self._row: dict[str, Any] = {"queue": state.keys.queue, "host": socket.gethostname(), "pid": os.getpid()}
         self._connect: Any = None
@@ -126,7 +122,6 @@ class Heartbeat(Loop):
 
     async def round(self) -> None:
         self._state.board.loop_tick = time.monotonic()
-        self._tick()
         news = self._news()
         if not news.items() <= self._told.items():
             self._told |= news

@@ -24,10 +24,7 @@ BATCHES = 20
 
 
 class Pruner(Loop):
-    """Deletes jobs that have ended long ago, expired keys, wishes to cancel what has ended, and old schedules.
-
-    Only while this worker leads.
-    """
+    """While this worker leads: deletes old jobs, expired keys, wishes to cancel what has ended, and old schedules."""
 
     interval = 60.0
     limit = 60.0
@@ -55,7 +52,8 @@ class Pruner(Loop):
 
 def _ended(limit: datetime) -> Delete:
     """Ids are ordered by time, so the primary key finds the eldest. What is known of their attempts goes with them."""
-    old = select(jobs.c.id).where(jobs.c.id < _first_id_of(limit), ~is_queued, jobs.c.finished_at < limit)
+    first_id = UUID(int=int(limit.timestamp() * 1000) << 80)
+    old = select(jobs.c.id).where(jobs.c.id < first_id, ~is_queued, jobs.c.finished_at < limit)
     found = _some(old.order_by(jobs.c.id)).cte("old")  # or the plan may have the limit begin anew with each row
     history = delete(attempts).where(attempts.c.job_id.in_(select(found.c.id))).cte("history")
     return delete(jobs).where(jobs.c.id.in_(select(found.c.id))).add_cte(history)
@@ -81,7 +79,3 @@ def _vanished() -> Delete:
 
 def _some(rows: Select[Any]) -> Select[Any]:
     return rows.limit(BATCH).with_for_update(skip_locked=True)
-
-
-def _first_id_of(moment: datetime) -> UUID:
-    return UUID(int=int(moment.timestamp() * 1000) << 80)

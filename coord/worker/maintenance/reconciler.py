@@ -46,17 +46,10 @@ REST = 100
 LOOK_SECONDS, PAUSE_SECONDS = 0.25, 0.1
 """A look at everything goes on for so long in a round, and for so long the worker has its loop for itself."""
 OLDER_SECONDS = 1.0
-"""By which a job has been due for longer than the head of the feed, to be looked for before all others."""
+"""By which a job has been due for longer than the head of the feed, to be looked for before all others: by more than it
+takes to ask, or a wave that became due in one moment would seem to be all older than its first."""
 MAX_MISSING = 20 * PAGE
 """Of which the look at everything waits until they are handed over: they take memory."""
-
-
-class Head(NamedTuple):
-    """What is first in the feed."""
-
-    priority: int
-    age: float
-    """Seconds since it was due."""
 
 
 class Sweep(NamedTuple):
@@ -100,11 +93,8 @@ class Reconciler(Loop):
             ((due_by,),) = await self._state.read(select(func.now()))
             self._sweep = Sweep(due_by)
         await self._redis.zremrangebyscore(self._keys.taken, "-inf", now - TAKEN_SECONDS * 2000)
-        async for asked, page in self._pages(await self._head(now)):
-            queued = await self._compare(page, now)
-            for key in asked:
-                if key not in queued:
-                    self._missing.pop(key, None)
+        async for page in self._pages(await self._head(now)):
+            await self._compare(page, now)
         if self._handed_over:
             logger.warning("%d jobs were not to be found in Redis, and are handed over again", self._handed_over)
             self._handed_over = 0
@@ -139,66 +129,67 @@ class Reconciler(Loop):
         due = await self._queued.count(jobs.c.scheduled_at < _ago(RECENT_SECONDS[1]))
         return due > int(fed) + len(known)
 
-    async def _head(self, now: int) -> Head | None:
+    async def _head(self, now: int) -> tuple[int, float] | None:
+        """The priority of what is first in the feed, and the seconds since it was due."""
         first = await self._redis.zrange(self._keys.feed, 0, 0, withscores=True)
         if not first:
             return None
         score = first[0][1]
         age = (now - due_of(score)) / 1000
-        return Head(100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9))
+        return 100 - rank_of(score), 0.0 if math.isnan(age) else min(max(age, 0.0), 10.0**9)
 
-    async def _pages(self, head: Head | None) -> AsyncIterator[tuple[Sequence[Key], Sequence[Row[Any]]]]:
-        """What is likely to be missing, what was missing, and a part of the rest; with what was asked for by name."""
+    async def _pages(self, head: tuple[int, float] | None) -> AsyncIterator[Sequence[Row[Any]]]:
+        """What was missing, as far as it is queued still; what is likely to be missing; and a part of the rest."""
         until = time.monotonic() + LOOK_SECONDS
         ripe = bisect(list(self._missing.values()), time.monotonic() - MISSING_SECONDS)
         asked = list(self._missing)[: max(PAGE, ripe)]
         while asked:
             some, asked = asked[:PAGE], asked[PAGE:] if time.monotonic() < until else []
             wanted = jobs.c.id.in_([job_id for job_id, _ in some])
-            yield some, await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), wanted)
+            page = await self._queued.ids(jobs.c.scheduled_at <= _ago(0.0), wanted)
+            for key in set(some) - {(row.id, row.attempt) for row in page}:
+                self._missing.pop(key, None)
+            yield page
         last, first = RECENT_SECONDS
         due = jobs.c.scheduled_at <= _ago(last)
         if head is None:
-            yield (), await self._queued.ids(due)
+            yield await self._queued.ids(due)
         else:
-            yield (), await self._queued.ids(due, jobs.c.priority > head.priority)
-            yield (), await self._queued.ids(due, jobs.c.priority == head.priority, _older(head))
-            yield (), await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
+            priority, age = head
+            older = jobs.c.scheduled_at < _ago(age + OLDER_SECONDS)
+            yield await self._queued.ids(due, jobs.c.priority > priority)
+            yield await self._queued.ids(due, jobs.c.priority == priority, older)
+            yield await self._queued.ids(due, jobs.c.scheduled_at > _ago(first))
         if self._sweep is None:
             rest = await self._queued.ids(due, limit=REST, after=self._rest)
             self._rest = rest[-1] if len(rest) == REST else None
-            yield (), rest
+            yield rest
         while self._sweep and len(self._missing) < MAX_MISSING:
             page = await self._queued.ids(jobs.c.scheduled_at <= self._sweep.due_by, after=self._sweep.after)
-            yield (), page
+            yield page
             self._sweep = Sweep(self._sweep.due_by, page[-1]) if page else None
             if time.monotonic() >= until:
                 break
 
-    async def _compare(self, page: Sequence[Row[Any]], now: int) -> set[Key]:
-        """Hands over what was missing long enough. Returns those that are still queued."""
-        queued: set[Key] = set()
+    async def _compare(self, page: Sequence[Row[Any]], now: int) -> None:
+        """Hands over what was missing long enough."""
         async for rows in self._queued.rows(page):
             absent = {(row.id, row.attempt): row for row in rows}
-            queued.update(absent)
             self._note_found(absent, await self._in_redis(rows, now))
             if absent:
                 self._note_found(absent, await self._held())
             looked_at = time.monotonic()
             since = {key: self._missing.setdefault(key, looked_at) for key in absent}
-            await self._hand_over([row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS])
-        return queued
+            lost = [row for key, row in absent.items() if looked_at - since[key] >= MISSING_SECONDS]
+            await self._state.hand_over(lost)
+            self._handed_over += len(lost)
+            for row in lost:
+                del self._missing[row.id, row.attempt]
 
     def _note_found(self, absent: dict[Key, Row[Any]], found: set[Key]) -> None:
         for key in found & absent.keys():
             del absent[key]
             self._missing.pop(key, None)
-
-    async def _hand_over(self, lost: Sequence[Row[Any]]) -> None:
-        await self._state.hand_over(lost)
-        self._handed_over += len(lost)
-        for row in lost:
-            del self._missing[row.id, row.attempt]
 
     async def _in_redis(self, rows: Sequence[Row[Any]], now: int) -> set[Key]:
         """Those that are in the feed, or near it, or were popped just now."""
@@ -224,8 +215,3 @@ class Reconciler(Loop):
 
 def _ago(seconds: float) -> Any:
     return func.now() - literal(timedelta(seconds=seconds))
-
-
-def _older(head: Head) -> Any:
-    """By more than it takes to ask: a wave that became due in one moment would seem to be all older than its first."""
-    return jobs.c.scheduled_at < _ago(head.age + OLDER_SECONDS)

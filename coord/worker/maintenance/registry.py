@@ -26,7 +26,6 @@ DEAD_SECONDS = 6.0
 """Without a heartbeat: two are missing, and then some."""
 BLINK_SECONDS = 3.0
 """Between two looks, after which nothing can be said of the time between."""
-LONG_AGO = float("-inf")
 
 
 @dataclass(slots=True)
@@ -46,7 +45,7 @@ class WorkerRegistry(Loop):
 
     def __init__(self, state: WorkerState) -> None:
         super().__init__(state)
-        self._looked = LONG_AGO
+        self._looked = float("-inf")
         self._outage = Outage(
             logger, away="PostgreSQL is away, jobs cannot be looked after", back="PostgreSQL answers again"
         )
@@ -79,11 +78,11 @@ class WorkerRegistry(Loop):
         seen = {}
         for row in rows:
             last = self.seen.get(row.id)
-            still = last is not None and last.beats == row.beats and watched
-            seen[row.id] = Seen(row.beats, last.since if still and last is not None else now, row.jobs, row.dead)
+            since = last.since if watched and last is not None and last.beats == row.beats else now
+            seen[row.id] = Seen(row.beats, since, row.jobs, row.dead)
         self._looked, self.seen = now, seen
-        dead = {id_: worker for id_, worker in seen.items() if worker.died or now - worker.since > DEAD_SECONDS}
-        self.dead = {id_: worker for id_, worker in dead.items() if id_ != self._state.id}
+        others = [(id_, worker) for id_, worker in seen.items() if id_ != self._state.id]
+        self.dead = {id_: worker for id_, worker in others if worker.died or now - worker.since > DEAD_SECONDS}
 
 
 def named(jobs: Mapping[str, Any]) -> set[tuple[UUID, int]]:

@@ -35,7 +35,7 @@ class QueuedJobs:
         self, *conditions: ColumnElement[bool], limit: int = PAGE, after: Row[Any] | None = None
     ) -> Sequence[Row[Any]]:
         """The eldest that fulfil the conditions, with their sizes; those after one of an earlier answer."""
-        statement = select(jobs.c.id, jobs.c.scheduled_at, _size).where(self._in_queue, *conditions)
+        statement = select(jobs.c.id, jobs.c.attempt, jobs.c.scheduled_at, _size).where(self._in_queue, *conditions)
         if after is not None:
             statement = statement.where(tuple_(*_order) > (after.scheduled_at, after.id))
         return await self._read(statement.order_by(*_order).limit(limit))
