@@ -15,7 +15,8 @@ from coord import Periodic, job_transaction, periodic, task_options, worker_sett
 from coord.worker.maintenance.pruner import VANISHED, Pruner
 from tests.clock import START, Clock
 from tests.ledger import a_task
-from tests.workers import Office, a_state, until, working
+from tests.serving import eventually
+from tests.workers import Office, a_state, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -294,10 +295,10 @@ async def test_workers_run_each_slot_once_and_tell_the_task_which_it_is(office: 
 
     given = [periodic(task, "* * * * * *", name="x", overlap=True)]
     async with working(office, [task], periodic=given), working(office, [task], periodic=given):
-        await until(lambda: len(seen) >= 2, within=15)
+        await eventually(lambda: len(seen) >= 2, within=15)
     async with working(office, [task], periodic=given):  # after a restart
         before = len(seen)
-        await until(lambda: len(seen) >= before + 2, within=15)
+        await eventually(lambda: len(seen) >= before + 2, within=15)
     assert len(seen) == len({*seen})
     assert {moment.microsecond for moment in seen} == {0}
     count = len(seen)

@@ -21,7 +21,7 @@ from tests.ledger import a_task
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import Network
-from tests.workers import KEYS, Notes, Office, Process, fragile_postgresql, opened, prepared, process, until, working
+from tests.workers import KEYS, Notes, Office, Process, fragile_postgresql, opened, prepared, process, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -134,7 +134,7 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
             if fault is signal.SIGSTOP:
                 worker.signal(signal.SIGCONT)
                 await worker.says("This worker was taken for dead")
-                await until(lambda: worker.count("superseded") >= 1)
+                await eventually(lambda: worker.count("superseded") >= 1)
                 await other.stop()
                 later = await office.enqueue("quick")
                 _, pid, _ = await notes.say(later, "starts")
@@ -311,7 +311,7 @@ async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(off
         network.up = True
         async with working(office, tasks("cut off"), database_url=network.url, max_jobs=20) as worker:
             jobs = [await office.enqueue("task") for _ in range(5)]
-            await until(lambda: len(ran) == 5)
+            await eventually(lambda: len(ran) == 5)
 
             async def are_named() -> bool:
                 return any(len(row.jobs) == 5 for row in await office.workers())
@@ -320,10 +320,10 @@ async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(off
             network.cut()
             cut = time.monotonic()
             async with working(office, tasks("other"), max_jobs=20):
-                await until(lambda: ran.count("other") == 1, within=PROMISED)
+                await eventually(lambda: ran.count("other") == 1, within=PROMISED)
                 assert time.monotonic() - cut < PROMISED
                 more = [await office.enqueue("task") for _ in range(10)]
-                await until(lambda: ran.count("other") == 11, within=5)
+                await eventually(lambda: ran.count("other") == 11, within=5)
                 go.set()
                 rows = [await office.final(job) for job in [*jobs, *more]]
                 assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 5 + [("done", 1)] * 10

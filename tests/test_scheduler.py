@@ -13,7 +13,7 @@ from coord.queue.message import Message
 from coord.worker.maintenance import scheduler as scheduling
 from coord.worker.maintenance.rows import QueuedJobs
 from tests.serving import eventually
-from tests.workers import KEYS, Office, fresh, until, working
+from tests.workers import KEYS, Office, fresh, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +49,7 @@ async def test_a_wave_is_taken_up_over_many_looks_and_each_job_runs_once(
             await session.execute(text(WAVE), {"jobs": JOBS})
         await eventually(lambda: is_full(office), within=11)
         assert ran == []
-        await until(lambda: len(ran) >= JOBS, within=30)
+        await eventually(lambda: len(ran) >= JOBS, within=30)
         await office.waiting(0)
         assert await count(office, "SELECT count(*) FROM coord_jobs WHERE state = 'done'") == JOBS
         assert await count(office, "SELECT count(*) FROM coord_jobs WHERE started_at < scheduled_at") == 0
