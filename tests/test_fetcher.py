@@ -388,6 +388,27 @@ async def test_a_job_whose_check_took_too_long_is_not_begun_but_taken_anew(
         assert began[1] - released > 0.5, "it was begun from what was popped before"
 
 
+async def test_an_old_job_that_could_not_be_checked_for_long_is_left_to_the_reconciler(
+    office: Office, observer: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another worker may have been given it by then: back in the feed, it would look like a new one."""
+    monkeypatch.setattr(coord.worker.fetcher, "CHECK_SECONDS", BACK_SECONDS + 0.1)
+    ran: list[str] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+
+    async with working(office, [task]):
+        job = await office.enqueue(task_options(task, delay=3600))
+        await observer.execute("UPDATE coord_jobs SET scheduled_at = now() WHERE id = $1", job.id)
+        async with observer.transaction():
+            await observer.execute("LOCK TABLE coord_jobs IN ACCESS EXCLUSIVE MODE")
+            await office.put(Message.of(job).text())
+            await eventually(lambda: sayings(caplog)("came too late to be begun"), within=6)
+        assert (await office.final(job, within=20)).attempt == 1
+    assert ran == [str(job.id)]
+
+
 @pytest.mark.parametrize("ending", ["cancelled", "delayed"])
 async def test_a_job_that_is_cancelled_before_it_begins_leaves_redis(office: Office, ending: str) -> None:
     ran: list[str] = []

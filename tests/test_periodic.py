@@ -117,6 +117,7 @@ def test_catching_up_with_every_second_of_a_year_takes_no_look_at_each(catch_up:
         ("* * * * *", {"catch_up": -1}),
         ("* * * * *", {"catch_up": 2}),
         ("* * * * *", {"catch_up": 1.5, "overlap": True}),
+        ("* * * * *", {"catch_up": 10_001, "overlap": True}),
     ],
 )
 def test_what_makes_no_sense_is_refused(line: str, options: dict[str, Any]) -> None:

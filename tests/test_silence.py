@@ -10,12 +10,14 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
+from sqlalchemy.orm import relationship
 
 import coord.waiting.session_reader
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
 from coord.waiting.reader import Reader
-from tests.models import Document, User
+from tests.models import Base, Document, User
 from tests.proxy import Proxy, Wire
+from tests.serving import engine_at
 from tests.waits import registered, waiting
 
 if TYPE_CHECKING:
@@ -104,6 +106,43 @@ async def test_a_wait_whose_values_postgresql_has_to_compare_ends_by_its_deadlin
                     await wait_for_row_change(session, User, user, since={"name": "before "}, timeout=0.5)
             assert time.monotonic() - began < 1.5
     await engine.dispose()
+
+
+class Letter:
+    """A document whose owner is loaded when asked for."""
+
+    x: int
+    owner: User
+
+
+Base.registry.map_imperatively(Letter, Document.__table__, properties={"owner": relationship(User, viewonly=True)})
+
+
+async def test_what_was_loaded_is_loaded_again_although_a_connection_was_lost_meanwhile(
+    database_url: str, user: int, observer: Connection
+) -> None:
+    key, lost = UUID(int=1), 0
+    seen = {"prepared_statement_cache_size": 0}  # each statement goes over the wire as a text
+    await observer.execute("INSERT INTO documents VALUES ($1, '{}', 0, 0, 0, 1)", key)
+
+    def lose(wire: Wire, data: bytes) -> bool:
+        nonlocal lost
+        if b"WHERE documents.id = $1" in data and not lost:
+            lost += 1
+            wire.cut()
+        return False
+
+    async with Proxy(database_url).opened() as proxy, engine_at(proxy.url, connect_args=seen) as engine:
+        maker = async_sessionmaker(engine, expire_on_commit=False)
+        async with Coordinator(maker, read_settings={}), maker() as session:
+            own = await session.get_one(Letter, key)
+            await session.refresh(own, ["owner"])
+            task = waiting(session, Letter, key, since={"x": 0})
+            await registered()
+            proxy.on_request = lose
+            await observer.execute("UPDATE documents SET x = 1")
+            assert await task is own
+            assert (own.x, own.owner.name, lost) == (1, "before", 1)
 
 
 @pytest.mark.parametrize("settings", [{}, None], ids=["declared", "undeclared"])

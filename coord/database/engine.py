@@ -147,7 +147,8 @@ def prepare(engine: AsyncEngine) -> None:
 
 
 def _on_connect(dbapi_connection: Any, record: Any) -> None:
-    record.info[_BACKEND] = dbapi_connection.run_async(_set_up)
+    if _BACKEND not in record.info:  # an engine that shares the listeners of a prepared one may be prepared as well
+        record.info[_BACKEND] = dbapi_connection.run_async(_set_up)
 
 
 async def _set_up(driver: asyncpg.Connection) -> Backend | None:

@@ -108,7 +108,8 @@ class LostAnswers:
         self._loop = asyncio.get_running_loop()
         prepare(self._watched)
         for target, name, listener in self._listeners:
-            event.listen(target, name, listener, insert=True)  # before what an application does then
+            # Before what an application does then, but for what it does before a commit, which may take its time.
+            event.listen(target, name, listener, insert=target is not Session)
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
         return self
 

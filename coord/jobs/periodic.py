@@ -20,6 +20,7 @@ from coord.jobs.options import P, Task, TaskOptions
 
 ON_TIME_SECONDS = 300.0
 """After a slot in which its job is made anyway: a deploy, a restart or a blocked worker takes that long."""
+MAX_CATCH_UP = 10_000
 MAX_NAME = 400
 """Characters of a schedule's name."""
 
@@ -100,7 +101,7 @@ def periodic(
     line that names its hour runs in the first; what lies in an hour that is left out runs right after it. With `*` for
     the hour, or `*…` for the minute, it goes by elapsed time. A slot is skipped while the job of an earlier one is
     unfinished, unless `overlap`. One that no worker made a job for within five minutes is left out, unless `catch_up`:
-    True runs the last that was missed, a number (with `overlap`) so many of the last.
+    True runs the last that was missed, a number (with `overlap`) so many of the last, ten thousand at most.
 
         Settings = worker_settings(
             [close_books], periodic=[periodic(close_books, "30 2 * * *", timezone="Europe/Berlin")], ...
@@ -115,8 +116,8 @@ def periodic(
     call = call_of(task, *args, **kwargs)
     if call.options.unique_key is not None or call.options.delay is not None:
         raise ValueError("a periodic task has no unique_key and no delay: overlap=False keeps its jobs apart")
-    if not isinstance(catch_up, int) or catch_up < 0 or (catch_up > 1 and not overlap):
-        raise ValueError(f"catch_up is True, or with overlap=True a number of missed slots, not {catch_up!r}")
+    if not isinstance(catch_up, int) or not 0 <= catch_up <= (MAX_CATCH_UP if overlap else 1):
+        raise ValueError(f"catch_up is True, or with overlap=True 1 to {MAX_CATCH_UP} missed slots, not {catch_up!r}")
     made = Periodic(call, " ".join(cron.split()), timezone, bool(overlap), int(catch_up))
     try:
         if made.next(datetime.now(UTC)) is None:

@@ -99,7 +99,7 @@ class Poller:
         waiter.awaits_message = waiter.awaits_message and is_subscribed
         if not waiter.awaits_message and (not is_subscribed or len(others) > 1):
             self.request(key)
-        elif waiter.awaits_message:
+        elif waiter.awaits_message and waiter.may_have_missed():
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
@@ -173,7 +173,7 @@ class Poller:
         waiters = self.waiters.get(key, ())
         if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
-        else:
+        elif any(waiter.may_have_missed() for waiter in waiters):
             self._request_later(key)  # for what has come since they began, if they have been read by now
         for waiter in waiters:
             waiter.on_subscribed()

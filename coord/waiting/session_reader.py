@@ -132,13 +132,15 @@ class SessionReader(Generic[M]):
 
     async def _refreshed(self, key: Any, deadline: float | None) -> M:
         """As after the session's `refresh`, but for what has changes that are not flushed."""
+        mine: M | None = self.session.sync_session.identity_map.get(key)
+        names = [] if mine is None else _unmodified(inspect(mine))  # an attempt that fails forgets what was loaded
 
         async def work() -> M:
             async with self._connection():
                 with self.session.no_autoflush:
                     own: M | None = self.session.sync_session.identity_map.get(key)
                     if own is not None:  # since an attempt that has failed, perhaps with a part of what belongs to it
-                        await self.session.refresh(own, _unmodified(inspect(own)))
+                        await self.session.refresh(own, names if own is mine else None)
                         return own
                     found = await self.session.get(self.target.mapper.class_, self.target.key, options=[undefer("*")])
             if found is None:

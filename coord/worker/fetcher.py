@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Self
 from uuid import UUID
 
@@ -118,19 +118,19 @@ class Fetcher:
         if free <= 0:
             return
         self._more = bool(popped) and (len(popped) == free or (not self._more and len(self._running) > 0))
-        checked = await self._checked(popped)
+        checked = await self._checked(popped, asked)
         if loop.time() > begin_by:
-            self._put_back(checked, asked)
+            self._put_back(checked, asked, self._back)
             return
         for message, raw, score in checked:
             self._start(message, raw, score)
         if checked:
             await asyncio.sleep(0)  # they claim first, and then the next pop is made
 
-    def _put_back(self, found: Sequence[Found], asked: float) -> None:
+    def _put_back(self, found: Sequence[Found], asked: float, command: Callable[[bytes, float], Command]) -> None:
         """What came too late to be begun goes back; or, if others may have it by now, is left to the reconciler."""
         if asyncio.get_running_loop().time() - asked < BACK_SECONDS:
-            self._commands += [self._back(raw, score) for _, raw, score in found]
+            self._commands += [command(raw, score) for _, raw, score in found]
         elif found:
             logger.warning("%d jobs came too late to be begun here; they are handed over again", len(found))
 
@@ -161,7 +161,7 @@ class Fetcher:
         found = (popped or [])[0 if self._more else 1 :]  # of a blocking pop the key comes first
         return [(raw, float(score)) for raw, score in zip(found[::2], found[1::2], strict=True)]
 
-    async def _checked(self, popped: Popped) -> list[Found]:
+    async def _checked(self, popped: Popped, asked: float) -> list[Found]:
         """Those that are messages, and that the ledger confirms if they are old or have to wait for their turn."""
         found = []
         for raw, score in popped:
@@ -180,7 +180,7 @@ class Fetcher:
                     stale |= {message.key for message in keyed} - await self._turns.admitted(keyed)
         except Exception as error:  # noqa: BLE001 - PostgreSQL is away: so is what the jobs want to do
             logger.debug("Old messages cannot be checked: %s", error)
-            self._commands += [self._later(raw, score) for _, raw, score in found]
+            self._put_back(found, asked, self._later)
             await asyncio.sleep(BACKOFF_SECONDS[0])
             return []
         return [entry for entry in found if entry[0].key not in stale]

@@ -99,9 +99,9 @@ class Lifecycle:
         self.registry = WorkerRegistry(state)
         self.heartbeat = Heartbeat(state)
         canceller, scheduler, turns = Canceller(state), Scheduler(state), Turns(state)
-        await stack.enter_async_context(self.heartbeat)
+        for first in (self.heartbeat, Leader(state)):  # no other leads while a loop of this worker still may
+            await stack.enter_async_context(first)
         maintenance = (
-            Leader(state),
             self.registry,
             canceller,
             scheduler,

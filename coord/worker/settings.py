@@ -164,10 +164,12 @@ class _Host:
             if "coord.stopping" in ctx:
                 await asyncio.shield(ctx.pop("coord.stopping"))
         finally:
-            await dispose(engine)
-            if (hook := self._given.get("on_shutdown")) is not None:
-                await hook(ctx)
-            await dispose(engine)
+            try:
+                await dispose(engine)
+            finally:
+                if (hook := self._given.get("on_shutdown")) is not None:
+                    await hook(ctx)
+                await dispose(engine)
 
 
 def _begin_stopping(ctx: dict[Any, Any], lifecycle: Lifecycle, main: asyncio.Task[Any]) -> None:
