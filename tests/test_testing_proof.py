@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import httpx
 import pytest
@@ -22,9 +22,6 @@ from coord.testing.proof.links import Link
 from coord.testing.proof.prove import LATE_SECONDS
 from tests.pages import FILE, blocks
 from tests.shop import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PAGE = ROOT / "docs" / "proof.md"
 APPLICATION, PROOF = "booking.py", "test_proof.py"
@@ -44,6 +41,13 @@ def project(directory: Path, given: str) -> str:
 def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--rootdir", str(directory), name]
     return subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+
+
+def left_by(output: str) -> Path:
+    """The directory that a proof has named in the end."""
+    found = re.search(r"the history is (/\S+)/history\.jsonl", output)
+    assert found is not None, output
+    return Path(found[1])
 
 
 async def test_what_a_client_chooses_does_not_depend_on_how_often_it_had_to_ask(
@@ -90,6 +94,10 @@ def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None
     assert re.search(r"faults +\d+ × ", ended.stdout)
     for rule in RULES:
         assert f"✓ {rule} " in ended.stdout
+    left = left_by(ended.stdout)
+    assert {"history.jsonl", "api.log", "worker-1.log", "worker-2.log"} <= {path.name for path in left.iterdir()}
+    assert [path.name for path in (left / "postgresql").iterdir()] == ["postgresql.log"]
+    assert [path.name for path in (left / "valkey").iterdir()] == ["valkey.log"]
 
 
 @pytest.mark.slow
@@ -101,6 +109,7 @@ def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp
     ended = run_by_its_user(tmp_path, name)
     assert ended.returncode == 1, ended.stdout
     assert re.search(r"BROKEN: .*; seed \d+ repeats it, the history is /", ended.stdout)
+    assert (left_by(ended.stdout) / "postgresql/data").exists()
 
 
 def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
