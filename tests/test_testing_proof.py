@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
@@ -14,14 +17,20 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NotConnectedError
 
 import coord.testing.proof.client
+from coord import task_options
 from coord.dev.server import free_port
 from coord.testing.history import RULES, Complaint, HistoryFile, Operation, Recorder
 from coord.testing.proof import Application, prove
 from coord.testing.proof.client import IN_THE_CALM, GaveUp, Visit
 from coord.testing.proof.links import Link
-from coord.testing.proof.prove import LATE_SECONDS
+from coord.testing.proof.prove import LATE_SECONDS, settled
+from tests.ledger import a_task
 from tests.pages import FILE, blocks
 from tests.shop import ROOT
+from tests.workers import Office, working
+
+if TYPE_CHECKING:
+    import asyncpg
 
 PAGE = ROOT / "docs" / "proof.md"
 APPLICATION, PROOF = "booking.py", "test_proof.py"
@@ -121,6 +130,17 @@ def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a proof needs two workers"):
         proof.send(None)
     assert [*tmp_path.iterdir()] == []
+
+
+async def test_a_proof_waits_for_what_is_due_in_time_and_for_nothing_that_is_due_tomorrow(
+    office: Office, observer: asyncpg.Connection
+) -> None:
+    soon = await office.enqueue(task_options(a_task, delay=2))
+    for _ in range(2):
+        await office.enqueue(task_options(a_task, delay=timedelta(days=1)))
+    async with asyncio.timeout(20), working(office, [a_task]):
+        assert await settled(observer, 30.0) == 2
+    assert (await office.row(soon)).state == "done"
 
 
 def test_the_page_has_every_rule_as_the_checker_says_it() -> None:
