@@ -1,4 +1,4 @@
-"""Metrics for Prometheus, in any process that waits, enqueues or works: `pip install coord[metrics]`.
+"""Metrics for Prometheus, in any process that waits, enqueues or works: `pip install "coord[metrics]"`.
 
     metrics = Metrics()                                              # once in a process
     app.include_router(metrics.routes(session_maker))                # GET /metrics

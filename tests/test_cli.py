@@ -192,5 +192,5 @@ async def test_tables_need_rich_and_json_does_not(
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
     said = await terminal.says("jobs", "list", status=1)
-    assert said == "coord: tables need rich: pip install coord[cli]; --json does without\n"
+    assert said == 'coord: tables need rich: pip install "coord[cli]"; --json does without\n'
     assert len(await terminal.json("jobs", "list")) == 1

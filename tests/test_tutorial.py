@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.clusters import lay
 from tests.pages import FILE, blocks
-from tests.project import Dev, until
+from tests.project import Dev, processes_in, until
 from tests.shop import ROOT
 
 if TYPE_CHECKING:
@@ -58,9 +60,27 @@ def test_the_tutorial_ends_with_an_endpoint_that_waits_and_a_test_that_passes(tm
         curl = next(command for command in COMMANDS if command.startswith("curl"))
         (answer,) = blocks(PAGE, "json")
         assert run(curl, tmp_path, dev.port) == answer.text.strip()
+        listing = next(command for command in COMMANDS if command.startswith("coord jobs"))
+        listed = run(re.sub(r"'.*'", dev.says(r"COORD_DATABASE_URL=(\S+)")[1], listing), tmp_path, dev.port)
+        assert re.search(r"give_seat +done", listed)
         test = next(command for command in COMMANDS if command.startswith("pytest"))
         assert re.search(r"^=+ 1 passed", run(test, tmp_path, dev.port), re.MULTILINE)
 
 
+def test_no_ticket_is_lost_and_none_unseated_when_a_worker_is_killed_as_the_tutorial_says(tmp_path: Path) -> None:
+    sell, kill = (next(command for command in COMMANDS if command.startswith(word)) for word in ("for", "kill"))
+    with followed(tmp_path) as dev, ThreadPoolExecutor(1) as pool:
+        pids = processes_in(tmp_path)
+        pattern = re.search(r"pgrep -of '(.*)'", kill)
+        assert pattern is not None
+        killed = min(pid for pid, command in pids.items() if re.search(pattern[1], command))
+        selling = pool.submit(run, sell, tmp_path, dev.port)
+        until(lambda: "POST /tickets" in dev.output, lambda: dev.output)
+        os.kill(killed, signal.SIGKILL)  # of this project's alone, which pgrep would not know
+        tickets = [json.loads(line) for line in selling.result().splitlines()]
+        dev.says(r"coord +\| worker-[12] was ended by SIGKILL; it starts again")
+    assert [(ticket["status"], ticket["seat"]) for ticket in tickets] == [("seated", n) for n in range(1, 101)]
+
+
 def test_the_tutorial_names_every_command_that_is_run() -> None:
-    assert [command.split()[0] for command in COMMANDS] == ["mkdir", "coord", "curl", "pytest"]
+    assert [command.split()[0] for command in COMMANDS] == ["mkdir", "coord", "curl", "coord", "pytest", "for", "kill"]

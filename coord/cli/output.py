@@ -37,7 +37,7 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        raise click.ClickException("tables need rich: pip install coord[cli]; --json does without") from None
+        raise click.ClickException('tables need rich: pip install "coord[cli]"; --json does without') from None
     table = Table(box=box.SIMPLE, header_style="bold", pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=column == "id", overflow="fold")

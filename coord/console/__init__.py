@@ -2,7 +2,7 @@
 
     app.mount("/console", console(session_maker, full_token=os.environ["CONSOLE_TOKEN"]))
 
-`pip install coord[console]`. docs/console.md says what each page shows, what it costs, and who may see it.
+`pip install "coord[console]"`. docs/console.md says what each page shows, what it costs, and who may see it.
 """
 
 from __future__ import annotations

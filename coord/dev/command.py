@@ -1,7 +1,8 @@
 """`coord dev`: a project's API and workers, with a PostgreSQL and a Valkey of their own, in one terminal.
 
 Started in the order servers, workers, API, and stopped in the opposite one: on Ctrl-C, SIGTERM or a closed terminal,
-or because one of them ended, which is always an error. A URL that is set in the environment replaces its server.
+or because one of them ended, which is always an error, but for a worker's end by `kill -9`: it is started again, as
+whoever runs workers elsewhere does. A URL that is set in the environment replaces its server.
 """
 
 from __future__ import annotations
@@ -127,13 +128,22 @@ class Development:
         self._start_programs()
 
     def _start_programs(self) -> None:
+        for name in self.commands:
+            self._start_program(name)
+
+    def _start_program(self, name: str) -> None:
         own = {variable: server.url for variable, server in self.servers.items()}
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "COORD_DEVELOPMENT": "1", **own}
-        for name, command in self.commands.items():
-            process = self.processes[name] = spawn(command, stdout=subprocess.PIPE, env=environment)
-            reader = threading.Thread(target=self.terminal.follow, args=(name, process.stdout), daemon=True)
-            reader.start()
-            self.readers.append(reader)
+        process = self.processes[name] = spawn(self.commands[name], stdout=subprocess.PIPE, env=environment)
+        reader = threading.Thread(target=self.terminal.follow, args=(name, process.stdout), daemon=True)
+        reader.start()
+        self.readers.append(reader)
+
+    def _start_killed_workers(self) -> None:
+        for name, process in self.processes.items():
+            if name != API and process.poll() == -signal.SIGKILL:
+                self.terminal.line("coord", f"{name} {_ending(-signal.SIGKILL)}; it starts again")
+                self._start_program(name)
 
     def _watch(self) -> None:
         """Return only by raising: none of them is meant to end before it is told to, but for who is being written."""
@@ -149,6 +159,7 @@ class Development:
                 ready = broken = False
             if death := self._servers_death():
                 raise DevError(death)
+            self._start_killed_workers()
             if not broken and (death := self._programs_death()):
                 if not self.reload:
                     raise DevError(death)

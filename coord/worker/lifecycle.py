@@ -17,7 +17,7 @@ from coord.database.engine import another, dispose
 from coord.database.lost_answers import LostAnswers
 from coord.jobs.model import Cancellation, jobs, ledger_engine
 from coord.retryable import is_retryable
-from coord.worker.config import WorkerConfig
+from coord.worker.config import SPARE_CONNECTIONS, WorkerConfig
 from coord.worker.executor import Executor
 from coord.worker.fetcher import Fetcher
 from coord.worker.finalizer import Finalizer
@@ -176,5 +176,5 @@ def _warn_of_small_pool(pool: Any, max_jobs: int) -> None:
             "The engine's pool keeps %d connections for %d jobs at a time, which will wait for them: pool_size=%d",
             pool.size(),
             max_jobs,
-            max_jobs,
+            max_jobs + SPARE_CONNECTIONS,
         )

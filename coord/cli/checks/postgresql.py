@@ -9,6 +9,7 @@ from sqlalchemy.pool import QueuePool
 
 from coord.cli.checks.finding import Finding, Setup
 from coord.database.engine import engine_of
+from coord.worker.config import SPARE_CONNECTIONS
 from coord.worker.state import MAX_CONNECTIONS
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ async def _pool(worker: WorkerConfig, room: int) -> AsyncIterator[Finding]:
         return
     if pool.size() < worker.max_jobs:
         what = f"the pool keeps {pool.size()} connections for {worker.max_jobs} jobs at a time"
-        yield Finding("pool", what, f"pool_size={worker.max_jobs + 2}, or fewer max_jobs")
+        yield Finding("pool", what, f"pool_size={worker.max_jobs + SPARE_CONNECTIONS}, or fewer max_jobs")
     if pool.size() + OWN_CONNECTIONS > room:
         what = f"one worker opens {pool.size() + OWN_CONNECTIONS} connections, and PostgreSQL has room for {room}"
         yield Finding("connections", what, "raise max_connections, or make the pool smaller")

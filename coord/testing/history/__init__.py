@@ -2,7 +2,7 @@
 
     history = [Operation(...), ..., Effect("parcel 1", "label 7"), Row("parcel 1", 2), LedgerJob(...)]
     verdict = check(history)
-    assert verdict.holds, verdict
+    assert verdict.holds, str(verdict)
 
 records.py  what a history consists of, and each record as a line of JSON
 files.py    a history in a file, and who writes operations into it

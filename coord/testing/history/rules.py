@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coord.testing.history.records import Effect, LedgerJob, Operation, Outcome, Row
+from coord.testing.history.records import Complaint, Effect, LedgerJob, Number, Operation, Outcome, Row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +27,8 @@ RULES = {
     "invariant": "what the application itself says must hold",
 }
 """Each in one sentence, by its name."""
+UNRECORDED = "invariant"
+"""The application looks itself, and leaves a record only of what it finds."""
 ACKNOWLEDGED = (Outcome.DONE, Outcome.PROMISED)
 
 
@@ -39,6 +41,39 @@ class Violation:
 
     def __str__(self) -> str:
         return "\n".join([f"{self.rule}: {self.message}", *(f"  {operation}" for operation in self.operations)])
+
+
+def concerned(record: Record) -> Iterator[str]:
+    """The rules that have something to check in this record."""
+    match record:
+        case Operation():
+            yield from _concerned_by_operation(record)
+        case LedgerJob() if record.effect is not None:
+            yield from ("once", "final")
+        case Effect():
+            yield "once"
+        case Number():
+            yield "sequence"
+        case Complaint():
+            yield record.rule
+        case _:
+            pass
+
+
+def _concerned_by_operation(operation: Operation) -> Iterator[str]:
+    if operation.effect is not None:
+        if operation.outcome is Outcome.DONE:
+            yield "own-effect"
+        if operation.outcome in ACKNOWLEDGED:
+            yield "lost"
+        if operation.calm:
+            yield "served"
+    if operation.version is not None:
+        yield from ("lost", "stale")
+        if operation.observer:
+            yield "forward"
+    if operation.deadline is not None:
+        yield "late"
 
 
 def of_operation(operation: Operation, bounds: Bounds, stops: Sequence[FaultSpan]) -> Iterator[Violation]:

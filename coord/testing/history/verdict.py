@@ -24,7 +24,7 @@ from coord.testing.history.records import (
     from_line,
     to_line,
 )
-from coord.testing.history.rules import RULES, Violation, grouped
+from coord.testing.history.rules import RULES, UNRECORDED, Violation, concerned, grouped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -46,6 +46,8 @@ class Verdict:
     """Of operations."""
     records: Counter[str] = field(default_factory=Counter)
     """Of each kind."""
+    checked: set[str] = field(default_factory=lambda: {UNRECORDED})
+    """The rules that had something to check."""
 
     @property
     def holds(self) -> bool:
@@ -58,11 +60,15 @@ class Verdict:
                 self.violations.append(violation)
 
     def __str__(self) -> str:
-        """A line for each rule, and beneath it what breaks it."""
+        """A line for each rule: ✓ it holds, ✗ it is broken, and beneath it by what, · there was nothing to check."""
         lines = []
         for rule, promise in RULES.items():
             count = self.counts[rule]
-            lines.append(f"{'✗' if count else '✓'} {rule:<10}  {promise}{f'  — broken {count} times' if count else ''}")
+            if count:
+                mark, found = "✗", f"  — broken {'once' if count == 1 else f'{count} times'}"
+            else:
+                mark, found = ("✓", "") if rule in self.checked else ("·", "  — nothing to check")
+            lines.append(f"{mark} {rule:<10}  {promise}{found}")
             for violation in self.violations:
                 if violation.rule == rule:
                     lines += [f"    {line}" for line in str(violation).removeprefix(f"{rule}: ").splitlines()]
@@ -88,6 +94,7 @@ def _setting(history: Iterable[Record], verdict: Verdict) -> tuple[float | None,
     calm, stops = None, []
     for record in history:
         verdict.records[type(record).__name__] += 1
+        verdict.checked.update(concerned(record))
         if isinstance(record, Calm):
             calm = record.at
         elif isinstance(record, FaultSpan) and record.stops_clients:

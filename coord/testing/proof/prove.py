@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import shutil
 import tempfile
 from collections import Counter
 from contextlib import asynccontextmanager
@@ -142,7 +143,9 @@ async def prove(
     `prepare` is called once, with a client of httpx, before the first client comes.
 
     Without a seed a random one is taken; the same seed gives the same faults at the same times, and clients the same
-    `Visit.random`. Everything is stopped when it returns; the history and all logs stay in `directory`.
+    `Visit.random`. Everything is stopped when it returns; the history and all logs stay in `directory`, which must be
+    there and without a history, or is a new one beneath the system's temporary directory. PostgreSQL's data stays only
+    if something is broken.
     """
     seed = random.SystemRandom().randrange(2**32) if seed is None else seed
     bounds = bounds or Bounds(late=LATE_SECONDS)
@@ -166,6 +169,8 @@ async def prove(
             not_due = await _settled(stack, bounds.final)
             await _write_end(stack, recorder, effect_of, read)
     verdict = check(HistoryFile(history), bounds)
+    if verdict.holds:
+        await asyncio.to_thread(shutil.rmtree, stack.postgresql.data)
     proof = Proof(seed, verdict, _report(verdict, load, storm, not_due, seed, history), history)
     tell(str(proof))
     return proof
