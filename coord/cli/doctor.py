@@ -16,7 +16,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from coord.cli.checks import fleet, ledger, postgresql, redis
+from coord.cli.checks import fleet, ledger, postgresql, redis, tasks
 from coord.cli.checks.finding import Finding, Setup
 from coord.cli.output import say_json
 from coord.cli.servers import CONNECT_SECONDS, asynchronous, checked, json_option, masked, reason, url_option
@@ -40,7 +40,7 @@ CHECKS: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (
     redis.rights,
     fleet.clocks,
 )
-WITH_LEDGER: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (fleet.known, fleet.handed_over)
+WITH_LEDGER: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (fleet.known, tasks.put_off, fleet.handed_over)
 """Those that read its tables."""
 
 
