@@ -14,12 +14,13 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NotConnectedError
 
 import coord.testing.proof.client
-from coord.dev.server import free_port
+from coord.dev.server import ServerError, free_port
 from coord.testing.history import RULES, Complaint, HistoryFile, Operation, Recorder
 from coord.testing.proof import Application, prove
 from coord.testing.proof.client import IN_THE_CALM, GaveUp, Visit
 from coord.testing.proof.links import Link
 from coord.testing.proof.prove import LATE_SECONDS
+from coord.testing.proof.stack import Stack
 from tests.pages import FILE, blocks
 from tests.shop import ROOT
 
@@ -112,6 +113,27 @@ def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a proof needs two workers"):
         proof.send(None)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("broken", ["uvicorn", "arq"])
+@pytest.mark.timeout(55)
+async def test_a_process_that_does_not_start_is_named_within_seconds_with_the_end_of_its_log(
+    tmp_path: Path, broken: str
+) -> None:
+    serving = "async def app(scope, receive, send):\n    assert scope['type'] == 'http'\n"
+    (tmp_path / "shop.py").write_text(serving)
+    names = {"uvicorn": "shop:app", "arq": "shop.Settings"} | {
+        broken: {"uvicorn": "shop:ap", "arq": "shop.Set"}[broken]
+    }
+    worker = ["arq", names["arq"]] if broken == "arq" else ["http.server", "0"]
+    api = ["uvicorn", names["uvicorn"], "--port", "{port}"]
+    log = "api.log" if broken == "uvicorn" else "worker-1.log"
+    stack = Stack(Application(api=api, workers=[worker], directory=tmp_path), tmp_path)
+    with pytest.raises(
+        ServerError, match=rf"`python -m {broken} .* has ended \d+ times; .*/{log} ends:\n(.*\n)*.*Error"
+    ):
+        async with stack.running():
+            pass
 
 
 def test_the_page_has_every_rule_as_the_checker_says_it() -> None:
