@@ -225,6 +225,12 @@ async def test_what_is_broken_is_found(case: str, place: Place) -> None:
     assert await place.checks() >= {check}
 
 
+async def test_a_ledger_without_its_version_is_said_to_have_none(place: Place) -> None:
+    await place.sql.execute("DELETE FROM coord_schema")
+    (found,) = [each.what async for each in findings(place.url, place.redis_url, None, "coord")]
+    assert found.startswith("its version is not recorded, and this coord knows ")
+
+
 @pytest.mark.parametrize(
     ("check", "options"),
     [
