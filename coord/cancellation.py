@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 
 import anyio
 
+from coord.errors import message_of
+
 T = TypeVar("T")
 
 logger = logging.getLogger("coord.engine")
@@ -92,7 +94,7 @@ async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:
     try:
         return await uninterrupted(work)
     except Exception as error:  # noqa: BLE001 - see above
-        logger.warning("Cleaning up has failed: %s", str(error) or type(error).__name__)
+        logger.warning("Cleaning up has failed: %s", message_of(error))
         return None
 
 

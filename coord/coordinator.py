@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
+from inspect import iscoroutinefunction
 from types import TracebackType
 from typing import Any, Self
 
@@ -41,8 +42,8 @@ class Coordinator:
     Sessions are recognised by their engine, whichever maker made them; of a maker with `binds` all engines count.
     Messages are sent after the outermost commit, never delay or fail it, and are hints: a wait reads the row again, and
     reads it once an interval without any. `namespace` and the database's name keep services apart that share a Redis.
-    Without `redis` waits go by polling alone. One wait more than `max_waiters` in this process is a
-    `TooManyWaitersError`.
+    Without `redis` waits go by polling alone. One wait more than `max_waiters` in this process, for all engines, is a
+    `TooManyWaitersError`; of several coordinators the widest cap counts.
 
     `read_settings` declares what rows depend on besides the database's state: `{}`, nothing, so that one query serves
     all waits for rows of a class; or the settings of PostgreSQL under which a session reads, as a mapping or as a
@@ -69,6 +70,8 @@ class Coordinator:
     ) -> None:
         if redis is not None and not isinstance(redis, str | Redis):
             raise ValueError(f"redis is a URL or a Redis client, not {redis!r}")
+        if iscoroutinefunction(read_settings):
+            raise TypeError("read_settings is a mapping or a plain function of the session, not an asynchronous one")
         if read_settings is not None and not callable(read_settings):
             checked_settings(read_settings)
         self._read_settings = read_settings

@@ -115,3 +115,8 @@ class JobCancelledError(CoordError):
     def __init__(self, message: str | None = None, *, job_id: UUID) -> None:
         super().__init__(message or f"Job {job_id} was cancelled")
         self.job_id = job_id
+
+
+def message_of(error: BaseException) -> str:
+    """What an error says, or its class if it says nothing, as a `TimeoutError` does."""
+    return str(error) or type(error).__name__

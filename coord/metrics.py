@@ -26,6 +26,7 @@ from fastapi import APIRouter, Response
 from sqlalchemy import event, func, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
+from coord.errors import message_of
 from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats, held_by
 from coord.observation import PUT_OFF, Observer, observers
@@ -181,7 +182,7 @@ class _Ledger:
                 async with asyncio.timeout(LEDGER_SECONDS), session_maker() as session:
                     await self._look(session)
             except Exception as error:  # noqa: BLE001 - it is away, or busy
-                logger.warning("The ledger cannot be read for a scrape: %s", str(error) or type(error).__name__)
+                logger.warning("The ledger cannot be read for a scrape: %s", message_of(error))
             self._expires = time.monotonic() + LEDGER_SECONDS
 
     async def _look(self, session: AsyncSession) -> None:

@@ -36,16 +36,14 @@ def _is_transient(error: BaseException) -> bool:
             return all(is_retryable(part) for part in error.exceptions)
         case CoordError():
             return error.retryable
-        case ConnectionError() | PoolTimeoutError() | socket.gaierror():
-            return True
+        case ConnectionError() | PoolTimeoutError() | socket.gaierror() | asyncpg.InternalClientError():
+            return True  # the last is about an answer that asyncpg did not expect: the connection is unusable
         case OSError():
             # The last is asyncio's, of a host with several addresses.
             return error.errno in NETWORK_ERRORS or str(error).startswith("Multiple exceptions: ")
         case PendingRollbackError() if error.code == INVALIDATED_CODE:
             return True
         case DBAPIError() if error.connection_invalidated:
-            return True
-        case asyncpg.InternalClientError():  # an answer that it did not expect: the connection is unusable
             return True
         case asyncpg.InterfaceError():
             return "connection" in str(error) and not isinstance(error, ValueError)

@@ -155,6 +155,11 @@ async def placed(maker: SessionMaker) -> int:
     return order.id
 
 
+@pytest.fixture
+async def order_id(orders: None, session_maker: SessionMaker) -> int:
+    return await placed(session_maker)
+
+
 async def changed(maker: SessionMaker, order_id: int, status: OrderStatus = OrderStatus.FULFILLED) -> None:
     """The order, changed by somebody whom no bell tells of it."""
     async with maker() as session, session.begin():

@@ -48,6 +48,12 @@ async def committed(session_maker: SessionMaker, task: Any = a_task, *args: Any,
     return job
 
 
+@pytest.fixture
+async def job(ledger: None, session_maker: SessionMaker) -> Job:
+    """One that nobody runs."""
+    return await committed(session_maker)
+
+
 def delivered(job: Job, session_maker: SessionMaker, *, idle_limit: float = 8.0, **changes: Any) -> dict[str, Any]:
     """What a task's ctx is when a worker has taken the job out of Redis; `changes` are what Redis says otherwise."""
     job_id = changes.pop("job_id", job.id)

@@ -26,7 +26,7 @@ from coord.worker.settings import DEFAULTS, REFUSED
 from tests import warm
 from tests.commands import started
 from tests.serving import eventually
-from tests.workers import Notes, Office, client, opened, process, until, working
+from tests.workers import Notes, Office, client, opened, process, working
 from worker import Settings
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ async def hosted(settings: Any, **options: Any) -> AsyncIterator[Any]:
     worker = create_worker(settings, **options)
     task = asyncio.create_task(worker.async_run())
     try:
-        await until(lambda: "coord.lifecycle" in worker.ctx or task.done())
+        await eventually(lambda: "coord.lifecycle" in worker.ctx or task.done())
         yield worker
     finally:
         task.cancel()
@@ -268,7 +268,7 @@ class Project:
         worker = Worker(redis_pool=client(redis_url), handle_signals=False, **self.settings())
         task = asyncio.create_task(worker.async_run())
         await self.held.wait()
-        await until(lambda: sum(not job.done() for job in worker.tasks.values()) == 1)
+        await eventually(lambda: sum(not job.done() for job in worker.tasks.values()) == 1)
         with warnings.catch_warnings(action="ignore", category=DeprecationWarning):
             await worker.close()
         await asyncio.wait([task])
@@ -350,7 +350,7 @@ async def test_a_hook_that_raises_ends_neither_arqs_own_job_nor_the_worker(offic
     async with working(office, [func(task, name="t")], queue_name="arq:queue", poll_delay=0.02, **options) as worker:
         for number in range(1, 3):
             await redis.enqueue_job("t")
-            await until(lambda number=number: len(ran) == number)  # type: ignore[misc]
+            await eventually(lambda number=number: len(ran) == number)
         await asyncio.sleep(0.1)  # in which arq would hear of it
         assert worker.lives
     await redis.aclose()
@@ -470,7 +470,7 @@ async def test_what_redis_refuses_is_waited_out_and_said_as_what_it_is(
                 assert (await office.final(await office.enqueue(succeed))).state == "done"
                 await office.redis.config_set(*setting)
                 job = await office.enqueue(succeed)
-                await until(lambda: re.search(f"jobs wait: .*({refusal})", caplog.text), within=10)
+                await eventually(lambda: re.search(f"jobs wait: .*({refusal})", caplog.text), within=10)
                 await office.redis.config_set(setting[0], "0")
                 assert (await office.final(job, within=15)).state == "done"
                 assert worker.lives

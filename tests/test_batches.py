@@ -11,7 +11,7 @@ import pytest
 from coord import Job, call, cancel_jobs, enqueue_many, job_transaction, retry_jobs, task_options
 from tests.ledger import a_task, committed, delivered
 from tests.serving import eventually
-from tests.workers import Office, until, working
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -110,7 +110,7 @@ async def test_jobs_that_run_are_cancelled_and_leave_the_feed(office: Office, st
 
     async with working(office, [task], max_jobs=2):
         made = await several(office.session_maker, task, 4)
-        await until(lambda: len(begun) == 2)
+        await eventually(lambda: len(begun) == 2)
         async with office.session_maker() as session:
 
             async def named() -> bool:
@@ -122,7 +122,7 @@ async def test_jobs_that_run_are_cancelled_and_leave_the_feed(office: Office, st
         ended = [await office.final(job) for job in (made[:2] if state else made)]
         assert {row.state for row in ended} == {"cancelled"}
         if state:
-            await until(lambda: sorted(begun) == [0, 1, 2, 3])
+            await eventually(lambda: sorted(begun) == [0, 1, 2, 3])
     assert len(begun) == (4 if state else 2)
 
 

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import text, update
+from sqlalchemy.ext.asyncio import create_async_engine
 
-from coord import Job, JobState, cancel_job
+from coord import Job, JobState, cancel_job, enqueue
 from coord.cli import COMMANDS, main
+from coord.cli.jobs import _ended
 from coord.jobs.ids import new_id
 from tests.ledger import a_task
 from tests.workers import Office, working
@@ -114,6 +116,29 @@ async def test_jobs_that_ended_long_ago_are_pruned_and_no_others(
     async with office.session_maker() as session:
         left = await session.scalar(text("SELECT count(*) FROM coord_attempts WHERE job_id = :id"), {"id": old.id})
     assert left == 0
+
+
+async def test_pruning_goes_in_batches_whatever_the_plan(
+    office: Office,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coord.cli.jobs.PRUNED_ROWS", 2)
+    async with office.session_maker.begin() as session:
+        for _ in range(5):
+            await cancel_job(session, (await enqueue(session, a_task)).id)
+    methods = ("hashjoin", "mergejoin", "hashagg", "sort", "material", "memoize")
+    settings = {f"enable_{method}": "off" for method in methods}
+    loops = create_async_engine(office.database_url, connect_args={"server_settings": settings})
+    async with loops.connect() as connection:
+        batch = _ended(["cancelled"], 0.0)
+        assert [(await connection.execute(batch)).rowcount for _ in range(4)] == [2, 2, 1, 0]
+    await loops.dispose()
+
+
+@pytest.mark.parametrize("days", ["1e10", "nan", "-1"])
+async def test_an_age_that_no_time_has_is_an_error_in_one_line(terminal: Terminal, days: str) -> None:
+    said = await terminal.says("jobs", "prune", "--older-than", days, "--yes", status=2)
+    assert "Invalid value for '--older-than'" in said
 
 
 async def test_queues_and_workers_are_listed(office: Office, terminal: Terminal) -> None:

@@ -13,8 +13,16 @@ import pytest
 from sqlalchemy import text, update
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
-from coord import JobState, create_ledger, enqueue, task_options, wait_for_row_change
-from coord.console import console
+from coord import (
+    JobState,
+    LockTimeoutError,
+    advisory_lock,
+    create_ledger,
+    enqueue,
+    task_options,
+    wait_for_row_change,
+)
+from coord.console import console, live
 from coord.console.desk import LOCKS_INTERVAL_SECONDS
 from coord.console.live import Reads, UnreadableError
 from coord.console.wording import count, span
@@ -22,9 +30,11 @@ from coord.fleet import Number
 from coord.jobs.model import jobs
 from coord.observation import observers
 from coord.telemetry import REQUEST_ID
+from coord.timings import ATTEMPT_TIMINGS, AttemptTimings
 from tests.desk import FULL, READ, mounted, signed_in
 from tests.ledger import a_task, committed, executed
 from tests.models import User
+from tests.proxy import Proxy
 from tests.serving import all_given_back, engine_at, eventually
 from tests.shop import empty_database
 
@@ -139,6 +149,35 @@ async def test_arguments_results_keys_and_tracebacks_are_for_the_full_token(sess
             assert answer.status_code == 200
             assert "secret" not in answer.text
         assert "ValueError" in (await reader.get("jobs")).text
+
+
+async def test_the_name_of_an_advisory_lock_is_for_the_full_token(session_maker: SessionMaker) -> None:
+    job = await ended(session_maker, JobState.DONE, started_at=text("now()"), finished_at=text("now()"))
+    failed = await ended(
+        session_maker, JobState.FAILED, finished_at=text("now()"), error=await timed_out(session_maker)
+    )
+    app = mounted(session_maker)
+    async with session_maker() as session:
+        timings = session.info[ATTEMPT_TIMINGS] = AttemptTimings(str(job), 1, queue=0.0)
+        async with advisory_lock(session, "ann@example.com"):
+            timings.lock = 0.2
+    for observer in observers:
+        observer.attempt_ended("a_task", "done", timings)
+    async with signed_in(app, FULL) as full, signed_in(app, READ) as reader:
+        for path in (f"jobs/{job}", f"jobs/{failed}", "jobs", "locks"):
+            assert "ann@example.com" in (await full.get(path)).text
+            seen = (await reader.get(path)).text
+            assert "ann@example.com" not in seen
+            assert "advisory lock" in seen or "LockTimeoutError" in seen
+
+
+async def timed_out(session_maker: SessionMaker) -> str:
+    """What a job has as its error whose lock was somebody else's for too long."""
+    async with session_maker() as holder, session_maker() as session, advisory_lock(holder, "ann@example.com"):
+        with pytest.raises(LockTimeoutError) as caught:
+            async with advisory_lock(session, "ann@example.com", timeout=0):
+                pass
+    return f"LockTimeoutError: {caught.value}"
 
 
 async def test_pages_go_on_by_key_through_all_jobs_and_back(
@@ -333,6 +372,58 @@ async def test_a_postgresql_that_is_away_is_said_and_looked_for_again() -> None:
         assert "PostgreSQL cannot be read" in answer.text
         async with client.stream("GET", "jobs", headers=EVENTS) as stream:
             assert (await first_event(stream))[0] == "away"
+
+
+@pytest.mark.parametrize("fault", ["silent", "refused"])
+@pytest.mark.parametrize("by", ["its own next look", "a look at something else"])
+async def test_the_error_of_an_outage_is_shown_no_longer_than_that_lasts(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, fault: str, by: str
+) -> None:
+    """However seldom a read that takes so long would be repeated."""
+    monkeypatch.setattr(live, "READ_TIMEOUT_SECONDS", 0.3)
+    interval = 0.0 if by == "its own next look" else 600.0
+
+    async def look(session: Any) -> Any:
+        return await session.scalar(text("SELECT 1"))
+
+    async with Proxy(database_url).opened() as way:
+        engine = create_async_engine(way.url)
+        reads = Reads(async_sessionmaker(engine))
+        if fault == "silent":
+            way.lose_everything()
+        else:
+            server, way.target = way.target, way.target.set(port=1)
+        with pytest.raises(UnreadableError):
+            await reads.get("counts", look, interval=interval, share=0.001)
+        way.lead_again()
+        if fault == "refused":
+            way.target = server
+        if by == "a look at something else":
+            assert await reads.get("locks", look, interval=0) == 1
+        assert await reads.get("counts", look, interval=interval, share=0.001) == 1
+        await engine.dispose()
+
+
+async def test_a_read_that_postgresql_gives_up_is_repeated_as_seldom_as_one_that_it_ends(
+    session_maker: SessionMaker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has worked for either; and that others succeed changes nothing."""
+    monkeypatch.setattr(live, "READ_TIMEOUT_SECONDS", 0.1)
+    reads, times = Reads(session_maker), 0
+
+    async def too_much(session: Any) -> None:
+        nonlocal times
+        times += 1
+        await session.execute(text("SELECT pg_sleep(5)"))
+
+    async def look(session: Any) -> Any:
+        return await session.scalar(text("SELECT 1"))
+
+    for _ in range(2):
+        with pytest.raises(UnreadableError):
+            await reads.get("hour", too_much, interval=0, share=0.001)
+        assert await reads.get("locks", look, interval=0) == 1
+    assert times == 1
 
 
 async def test_a_slow_read_is_repeated_seldom(session_maker: SessionMaker) -> None:

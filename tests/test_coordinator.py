@@ -369,6 +369,14 @@ def test_bad_arguments_are_refused(session_maker: SessionMaker, arguments: dict[
         Coordinator(session_maker, **arguments)
 
 
+def test_asynchronous_read_settings_are_refused_before_any_wait(session_maker: SessionMaker) -> None:
+    async def settings(_session: AsyncSession) -> dict[str, str]:
+        return {}
+
+    with pytest.raises(TypeError, match="read_settings"):
+        Coordinator(session_maker, read_settings=settings)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("users")
 async def test_ten_seconds_without_redis_cost_an_interval_a_wait_and_no_restart(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from redis.asyncio import Redis
+from sqlalchemy.ext.asyncio import async_sessionmaker
 
 from coord import Coordinator, TooManyWaitersError, enqueue, wait_for_row_change
 from tests.ledger import a_task
@@ -18,7 +19,7 @@ from tests.waits import registered, waiting
 from tests.workers import KEYS, Office, client, working
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -115,6 +116,23 @@ async def test_the_widest_cap_and_the_first_declaration_count(session_maker: Ses
             await wait_for_row_change(two, User, 1)
         task.cancel()
         await asyncio.wait([task])
+
+
+async def test_the_cap_is_on_the_waits_for_all_engines_together(
+    session_maker: SessionMaker, single: AsyncEngine
+) -> None:
+    async with session_maker.begin() as session:
+        session.add(User(id=1, name=""))
+    elsewhere = async_sessionmaker(single)
+    async with Coordinator(session_maker, max_waiters=1), Coordinator(elsewhere, max_waiters=2):
+        async with session_maker() as one, elsewhere() as two, elsewhere() as three:
+            tasks = [waiting(session, User, 1) for session in (one, two)]
+            await registered(2)
+            with pytest.raises(TooManyWaitersError, match="2 waits are as many"):
+                await wait_for_row_change(three, User, 1)
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
 
 
 async def test_an_application_outlives_a_worker_of_its_own_process(

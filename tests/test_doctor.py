@@ -19,6 +19,8 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import create_ledger, worker_settings
 from coord.cli import main
+from coord.cli.checks.finding import Setup
+from coord.cli.checks.fleet import NEWEST, handed_over
 from coord.cli.doctor import findings
 from coord.dev.embedded import PostgreSQL, Valkey
 from coord.jobs.ids import new_id
@@ -295,6 +297,34 @@ async def test_a_process_that_enqueues_without_a_coordinator_is_found(place: Pla
         assert await place.checks() == {"coordinator"}
 
 
+async def test_that_check_reads_the_newest_jobs_and_not_a_whole_ledger(place: Place) -> None:
+    """Of which none has ended within the last hour, so that it would go on looking."""
+    old = """INSERT INTO coord_jobs (id, task, queue, arguments, state, finished_at)
+        SELECT gen_random_uuid(), 'a_task', 'default', '[[],{}]', 'done', now() - interval '2 hours'
+        FROM generate_series(1, 20000)"""
+    await place.sql.execute(f"{old}; ANALYZE coord_jobs; SELECT pg_stat_reset()")
+    engine = create_async_engine(str(place.url))
+    found = handed_over(Setup(engine=engine, schema=None, redis=None, worker=None, namespace="coord"))
+    assert [finding async for finding in found] == []
+    await engine.dispose()
+
+    async def read() -> int:
+        """How many rows, once the session has ended and its figures are there."""
+        figures = "SELECT idx_tup_fetch + seq_tup_read FROM pg_stat_user_tables WHERE relname = 'coord_jobs'"
+        return int(await place.sql.fetchval(figures))
+
+    assert 0 < await eventually(read) <= NEWEST
+
+
+async def test_one_that_has_a_coordinator_is_not(place: Place) -> None:
+    assert place.url is not None
+    assert place.redis_url is not None
+    async with opened(place.url, place.redis_url) as office, working(office, [a_task]):
+        for _ in range(3):
+            await office.final(await office.enqueue(a_task))
+        assert await place.checks() == set()
+
+
 async def narrow(ctx: Any, seat: int) -> None: ...
 
 
@@ -317,15 +347,6 @@ async def test_jobs_that_are_put_off_again_and_again_are_found_with_their_task_a
         why = "TypeError: the task narrow does not take these arguments here: missing a required argument: 'seat'"
         await eventually(are_said)
         await place.sql.execute("UPDATE coord_jobs SET state = 'cancelled', finished_at = now()")
-        assert await place.checks() == set()
-
-
-async def test_one_that_has_a_coordinator_is_not(place: Place) -> None:
-    assert place.url is not None
-    assert place.redis_url is not None
-    async with opened(place.url, place.redis_url) as office, working(office, [a_task]):
-        for _ in range(3):
-            await office.final(await office.enqueue(a_task))
         assert await place.checks() == set()
 
 

@@ -25,7 +25,7 @@ from coord.queue.message import Message
 from coord.worker.fetcher import BACK_SECONDS
 from tests.serving import eventually
 from tests.shop import waiting_for_locks
-from tests.workers import KEYS, Notes, Office, fresh, opened, process, until, working
+from tests.workers import KEYS, Notes, Office, fresh, opened, process, working
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -238,7 +238,7 @@ async def test_of_a_paused_queue_nothing_is_taken_until_it_goes_on(office: Offic
         state = worker.worker.ctx["coord.lifecycle"].state
         await eventually(lambda: _leader(office))
         await paused(office, text("now()"))
-        await until(lambda: state.is_paused, within=2)
+        await eventually(lambda: state.is_paused, within=2)
         jobs = [await office.enqueue(task) for _ in range(5)]
         await office.waiting(5)
         await asyncio.sleep(1)  # in which somebody might take one
@@ -282,7 +282,7 @@ async def test_a_forged_message_does_nothing_to_the_ledgers_job(office: Office, 
     await office.redis.delete(KEYS.feed)
     await office.put(Message(**{**message(job), "args": [deed]}).text(), fresh())
     async with working(office, [task]) as worker:
-        await until(lambda: ran and not len(worker.running))
+        await eventually(lambda: ran and not len(worker.running))
         assert worker.lives
         assert await office.row(job) == before
         await office.nothing_left_in_redis()
@@ -420,8 +420,8 @@ async def test_an_unknown_task_goes_back_until_a_worker_knows_it(
 
     async with working(office, [old]) as worker:
         job = await office.enqueue(new)
-        await until(unknown)
-        await until(lambda: not len(worker.running))
+        await eventually(unknown)
+        await eventually(lambda: not len(worker.running))
         async with working(office, [new]):
             row = await office.final(job, within=20)
         assert (row.state, row.attempt) == ("done", 1)
@@ -523,10 +523,10 @@ async def test_no_outage_of_redis_ends_a_worker(
         running = await office.enqueue(held)
         await begun.wait()
         over = asyncio.create_task(outage(feed))
-        await until(lambda: said("Redis does not serve this worker"), within=6)
+        await eventually(lambda: said("Redis does not serve this worker"), within=6)
         meanwhile = await office.enqueue(quick)
         await over
-        await until(lambda: said("Redis serves this worker"), within=6)
+        await eventually(lambda: said("Redis serves this worker"), within=6)
         go.set()
         assert (await office.final(running)).state == "done"
         rows = [await office.final(meanwhile), await office.final(await office.enqueue(quick))]
@@ -553,7 +553,7 @@ async def test_a_worker_gets_over_a_failover(
         await office.waiting(2)
         await office.redis.replicaof("127.0.0.1", "1")
         go.set()
-        await until(lambda: said("does not serve this worker, jobs wait: "))
+        await eventually(lambda: said("does not serve this worker, jobs wait: "))
         await office.redis.replicaof("NO", "ONE")
         for job in jobs:
             assert (await office.final(job)).state == "done"
@@ -578,7 +578,7 @@ async def test_jobs_end_while_redis_is_away(ledger: None, database_url: str, fee
 
     async with opened(database_url, feed.server.url) as office, working(office, [task]) as worker:
         jobs = [await office.enqueue(task, deed) for deed in ("applies", "fails")]
-        await until(lambda: len(begun) == 2)
+        await eventually(lambda: len(begun) == 2)
         await asyncio.to_thread(feed.server.stop, "immediate")
         go.set()
         assert [(await office.final(job)).state for job in jobs] == ["done", "failed"]

@@ -22,7 +22,7 @@ from coord.worker.maintenance.canceller import Canceller
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import dsn_of
-from tests.workers import Office, opened, until, working
+from tests.workers import Office, opened, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -132,10 +132,10 @@ async def test_a_task_that_somebody_else_has_cancelled_is_handed_back(office: Of
 
     async with working(office, [task]) as worker:
         job = await office.enqueue(task)
-        await until(lambda: begun)
+        await eventually(lambda: begun)
         (attempt,) = [running for running in asyncio.all_tasks() if running.get_name() == f"coord job {job.id}"]
         attempt.cancel()
-        await until(lambda: len(begun) == 2)
+        await eventually(lambda: len(begun) == 2)
         go.set()
         row = await office.final(job)
         assert worker.lives

@@ -25,7 +25,7 @@ from tests.commands import started
 from tests.ledger import a_task
 from tests.proxy import Proxy
 from tests.serving import eventually
-from tests.workers import Working, until
+from tests.workers import Working
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,7 @@ async def stopped_before(answer: int, office: Office) -> bool:
         sessions = async_sessionmaker(engine, expire_on_commit=False)
         settings: Any = worker_settings([a_task], session_maker=sessions, redis=office.redis_url, handle_signals=False)
         worker = Working(create_worker(settings))
-        await until(lambda: not proxy.flows.is_set() or "coord.lifecycle" in worker.worker.ctx)
+        await eventually(lambda: not proxy.flows.is_set() or "coord.lifecycle" in worker.worker.ctx)
         has_begun = "coord.lifecycle" in worker.worker.ctx
         worker.task.cancel()
         await asyncio.sleep(0)
@@ -119,10 +119,10 @@ async def test_a_heart_beats_every_two_seconds_however_connections_are_made(
 async def test_a_heartbeat_that_was_killed_is_started_again(office: Office, caplog: pytest.LogCaptureFixture) -> None:
     async with working(office, [a_task]) as worker:
         heartbeat = worker.worker.ctx["coord.lifecycle"].heartbeat
-        await until(lambda: heartbeat._process is not None)
+        await eventually(lambda: heartbeat._process is not None)
         first = heartbeat._process
         first.kill()
-        await until(lambda: heartbeat._process is not first, within=10)
+        await eventually(lambda: heartbeat._process is not first, within=10)
 
         async def beats() -> bool:
             (row,) = await office.workers()
@@ -136,7 +136,7 @@ async def test_a_heartbeats_process_that_does_not_end_is_killed_and_waited_for(o
     """Who would leave it to the event loop may close that too early, and nobody learns of its end."""
     async with working(office, [a_task]) as worker:
         heartbeat = worker.worker.ctx["coord.lifecycle"].heartbeat
-        await until(lambda: heartbeat._process is not None)
+        await eventually(lambda: heartbeat._process is not None)
         heartbeat._process.send_signal(signal.SIGSTOP)
     assert heartbeat._process.returncode == -signal.SIGKILL
     assert not heartbeat._beating.cancelled()
@@ -164,7 +164,7 @@ async def test_a_heartbeat_that_cannot_be_started_is_tried_again(
     with monkeypatch.context() as patched:
         patched.setattr(sys, "executable", "/nonexistent/python")
         async with working(office, [a_task]) as worker:
-            await until(lambda: "heartbeat's process has failed, and is started again" in caplog.text)
+            await eventually(lambda: "heartbeat's process has failed, and is started again" in caplog.text)
             patched.undo()
 
             async def beats() -> bool:
@@ -189,5 +189,5 @@ async def test_who_was_taken_for_dead_and_lives_is_on_the_list_again(
         await eventually(is_back, within=10)
         (row,) = await office.workers()
         assert row.tasks
-        await until(lambda: "was taken for dead" in caplog.text)
+        await eventually(lambda: "was taken for dead" in caplog.text)
         assert (await office.final(await office.enqueue(a_task))).state is JobState.DONE

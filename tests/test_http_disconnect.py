@@ -173,10 +173,9 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_starts_no_wait(
 
 
 async def test_more_bytes_from_a_waiting_client_are_not_taken_for_a_disconnect(
-    bell: Counter, session_maker: SessionMaker
+    bell: Counter, session_maker: SessionMaker, order_id: int
 ) -> None:
     """More of a body that nobody reads, and the next request on the same connection."""
-    order_id = await placed(session_maker)
     path = f"/orders/{order_id}"
     headers = {"If-None-Match": "*", "Prefer": "wait=20", "Content-Length": "6"}
     async with call(str(bell.http.base_url), "GET", path, headers) as asking:

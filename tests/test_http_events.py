@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import fastapi.routing
 import pytest
@@ -57,9 +57,8 @@ async def states(stream: Call, count: int) -> list[tuple[str, str]]:
 
 
 async def test_a_stream_is_the_state_now_then_the_newest_after_each_change(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     async with following(http, order_id) as stream:
         assert stream.status == 200
         assert stream.headers["content-type"].startswith("text/event-stream")
@@ -72,9 +71,8 @@ async def test_a_stream_is_the_state_now_then_the_newest_after_each_change(
 
 
 async def test_a_change_between_reading_the_row_and_the_stream_is_sent(
-    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
+    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     async with Coordinator(session_maker, redis=redis_url):
         for number in range(2, 12):
             async with following(http, order_id) as stream:
@@ -87,8 +85,7 @@ async def test_a_change_between_reading_the_row_and_the_stream_is_sent(
         await eventually(lambda: not open_waits(), within=1)
 
 
-async def test_last_event_id_resumes(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
+async def test_last_event_id_resumes(http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int) -> None:
     async with following(http, order_id, "1") as stream:
         await registered()
         await changed(session_maker, order_id)
@@ -129,16 +126,14 @@ async def test_an_idle_stream_is_kept_alive_by_comments(
         assert [await stream.text(within=2) for _ in range(3)] == [": ping\n\n"] * 3
 
 
-async def test_head_does_not_begin_a_stream(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
+async def test_head_does_not_begin_a_stream(http: httpx.AsyncClient, order_id: int) -> None:
     answer = await http.head(f"/orders/{order_id}/events")
     assert (answer.status_code, answer.content) == (200, b"")
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert (await http.head(f"/orders/{order_id + 1}/events")).status_code == 404
 
 
-async def test_one_stream_too_many_is_refused_for_now(session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
+async def test_one_stream_too_many_is_refused_for_now(session_maker: SessionMaker, order_id: int) -> None:
     async with served(counter(session_maker, streams=EventStreams(session_maker, max_streams=2))) as http:
         async with following(http, order_id) as first:
             async with following(http, order_id):
@@ -156,9 +151,8 @@ async def test_one_stream_too_many_is_refused_for_now(session_maker: SessionMake
 
 
 async def test_a_stream_that_would_be_one_wait_too_many_is_refused_before_it_begins(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     async with Coordinator(session_maker, max_waiters=1), following(http, order_id) as stream:
         refused = await http.get(f"/orders/{order_id}/events")
         assert (refused.status_code, refused.json()["type"]) == (503, f"{URN}too-many-waiters")
@@ -186,10 +180,9 @@ def test_a_stream_of_negative_length_is_refused(session_maker: SessionMaker) -> 
 
 
 async def test_a_finished_stream_is_204_to_a_client_with_its_last_event(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
     """After which a browser asks no more."""
-    order_id = await placed(session_maker)
     await changed(session_maker, order_id, OrderStatus.REJECTED)
     async with following(http, order_id, "1") as stream:
         assert await states(stream, 2) == [("2", "rejected")]
@@ -292,9 +285,8 @@ async def test_rows_of_a_session_that_expires_them_are_streamed_too(database_url
 
 
 async def test_a_client_that_does_not_read_delays_no_other_stream(
-    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str
+    http: httpx.AsyncClient, session_maker: SessionMaker, redis_url: str, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     async with Coordinator(session_maker, redis=redis_url):
         async with following(http, order_id) as idle, following(http, order_id) as stream:
             await states(stream, 1)
@@ -327,3 +319,14 @@ async def test_a_stream_of_a_job_ends_after_its_time_though_postgresql_has_falle
                 finally:
                     way.flows.set()
         await engine.dispose()
+
+
+async def of_a_row(_row: Order) -> str:
+    return ""
+
+
+@pytest.mark.parametrize("given", [{"id": of_a_row}, {"id": str, "is_final": of_a_row}])
+def test_an_asynchronous_id_or_is_final_is_refused(session_maker: SessionMaker, given: Any) -> None:
+    """A coroutine is true, so that each stream would end with its first state."""
+    with pytest.raises(TypeError, match="plain functions"):
+        EventStreams(session_maker).of(lambda: None, **given)

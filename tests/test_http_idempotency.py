@@ -54,9 +54,8 @@ def problem_of(answer: httpx.Response) -> tuple[int, str]:
 
 
 async def test_a_repeated_request_joins_the_job_that_is_queued(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     first = asyncio.create_task(fulfil(http, order_id))
     job = await the_job(session_maker)
     second = asyncio.create_task(fulfil(http, order_id))
@@ -70,9 +69,8 @@ async def test_a_repeated_request_joins_the_job_that_is_queued(
 
 
 async def test_a_repeated_request_gets_the_answer_of_the_job_that_is_done(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     await fulfil(http, order_id, Prefer="wait=0")
     await do(session_maker, await the_job(session_maker))
     answer = await fulfil(http, order_id)
@@ -85,9 +83,8 @@ async def test_a_repeated_request_gets_the_answer_of_the_job_that_is_done(
     [(JobState.FAILED, (500, f"{URN}job-failed")), (JobState.CANCELLED, (409, f"{URN}job-cancelled"))],
 )
 async def test_a_repeated_request_gets_the_error_of_the_job_that_failed_and_no_second_job(
-    http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState, expected: tuple[int, str]
+    http: httpx.AsyncClient, session_maker: SessionMaker, state: JobState, expected: tuple[int, str], order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     await fulfil(http, order_id, Prefer="wait=0")
     await end(session_maker, await the_job(session_maker), state, "OutOfTea")
     assert problem_of(await fulfil(http, order_id)) == expected
@@ -95,10 +92,9 @@ async def test_a_repeated_request_gets_the_error_of_the_job_that_failed_and_no_s
 
 
 async def test_fifty_at_the_same_instant_have_one_job_and_equal_answers(
-    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection, order_id: int
 ) -> None:
     """All are let go at once, when the first waits for the table of keys."""
-    order_id = await placed(session_maker)
     transaction = observer.transaction()
     await transaction.start()
     await observer.execute("LOCK TABLE coord_idempotency_keys IN ACCESS EXCLUSIVE MODE")
@@ -136,10 +132,9 @@ async def nobody_waits_for_locks(observer: asyncpg.Connection) -> bool:
 
 
 async def test_a_repeated_request_waits_for_the_commit_of_the_first(
-    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
+    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection, order_id: int
 ) -> None:
     """When the first fails, the second is the first."""
-    order_id = await placed(session_maker)
     async with first_held(observer, fails=True):
         first = asyncio.create_task(fulfil(http, order_id))
         await eventually(lambda: waiting_for_locks(observer, "INSERT"))
@@ -197,9 +192,8 @@ async def test_another_payload_is_refused_and_enqueues_nothing(
 
 
 async def test_the_same_payload_may_be_written_in_another_way(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     for body in (b'{"note": "a", "b": [1, 2]}', b'{"b":[1,2],\n"note":"\\u0061"}'):
         headers = {"Idempotency-Key": KEY, "Content-Type": "application/json", "Prefer": "wait=0"}
         answer = await http.post(f"/orders/{order_id}/fulfil", headers=headers, content=body)
@@ -258,10 +252,9 @@ async def test_a_key_outlives_its_job_and_says_so(http: httpx.AsyncClient, sessi
 
 @pytest.mark.parametrize("credential", ["Authorization", "Cookie", "X-Api-Key"])
 async def test_keys_are_apart_for_each_caller_whatever_credentials_they_send(
-    http: httpx.AsyncClient, session_maker: SessionMaker, credential: str
+    http: httpx.AsyncClient, session_maker: SessionMaker, credential: str, order_id: int
 ) -> None:
     """Two callers may show the same credential, and one caller another at the second attempt."""
-    order_id = await placed(session_maker)
     for name, shown in (("ann", "a"), ("ann", "b"), ("bob", "a"), ("", "a"), ("bob", "")):
         answer = await fulfil(http, order_id, Prefer="wait=0", **{"X-User": name, credential: shown})
         assert answer.status_code == 202
@@ -284,9 +277,8 @@ async def test_a_key_is_refused_of_whom_the_application_does_not_know(session_ma
 
 @pytest.mark.parametrize("headers", [{}, {"Cookie": "sid=alice"}, {"Authorization": "Bearer t1"}], ids=str)
 async def test_a_key_is_refused_where_no_caller_is_configured(
-    session_maker: SessionMaker, headers: dict[str, str]
+    session_maker: SessionMaker, headers: dict[str, str], order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     async with served(counter(session_maker, caller=None)) as client:
         refused = await fulfil(client, order_id, Prefer="wait=0", **headers)
         assert problem_of(refused) == (400, f"{URN}idempotency-key-unscoped")
@@ -458,10 +450,7 @@ async def test_keys_are_the_ledgers_whatever_the_session_translates(session_make
         await by_hand().check(session)
 
 
-async def test_joining_writes_nothing(
-    http: httpx.AsyncClient, session_maker: SessionMaker, observer: asyncpg.Connection
-) -> None:
-    order_id = await placed(session_maker)
+async def test_joining_writes_nothing(http: httpx.AsyncClient, observer: asyncpg.Connection, order_id: int) -> None:
     await fulfil(http, order_id, Prefer="wait=0")
     before = await observer.fetchval("SELECT pg_snapshot_xmax(pg_current_snapshot())::text")
     assert (await fulfil(http, order_id, Prefer="wait=0")).status_code == 202

@@ -45,10 +45,7 @@ async def test_an_answer_has_the_version_as_its_tag(http: httpx.AsyncClient, ses
 
 
 @pytest.mark.parametrize("tags", [FIRST, 'W/"1"', '"0", "1"', '"a,b" , W/"1"', "*", '"","1"', ', ,"1",,'])
-async def test_a_client_that_has_the_row_gets_a_304_at_once(
-    http: httpx.AsyncClient, session_maker: SessionMaker, tags: str
-) -> None:
-    order_id = await placed(session_maker)
+async def test_a_client_that_has_the_row_gets_a_304_at_once(http: httpx.AsyncClient, tags: str, order_id: int) -> None:
     answer = await read(http, order_id, If_None_Match=tags)
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", FIRST)
     assert answer.headers["cache-control"] == "no-cache"
@@ -59,17 +56,15 @@ async def test_a_client_that_has_the_row_gets_a_304_at_once(
 
 @pytest.mark.parametrize("tags", ['"2"', '"11"', "1", 'w"1"', '"1', '"*"', '*, "2"', '"x1"', "", '"0,1"'])
 async def test_a_client_that_has_another_version_gets_the_row_at_once(
-    http: httpx.AsyncClient, session_maker: SessionMaker, tags: str
+    http: httpx.AsyncClient, tags: str, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     answer = await read(http, order_id, If_None_Match=tags, Prefer="wait=20")
     assert (answer.status_code, answer.headers["etag"]) == (200, FIRST)
     assert "preference-applied" not in answer.headers
     assert answer.elapsed.total_seconds() < 1
 
 
-async def test_a_tag_may_come_in_one_of_several_lines(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
+async def test_a_tag_may_come_in_one_of_several_lines(http: httpx.AsyncClient, order_id: int) -> None:
     answer = await http.get(f"/orders/{order_id}", headers=[("If-None-Match", '"7"'), ("If-None-Match", FIRST)])
     assert answer.status_code == 304
 
@@ -82,9 +77,8 @@ async def test_a_request_without_a_tag_does_not_wait(http: httpx.AsyncClient, se
 
 @pytest.mark.parametrize("tags", [FIRST, "*"])
 async def test_a_change_during_the_wait_is_the_answer(
-    http: httpx.AsyncClient, session_maker: SessionMaker, tags: str
+    http: httpx.AsyncClient, session_maker: SessionMaker, tags: str, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     polling = asyncio.create_task(read(http, order_id, If_None_Match=tags, Prefer="wait=20"))
     await registered()
     assert not polling.done()
@@ -112,9 +106,8 @@ async def test_a_change_of_anything_in_the_row_counts(http: httpx.AsyncClient, s
 
 
 async def test_a_change_to_another_version_that_the_client_has_is_a_304(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     both = asyncio.create_task(read(http, order_id, If_None_Match='"1", "2"', Prefer="wait=20"))
     first = asyncio.create_task(read(http, order_id, If_None_Match=FIRST, Prefer="wait=20"))
     await registered()
@@ -124,8 +117,7 @@ async def test_a_change_to_another_version_that_the_client_has_is_a_304(
     assert (await both).headers["etag"] == '"3"'
 
 
-async def test_a_wait_without_a_change_ends_in_a_304(http: httpx.AsyncClient, session_maker: SessionMaker) -> None:
-    order_id = await placed(session_maker)
+async def test_a_wait_without_a_change_ends_in_a_304(http: httpx.AsyncClient, order_id: int) -> None:
     answer = await read(http, order_id, If_None_Match=FIRST, Prefer="wait=1")
     assert (answer.status_code, answer.content, answer.headers["etag"]) == (304, b"", FIRST)
     assert answer.headers["preference-applied"] == "wait=1"

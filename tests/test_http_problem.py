@@ -125,6 +125,7 @@ INTERNAL = [
     "RuntimeError: see /etc/s3cret",
     "RuntimeError: <object at 0x7f00aabbccdd> s3cret",
     'RuntimeError: File "s3cret.py", line 3',
+    "LockTimeoutError: timed out waiting for advisory lock 's3cret': held by pid 7",
 ]
 
 

@@ -54,9 +54,8 @@ async def test_the_answer_is_the_row_once_its_job_is_done(http: httpx.AsyncClien
 
 
 async def test_a_change_that_somebody_else_makes_is_the_answer_too(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     asking = fulfilling(http, order_id)
     await registered()
     await changed(session_maker, order_id)
@@ -75,9 +74,13 @@ async def test_a_change_that_somebody_else_makes_is_the_answer_too(
     ],
 )
 async def test_when_time_is_up_the_answer_is_202_and_the_job_goes_on(
-    brief: httpx.AsyncClient, session_maker: SessionMaker, prefer: str | None, seconds: float, applied: str | None
+    brief: httpx.AsyncClient,
+    session_maker: SessionMaker,
+    prefer: str | None,
+    seconds: float,
+    applied: str | None,
+    order_id: int,
 ) -> None:
-    order_id = await placed(session_maker)
     answer = await fulfilling(brief, order_id, prefer)
     job = await the_job(session_maker)
     assert answer.status_code == 202
@@ -96,9 +99,8 @@ async def test_the_answer_says_that_the_job_runs(brief: httpx.AsyncClient, sessi
 
 
 async def test_a_preference_made_a_difference_only_where_there_was_a_wait(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     asking = fulfilling(http, order_id, "respond-async, wait=9")
     await registered()
     await do(session_maker, await the_job(session_maker))
@@ -176,9 +178,8 @@ async def test_one_wait_too_many_is_a_503_and_its_job_is_kept(
 
 
 async def test_headers_set_by_the_handler_are_sent_with_every_answer(
-    http: httpx.AsyncClient, session_maker: SessionMaker
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int
 ) -> None:
-    order_id = await placed(session_maker)
     accepted = await fulfilling(http, order_id, "wait=0")
     await do(session_maker, await the_job(session_maker))
     answers: list[Any] = [accepted, await http.get(f"/orders/{order_id}")]

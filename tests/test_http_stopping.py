@@ -42,10 +42,15 @@ async def serving(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 @pytest.mark.parametrize(("app", "prefix"), [("app", ""), ("outer", "/mounted")])
 async def test_at_a_signal_waits_are_answered_at_once_and_streams_end(
-    database_url: str, redis_url: str, session_maker: SessionMaker, app: str, prefix: str, number: signal.Signals
+    database_url: str,
+    redis_url: str,
+    session_maker: SessionMaker,
+    app: str,
+    prefix: str,
+    number: signal.Signals,
+    order_id: int,
 ) -> None:
     """Of a mounted application too, whose lifespan no server runs."""
-    order_id = await placed(session_maker)
     path = f"{prefix}/orders/{order_id}"
     known = {"If-None-Match": "*", "Prefer": "wait=20"}
     async with (

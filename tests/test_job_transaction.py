@@ -132,18 +132,16 @@ async def test_a_commit_that_fails_speaks_for_itself_whatever_a_savepoint_has_co
 
 
 async def test_a_job_that_was_cancelled_before_it_began_applies_nothing(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
     """Also where only the wish is known: its row was locked by somebody who did not run it."""
-    job = await committed(session_maker)
     await observer.execute("INSERT INTO coord_cancellations (job_id) VALUES ($1)", job.id)
     with pytest.raises(JobSuperseded):
         await apply(delivered(job, session_maker))
     assert (await state(observer), await users(observer)) == ("queued", 0)
 
 
-async def test_a_savepoint_inside_rolls_back_alone(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_a_savepoint_inside_rolls_back_alone(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
     async with job_transaction(delivered(job, session_maker)) as session:
         session.add(User(id=1))
         with pytest.raises(ZeroDivisionError):
@@ -153,8 +151,7 @@ async def test_a_savepoint_inside_rolls_back_alone(session_maker: SessionMaker, 
     assert (await state(observer), await users(observer)) == ("done", 1)
 
 
-async def test_the_result_is_kept_with_the_effect(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_the_result_is_kept_with_the_effect(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
     for value in ({"invoice": 7}, None):
         with contextlib.suppress(ZeroDivisionError):
             async with job_transaction(delivered(job, session_maker)) as session:
@@ -168,9 +165,8 @@ async def test_the_result_is_kept_with_the_effect(session_maker: SessionMaker, o
 
 @pytest.mark.parametrize("value", [(1,), {1: 2}, float("nan"), object(), b""])
 async def test_a_result_that_json_would_change_is_refused_and_costs_nothing(
-    session_maker: SessionMaker, observer: Connection, value: Any
+    session_maker: SessionMaker, observer: Connection, value: Any, job: Job
 ) -> None:
-    job = await committed(session_maker)
     async with job_transaction(delivered(job, session_maker)) as session:
         with pytest.raises(TypeError, match="the result"):
             await set_result(session, value)
@@ -230,9 +226,8 @@ async def test_an_attempt_that_differs_from_the_ledger_is_superseded_at_entry(
 
 @pytest.mark.parametrize("end", ["done", "failed", "cancelled", "pruned"])
 async def test_a_job_that_has_ended_is_superseded_at_entry(
-    session_maker: SessionMaker, observer: Connection, end: str
+    session_maker: SessionMaker, observer: Connection, end: str, job: Job
 ) -> None:
-    job = await committed(session_maker)
     if end == "pruned":
         await observer.execute("DELETE FROM coord_jobs")
     else:
@@ -242,8 +237,7 @@ async def test_a_job_that_has_ended_is_superseded_at_entry(
     assert await users(observer) == 0
 
 
-async def test_except_exception_does_not_catch_job_superseded(session_maker: SessionMaker) -> None:
-    job = await committed(session_maker)
+async def test_except_exception_does_not_catch_job_superseded(session_maker: SessionMaker, job: Job) -> None:
     ctx = delivered(job, session_maker, attempt=9)
     went_on = False
     with pytest.raises(JobSuperseded):
@@ -254,9 +248,8 @@ async def test_except_exception_does_not_catch_job_superseded(session_maker: Ses
 
 
 async def test_of_two_deliveries_at_once_one_applies_its_effect(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
     async with job_transaction(delivered(job, session_maker)) as session:
         second = asyncio.create_task(apply(delivered(job, session_maker), 2))
         await eventually(lambda: waiting_for_locks(observer, "UPDATE coord_jobs"))
@@ -267,9 +260,8 @@ async def test_of_two_deliveries_at_once_one_applies_its_effect(
 
 
 async def test_the_second_of_two_deliveries_applies_it_if_the_first_rolls_back(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
     with pytest.raises(ZeroDivisionError):
         async with job_transaction(delivered(job, session_maker)) as session:
             session.add(User(id=1))
@@ -290,8 +282,7 @@ async def test_a_hundred_deliveries_at_once_apply_one_effect(session_maker: Sess
     assert await users(observer) == 1
 
 
-async def test_an_attempt_has_one_block(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_an_attempt_has_one_block(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
     ctx = delivered(job, session_maker)
     await apply(ctx, 1)
     with pytest.raises(RuntimeError, match="one job_transaction"):
@@ -318,9 +309,8 @@ async def test_a_task_that_no_worker_settings_run_has_no_job_transaction(ctx: di
 
 
 async def test_a_commit_inside_the_block_commits_effect_and_completion_and_ends_it(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
     with pytest.raises(InvalidRequestError):
         async with job_transaction(delivered(job, session_maker)) as session:
             session.add(User(id=1))
@@ -364,9 +354,8 @@ async def test_a_block_that_has_applied_nothing_is_an_error(
 
 @pytest.mark.parametrize("end", ["rollback", "close"])
 async def test_nothing_can_be_written_after_a_rollback_inside_the_block(
-    session_maker: SessionMaker, observer: Connection, end: str
+    session_maker: SessionMaker, observer: Connection, end: str, job: Job
 ) -> None:
-    job = await committed(session_maker)
     with pytest.raises(InvalidRequestError):
         async with job_transaction(delivered(job, session_maker)) as session:
             await getattr(session, end)()
@@ -417,9 +406,8 @@ async def test_its_settings_hold_for_its_transaction_alone(database_url: str, en
 
 
 async def test_a_transaction_that_does_nothing_is_ended_and_its_locks_with_it(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
     with pytest.raises(DBAPIError) as caught:
         async with job_transaction(delivered(job, session_maker, idle_limit=0.1)) as session:
             session.add(User(id=1))
@@ -430,8 +418,7 @@ async def test_a_transaction_that_does_nothing_is_ended_and_its_locks_with_it(
     assert (await state(observer), await users(observer)) == ("queued", 0)
 
 
-async def test_a_busy_transaction_is_not_ended(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_a_busy_transaction_is_not_ended(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
     async with job_transaction(delivered(job, session_maker, idle_limit=0.1)) as session:
         await session.execute(text("SELECT pg_sleep(0.3)"))
     assert await state(observer) == "done"
@@ -486,8 +473,7 @@ async def test_a_job_under_a_table_lock_takes_five_round_trips(database_url: str
         assert counts[2:] == [5, 5], f"with {counts[:2]} when things were new"
 
 
-async def test_claiming_is_one_statement(single: AsyncEngine, session_maker: SessionMaker) -> None:
-    job = await committed(session_maker)
+async def test_claiming_is_one_statement(single: AsyncEngine, session_maker: SessionMaker, job: Job) -> None:
     async with job_transaction(delivered(await committed(session_maker), async_sessionmaker(single))):
         """Where the ledger is, each engine asks once."""
     async with statements(single) as seen, job_transaction(delivered(job, async_sessionmaker(single))):

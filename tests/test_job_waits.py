@@ -47,11 +47,6 @@ NEVER = 60.0
 """An interval that no test lives to see."""
 
 
-@pytest.fixture
-async def job(ledger: None, session_maker: SessionMaker) -> Job:
-    return await committed(session_maker)
-
-
 async def end(observer: Connection, state: str, error: str | None = None) -> None:
     await observer.execute("UPDATE coord_jobs SET state = $1, error = $2", state, error)
 
@@ -526,15 +521,9 @@ async def test_a_wait_that_is_left_leaves_nothing(
 # The bell
 
 
-async def test_a_change_before_a_late_subscription_is_seen_once_that_is_confirmed(
-    session_maker: SessionMaker,
-    coordinator: Coordinator,
-    observer: Connection,
-    user: int,
-    job: Job,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The job was still to be handed over as the wait began, and done before Redis knew that somebody listens."""
+@pytest.fixture
+def late_subscription(coordinator: Coordinator, monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+    """Set it, and the process subscribes; by all it knows, jobs are still to be handed over as waits begin."""
     subscribe, subscribes = Subscriber._subscribe, asyncio.Event()
 
     async def late(self: Subscriber, connection: Any) -> None:
@@ -543,13 +532,43 @@ async def test_a_change_before_a_late_subscription_is_seen_once_that_is_confirme
 
     monkeypatch.setattr(Subscriber, "_subscribe", late)
     monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)
+    return subscribes
+
+
+async def test_a_change_before_a_late_subscription_is_seen_once_that_is_confirmed(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, late_subscription: asyncio.Event
+) -> None:
+    """The job was done before Redis knew that somebody listens."""
     async with session_maker() as session:
         task = waiting(session, User, user, job=job, interval=NEVER)
-        await eventually(lambda: any(waiter.has_read for waiter in waiters()))
+        await registered(2)
         await observer.execute("UPDATE users SET name = 'after'")
-        subscribes.set()
+        late_subscription.set()
         async with asyncio.timeout(3):
             assert (await task).name == "after"
+
+
+@pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
+async def test_a_job_that_ended_before_a_late_subscription_ends_its_wait_once_that_is_confirmed(
+    session_maker: SessionMaker,
+    observer: Connection,
+    user: int,
+    job: Job,
+    late_subscription: asyncio.Event,
+    state: str,
+) -> None:
+    """Although the row is as it was."""
+    async with session_maker() as session:
+        task = waiting(session, User, user, job=job, interval=NEVER)
+        await registered(2)
+        await end(observer, state)
+        late_subscription.set()
+        async with asyncio.timeout(3):
+            if state == "done":
+                assert (await task).name == "before"
+            else:
+                with pytest.raises((JobFailedError, JobCancelledError)):
+                    await task
 
 
 @pytest.mark.parametrize("state", ["done", "cancelled"])
@@ -614,7 +633,7 @@ async def test_changes_that_end_their_waits_cost_no_look_at_the_jobs(
 async def test_a_change_without_a_bell_is_seen_within_the_interval_beside_a_longer_one(
     session_maker: SessionMaker, coordinator: Coordinator, observer: Connection, user: int, job: Job
 ) -> None:
-    """Also by a wait that nothing else wakes: its job was not handed over when it began, so there was no first look."""
+    """Also by a wait that nothing else wakes: its job was not handed over when it began, so it looked late."""
     async with session_maker() as one, session_maker() as two:
         longer = waiting(one, User, user, job=job, interval=NEVER)
         await registered()
@@ -640,7 +659,7 @@ async def test_a_job_that_ends_without_a_bell_is_seen_within_the_interval_by_a_l
     job: Job,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)  # so that it has no first look
+    monkeypatch.setattr(Watcher, "is_job_pending", lambda *_: True)  # so that its first look is late
     async with session_maker() as session:
         with pytest.raises(WaitTimeoutError):
             await wait_for_row_change(session, User, user, job=job, timeout=0.1)

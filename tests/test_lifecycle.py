@@ -17,7 +17,7 @@ from coord.worker.lifecycle import Lifecycle
 from tests.proxy import Proxy
 from tests.serving import eventually
 from tests.test_fetcher import measured
-from tests.workers import KEYS, Notes, Office, opened, process, until, working
+from tests.workers import KEYS, Notes, Office, opened, process, working
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -120,7 +120,7 @@ async def test_a_worker_stops_while_redis_is_away(office: Office, notes: Notes, 
         async with opened(office.database_url, server.url) as other:
             async with process(other, notes, COORD_TEST_GRACE="0.3") as worker:
                 jobs = [await other.enqueue(task, "go") for task in ("hold", "plain")]
-                await until(lambda: len(notes.all()) == 2)
+                await eventually(lambda: len(notes.all()) == 2)
                 await asyncio.to_thread(server.stop, "immediate")
                 worker.signal(signal.SIGTERM)
                 assert await worker.exit_status(within=8) == 0
@@ -211,7 +211,7 @@ async def test_a_job_that_makes_its_workers_stop_comes_to_an_end(
     job = await office.enqueue(task)
     for number in range(1, 4):
         async with working(office, [task], grace=0.05):
-            await until(lambda number=number: len(begun) == number)  # type: ignore[misc]
+            await eventually(lambda number=number: len(begun) == number)
     row = await office.row(job)
     assert (row.state, row.attempt, row.hand_backs) == ("failed", 1, 2)
     assert "was told to stop" in row.error
@@ -248,7 +248,7 @@ async def test_closed_in_the_middle_of_its_work_a_worker_leaves_nothing(office: 
     jobs = [await office.enqueue(task) for _ in range(200)]
     for round_ in range(1, 9):
         async with working(office, [task], max_jobs=7, heartbeat_process=round_ % 4 == 0) as worker:
-            await until(lambda round_=round_: len(ran) >= 15 * round_)  # type: ignore[misc]
+            await eventually(lambda round_=round_: len(ran) >= 15 * round_)
             await worker.stop()
             await until_gone(office)
     async with working(office, [task]):

@@ -14,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 from coord import create_db_context, enqueue, job_transaction, lock_tables
 from coord.database.engine import prepare
 from coord.retryable import is_retryable
-from tests.ledger import committed, delivered
+from tests.ledger import delivered
 from tests.models import User
 from tests.proxy import Proxy
 from tests.serving import eventually
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from coord import Job
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -89,9 +91,8 @@ async def test_in_the_middle_of_a_transaction_it_is_lost_wherever_that_surfaces(
 
 @pytest.mark.parametrize("farewell", ["and the end", "alone"])
 async def test_a_job_whose_pooled_connections_have_died_applies_its_effect_at_its_first_attempt(
-    database_url: str, session_maker: SessionMaker, observer: Connection, farewell: str
+    database_url: str, observer: Connection, farewell: str, job: Job
 ) -> None:
-    job = await committed(session_maker)
     async with Proxy(database_url).opened() as way, doomed(way.url, size=3) as engine:
         way.ends_later = 0.15 if farewell == "alone" else 0.0
         sessions = [AsyncSession(engine) for _ in range(3)]

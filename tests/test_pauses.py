@@ -12,7 +12,7 @@ from coord import pause_queue, resume_queue, task_options
 from coord.queue.keys import QueueKeys
 from coord.worker.maintenance.registry import WorkerRegistry
 from tests.serving import eventually
-from tests.workers import Office, until, working
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -37,9 +37,9 @@ async def test_a_paused_queue_begins_nothing_until_it_is_resumed_and_what_runs_g
 
     async with working(office, [task]) as worker:
         first = await office.enqueue(task, 0)
-        await until(lambda: begun == [0])
+        await eventually(lambda: begun == [0])
         await change(office, pause_queue)
-        await until(lambda: worker.worker.ctx["coord.lifecycle"].state.is_paused, within=2)
+        await eventually(lambda: worker.worker.ctx["coord.lifecycle"].state.is_paused, within=2)
         second = await office.enqueue(task, 1)
         go_on.set()
         assert (await office.final(first)).state == "done"
@@ -83,11 +83,11 @@ async def test_a_worker_that_starts_takes_nothing_before_it_knows_whether_its_qu
     await change(office, pause_queue)
     async with working(office, [task]) as worker:
         state = worker.worker.ctx["coord.lifecycle"].state
-        await until(lambda: state.clock.is_set)
+        await eventually(lambda: state.clock.is_set)
         job = await office.enqueue(task)
         await asyncio.sleep(1)  # in which somebody might take it
         answers.set()
-        await until(lambda: state.is_paused)
+        await eventually(lambda: state.is_paused)
         await office.waiting(1)
         assert begun == []
         await change(office, resume_queue)
@@ -99,7 +99,7 @@ async def test_other_queues_go_on(office: Office) -> None:
 
     await change(office, pause_queue, "other")
     async with working(office, [task]), working(office, [task], queue="other") as other:
-        await until(lambda: other.worker.ctx["coord.lifecycle"].state.is_paused)
+        await eventually(lambda: other.worker.ctx["coord.lifecycle"].state.is_paused)
         held = await office.enqueue(task_options(task, queue="other"))
         assert (await office.final(await office.enqueue(task))).state == "done"
         assert (await office.row(held)).state == "queued"

@@ -15,7 +15,8 @@ from coord import Periodic, job_transaction, periodic, task_options, worker_sett
 from coord.worker.maintenance.pruner import VANISHED, Pruner
 from tests.clock import START, Clock
 from tests.ledger import a_task
-from tests.workers import Office, a_state, until, working
+from tests.serving import eventually
+from tests.workers import Office, a_state, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -95,6 +96,14 @@ def test_slots_that_nobody_made_in_time_are_left_out_unless_they_are_to_be_caugh
     assert periodic(a_task, line, catch_up=True).due(START, three_days) == [days[-1]]
     assert periodic(a_task, line, overlap=True, catch_up=3).due(START, three_days) == days[1:]
     assert periodic(a_task, line, overlap=True, catch_up=99).due(START, three_days) == days
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(("catch_up", "count"), [(True, 1), (1_000, 1_000)])
+def test_catching_up_with_every_second_of_a_year_takes_no_look_at_each(catch_up: int, count: int) -> None:
+    now = START + timedelta(days=365)
+    found = periodic(a_task, "* * * * * *", overlap=True, catch_up=catch_up).due(START, now)
+    assert found == [now - timedelta(seconds=back) for back in reversed(range(count))]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +224,22 @@ async def test_what_was_missed_while_nobody_worked_is_caught_up_with_once(clock:
     assert [tuple(row) for row in counts] == [("[[1],{}]", 1), ("[[3],{}]", 3)]
 
 
+async def test_a_schedule_that_has_much_to_catch_up_with_keeps_no_other_one_waiting(
+    clock: Clock, observer: Connection
+) -> None:
+    seconds = periodic(a_task, "* * * * * *", "seconds", overlap=True, catch_up=250)
+    other = periodic(a_task, "0 0 * * *", "other")
+    ticker = clock.ticker(seconds, other)
+    await ticker.round()
+    await clock.go_on(days=7)
+    made = "SELECT count(*) FROM coord_jobs GROUP BY arguments::text ORDER BY arguments::text"
+    found = []
+    for _ in range(4):
+        is_behind = not await ticker.round()
+        found.append((is_behind, *[row["count"] for row in await observer.fetch(made)]))
+    assert found == [(True, 1, 100), (True, 1, 200), (False, 1, 250), (False, 1, 250)]
+
+
 async def test_a_schedule_that_is_in_no_code_makes_nothing_and_leaves_the_ledger(
     clock: Clock, engine: AsyncEngine, observer: Connection
 ) -> None:
@@ -270,10 +295,10 @@ async def test_workers_run_each_slot_once_and_tell_the_task_which_it_is(office: 
 
     given = [periodic(task, "* * * * * *", name="x", overlap=True)]
     async with working(office, [task], periodic=given), working(office, [task], periodic=given):
-        await until(lambda: len(seen) >= 2, within=15)
+        await eventually(lambda: len(seen) >= 2, within=15)
     async with working(office, [task], periodic=given):  # after a restart
         before = len(seen)
-        await until(lambda: len(seen) >= before + 2, within=15)
+        await eventually(lambda: len(seen) >= before + 2, within=15)
     assert len(seen) == len({*seen})
     assert {moment.microsecond for moment in seen} == {0}
     count = len(seen)

@@ -128,9 +128,8 @@ async def test_the_operations_join_the_callers_transaction_and_flush_nothing(ses
 
 
 async def test_running_is_what_a_living_worker_says_of_this_attempt(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
 
     async def state() -> tuple[JobState, UUID | None, Any]:
         async with session_maker() as session:
@@ -174,8 +173,7 @@ async def test_a_list_is_of_the_state_and_task_that_was_asked_for(
             assert {report.state for report in await list_jobs(session, state=name)} == {JobState(name)}
 
 
-async def test_no_job_is_running_without_a_worker(session_maker: SessionMaker) -> None:
-    job = await committed(session_maker)
+async def test_no_job_is_running_without_a_worker(session_maker: SessionMaker, job: Job) -> None:
     async with session_maker() as session:
         assert await list_jobs(session, state="running") == []
         assert [report.id for report in await list_jobs(session, state="queued")] == [job.id]
@@ -214,9 +212,8 @@ async def test_an_unknown_state_is_refused(session_maker: SessionMaker, state: A
 
 
 async def test_a_queued_job_is_cancelled_with_the_callers_commit(
-    session_maker: SessionMaker, observer: Connection
+    session_maker: SessionMaker, observer: Connection, job: Job
 ) -> None:
-    job = await committed(session_maker)
     async with session_maker() as session:
         assert await cancel_job(session, job.id) is JobState.CANCELLED
         assert (await row_of(observer, job))["state"] == "queued"
@@ -235,9 +232,8 @@ async def test_a_queued_job_is_cancelled_with_the_callers_commit(
 
 @pytest.mark.parametrize("applied", [True, False])
 async def test_cancelling_a_job_never_waits_for_its_transaction_and_leaves_a_wish(
-    session_maker: SessionMaker, observer: Connection, applied: bool
+    session_maker: SessionMaker, observer: Connection, applied: bool, job: Job
 ) -> None:
-    job = await committed(session_maker)
     async with session_maker() as session:
         with contextlib.suppress(ZeroDivisionError):
             async with job_transaction(delivered(job, session_maker)):
@@ -254,9 +250,8 @@ async def test_cancelling_a_job_never_waits_for_its_transaction_and_leaves_a_wis
 
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 async def test_it_is_too_late_to_cancel_what_has_ended(
-    session_maker: SessionMaker, observer: Connection, state: str
+    session_maker: SessionMaker, observer: Connection, state: str, job: Job
 ) -> None:
-    job = await committed(session_maker)
     await ended(observer, job, state)
     before = await row_of(observer, job)
     async with session_maker() as session:
@@ -276,8 +271,7 @@ async def test_a_job_cancelled_in_the_transaction_that_made_it_never_was_to_be_r
     assert (await row_of(observer, job))["state"] == "cancelled"
 
 
-async def test_a_hundred_cancel_one_job_at_once(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_a_hundred_cancel_one_job_at_once(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
 
     async def cancel() -> JobState:
         async with session_maker() as session:
@@ -294,10 +288,9 @@ async def test_a_hundred_cancel_one_job_at_once(session_maker: SessionMaker, obs
 @pytest.mark.parametrize("first", ["commit", "rollback"])
 @pytest.mark.parametrize("running", [True, False])
 async def test_who_cancels_a_job_does_not_wait_for_somebody_else_who_does(
-    session_maker: SessionMaker, observer: Connection, first: str, running: bool
+    session_maker: SessionMaker, observer: Connection, first: str, running: bool, job: Job
 ) -> None:
     """Whatever becomes of the first transaction, the second one's wish counts."""
-    job = await committed(session_maker)
     with contextlib.suppress(ZeroDivisionError):
         async with contextlib.AsyncExitStack() as stack:
             if running:
@@ -375,9 +368,8 @@ async def test_a_job_that_has_failed_or_was_cancelled_runs_again(
 
 @pytest.mark.parametrize(("attempt", "attempts", "raised"), [(3, 3, 4), (5, 3, 6), (1, 3, 3), (3, None, None)])
 async def test_there_is_always_one_attempt_more(
-    session_maker: SessionMaker, observer: Connection, attempt: int, attempts: int | None, raised: int | None
+    session_maker: SessionMaker, observer: Connection, attempt: int, attempts: int | None, raised: int | None, job: Job
 ) -> None:
-    job = await committed(session_maker)
     await ended(observer, job, "failed", attempt=attempt, attempts=attempts)
     async with session_maker() as session:
         again = await retry_job(session, job.id)
@@ -387,9 +379,8 @@ async def test_there_is_always_one_attempt_more(
 
 @pytest.mark.parametrize("state", ["done", "queued"])
 async def test_a_done_or_unfinished_job_is_not_retried(
-    session_maker: SessionMaker, observer: Connection, state: str
+    session_maker: SessionMaker, observer: Connection, state: str, job: Job
 ) -> None:
-    job = await committed(session_maker)
     await ended(observer, job, state)
     before = await row_of(observer, job)
     async with session_maker() as session:
@@ -401,8 +392,7 @@ async def test_a_done_or_unfinished_job_is_not_retried(
     assert await observer.fetchval("SELECT count(*) FROM users") == 1, "a refusal has cost the caller its transaction"
 
 
-async def test_retrying_a_job_never_waits_for_its_transaction(session_maker: SessionMaker) -> None:
-    job = await committed(session_maker)
+async def test_retrying_a_job_never_waits_for_its_transaction(session_maker: SessionMaker, job: Job) -> None:
     async with job_transaction(delivered(job, session_maker)), session_maker() as session:
         async with asyncio.timeout(2):
             with pytest.raises(ValueError, match="queued"):
@@ -475,8 +465,7 @@ async def test_an_error_of_the_callers_own_is_no_conflict(session_maker: Session
         assert (await retry_job(session, job.id)).attempt == 2
 
 
-async def test_a_savepoint_takes_a_retry_back(session_maker: SessionMaker, observer: Connection) -> None:
-    job = await committed(session_maker)
+async def test_a_savepoint_takes_a_retry_back(session_maker: SessionMaker, observer: Connection, job: Job) -> None:
     await ended(observer, job, "failed")
     async with session_maker() as session:
         async with session.begin_nested() as savepoint:
@@ -490,9 +479,8 @@ async def test_a_savepoint_takes_a_retry_back(session_maker: SessionMaker, obser
 # Progress
 
 
-async def test_progress_is_what_it_was_when_it_was_said(session_maker: SessionMaker) -> None:
+async def test_progress_is_what_it_was_when_it_was_said(session_maker: SessionMaker, job: Job) -> None:
     """The heartbeat's thread reads it at any time."""
-    job = await committed(session_maker)
     ctx = delivered(job, session_maker)
     value: dict[str, Any] = {"done": [1]}
     set_progress(ctx, value)
@@ -518,10 +506,9 @@ def test_progress_belongs_to_a_job_of_the_ledger(ctx: dict[str, Any]) -> None:
 
 
 async def test_a_retry_that_anyio_cancels_waits_in_postgresql_no_longer(
-    session_maker: SessionMaker, observer: Connection, database_url: str
+    observer: Connection, database_url: str, job: Job
 ) -> None:
     """Its backend is one that does not look whether its client is there."""
-    job = await committed(session_maker)
     await ended(observer, job, "failed")
     async with engine_at(database_url) as engine, async_sessionmaker(engine)() as session, observer.transaction():
         await observer.execute("SELECT FROM coord_jobs FOR UPDATE")

@@ -16,7 +16,7 @@ from coord import job_transaction, task_options
 from coord.dev.embedded import Valkey
 from coord.queue.scripts import MOVE
 from tests.serving import eventually
-from tests.workers import KEYS, Office, client, opened, until, working
+from tests.workers import KEYS, Office, client, opened, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +101,7 @@ async def test_the_documented_rights_are_enough(
             script = await admin.enqueue(task)
             for job in [*jobs, script]:
                 assert (await office.final(job, within=15)).state == "done"
-            await until(lambda: ran, within=10)
+            await eventually(lambda: ran, within=10)
             await asyncio.wait_for(ticked.wait(), 10)
             await eventually(lambda: admin.redis.keys("*health*"), within=10)
         redis: Any = admin.redis
@@ -122,7 +122,7 @@ async def test_a_right_that_is_missing_is_said_as_what_it_is_and_waited_for(
             assert (await admin.final(await admin.enqueue(task), within=15)).state == "done"
             await allow(admin, "worker", [*own, *arqs], refused)
             job = await admin.enqueue(task)
-            await until(lambda: re.search("(?i)jobs wait.*(no permissions|NOPERM)", caplog.text), within=15)
+            await eventually(lambda: re.search("(?i)jobs wait.*(no permissions|NOPERM)", caplog.text), within=15)
             await allow(admin, "worker", [*own, *arqs])
             assert (await admin.final(job, within=20)).state == "done"
             assert worker.lives

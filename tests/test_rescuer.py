@@ -17,10 +17,11 @@ from sqlalchemy import select
 from coord import cancel_job, job_transaction, lock_tables, task_options
 from coord.jobs.model import attempts
 from coord.worker.maintenance.registry import DEAD_SECONDS
+from tests.ledger import a_task
 from tests.models import User
 from tests.serving import eventually
 from tests.shop import Network
-from tests.workers import KEYS, Notes, Office, Process, fragile_postgresql, opened, prepared, process, until, working
+from tests.workers import KEYS, Notes, Office, Process, fragile_postgresql, opened, prepared, process, working
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -133,12 +134,34 @@ async def test_a_worker_gone_at_the_worst_moment_leaves_nothing_that_lasts(
             if fault is signal.SIGSTOP:
                 worker.signal(signal.SIGCONT)
                 await worker.says("This worker was taken for dead")
-                await until(lambda: worker.count("superseded") >= 1)
+                await eventually(lambda: worker.count("superseded") >= 1)
                 await other.stop()
                 later = await office.enqueue("quick")
                 _, pid, _ = await notes.say(later, "starts")
                 assert pid == worker.pid
                 await office.nothing_left_in_redis()
+
+
+async def test_a_dead_worker_that_cannot_be_rescued_keeps_no_other_one_from_it(
+    office: Office, observer: asyncpg.Connection
+) -> None:
+    """Somebody has locked its row for as long as they like."""
+    stuck, other = [
+        await observer.fetchval(
+            """INSERT INTO coord_workers (id, queue, host, pid, jobs, dead)
+                VALUES (gen_random_uuid(), 'default', 'h', 1, '{}', true) RETURNING id"""
+        )
+        for _ in range(2)
+    ]
+    async with observer.transaction():
+        await observer.execute("SELECT FROM coord_workers WHERE id = $1 FOR UPDATE", stuck)
+        async with working(office, [a_task]):
+
+            async def left() -> bool:
+                return other not in {row.id for row in await office.workers()}
+
+            await eventually(left, within=PROMISED)
+            assert stuck in {row.id for row in await office.workers()}
 
 
 async def how(office: Office, job: Job) -> tuple[str, int, tuple[int, ...]]:
@@ -288,7 +311,7 @@ async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(off
         network.up = True
         async with working(office, tasks("cut off"), database_url=network.url, max_jobs=20) as worker:
             jobs = [await office.enqueue("task") for _ in range(5)]
-            await until(lambda: len(ran) == 5)
+            await eventually(lambda: len(ran) == 5)
 
             async def are_named() -> bool:
                 return any(len(row.jobs) == 5 for row in await office.workers())
@@ -297,10 +320,10 @@ async def test_a_worker_cut_off_from_postgresql_alone_gives_up_its_jobs_once(off
             network.cut()
             cut = time.monotonic()
             async with working(office, tasks("other"), max_jobs=20):
-                await until(lambda: ran.count("other") == 1, within=PROMISED)
+                await eventually(lambda: ran.count("other") == 1, within=PROMISED)
                 assert time.monotonic() - cut < PROMISED
                 more = [await office.enqueue("task") for _ in range(10)]
-                await until(lambda: ran.count("other") == 11, within=5)
+                await eventually(lambda: ran.count("other") == 11, within=5)
                 go.set()
                 rows = [await office.final(job) for job in [*jobs, *more]]
                 assert [(row.state, row.attempt) for row in rows] == [("done", 2)] * 5 + [("done", 1)] * 10

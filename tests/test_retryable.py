@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from coord import Job
+
     SessionMaker = async_sessionmaker[AsyncSession]
 
 pytestmark = pytest.mark.usefixtures("tables", "ledger")
@@ -92,10 +94,9 @@ async def test_a_deadlock_is(session_maker: SessionMaker, observer: Connection, 
 
 @pytest.mark.parametrize("goes_on", [False, True])
 async def test_a_deadlock_that_a_job_swallows_is(
-    session_maker: SessionMaker, observer: Connection, rows: None, goes_on: bool
+    session_maker: SessionMaker, observer: Connection, rows: None, goes_on: bool, job: Job
 ) -> None:
     """SQLAlchemy says what had failed in words alone, or says nothing."""
-    job = await committed(session_maker)
     async with session_maker() as other:
         await other.execute(text("SET LOCAL deadlock_timeout = '1min'"))
         await rename(other, 2)
@@ -113,8 +114,7 @@ async def test_a_deadlock_that_a_job_swallows_is(
     assert is_retryable(caught.value)
 
 
-async def test_another_error_that_a_job_swallows_is_not(session_maker: SessionMaker, rows: None) -> None:
-    job = await committed(session_maker)
+async def test_another_error_that_a_job_swallows_is_not(session_maker: SessionMaker, rows: None, job: Job) -> None:
     with pytest.raises(InvalidRequestError) as caught:
         async with job_transaction(delivered(job, session_maker)) as session:
             session.add(User(id=1))
@@ -258,9 +258,8 @@ async def silent_server() -> AsyncIterator[int]:
         yield listener.getsockname()[1]
 
 
-async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, session_maker: SessionMaker) -> None:
+async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, job: Job) -> None:
     """The driver says it with a plain `TimeoutError`, which a task's own may not be taken for."""
-    job = await committed(session_maker)
     async with silent_server() as port:
         url = make_url(database_url).set(port=port)
         async with engine_at(url, connect_args={"timeout": 0.05}) as engine:
@@ -270,8 +269,7 @@ async def test_a_server_that_does_not_answer_is_to_a_job(database_url: str, sess
     assert is_retryable(caught.value)
 
 
-async def test_a_socket_that_is_not_there_is_to_a_job(session_maker: SessionMaker) -> None:
-    job = await committed(session_maker)
+async def test_a_socket_that_is_not_there_is_to_a_job(job: Job) -> None:
     async with engine_at("postgresql+asyncpg:///x?host=/nowhere") as engine:
         with pytest.raises(ConnectionError) as caught:
             async with job_transaction(delivered(job, async_sessionmaker(engine))):

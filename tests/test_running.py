@@ -21,7 +21,7 @@ from coord.queue.message import Message
 from coord.worker.failure import backoff
 from tests.models import User
 from tests.serving import eventually
-from tests.workers import Office, fragile_postgresql, given, opened, prepared, until, working
+from tests.workers import Office, fragile_postgresql, given, opened, prepared, working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -155,7 +155,7 @@ async def test_what_a_task_returns_is_kept_if_it_is_json(office: Office, kind: s
     async with working(office, [task]) as worker:
         job = await office.enqueue(task)
         await office.final(job)
-        await until(lambda: not len(worker.running))
+        await eventually(lambda: not len(worker.running))
     row = await office.row(job)
     assert (row.state, row.result) == ("done", _result(kind) if kind == "JSON" else None)
 
@@ -376,7 +376,7 @@ async def test_a_task_that_enqueues_its_own_key_makes_the_next_job(office: Offic
 
     async with working(office, [func(task, name="task")]):
         await office.enqueue(task_options("task", unique_key="chain"), 1)
-        await until(lambda: ran == [1, 2, 3])
+        await eventually(lambda: ran == [1, 2, 3])
 
 
 @pytest.mark.parametrize("error", [ValueError("late"), Retry(), RetryJob(), ConnectionResetError("late"), SystemExit()])
@@ -465,7 +465,7 @@ async def test_a_running_job_that_is_cancelled_ends_at_once_and_rolls_back(offic
         await cancelled(office, job)
         row = await office.final(job, within=2)
         await asyncio.wait_for(ended.wait(), 2)
-        await until(lambda: not len(worker.running))
+        await eventually(lambda: not len(worker.running))
         await office.nothing_left_in_redis()
         assert worker.lives
     assert (row.state, row.attempt) == ("cancelled", 1)
@@ -511,17 +511,17 @@ async def test_every_job_delivered_twice_applies_its_effect_once(office: Office)
     tasks = [func(task, name="task")]
     async with working(office, tasks, max_jobs=20) as one:
         jobs = [await office.enqueue("task") for _ in range(20)]
-        await until(lambda: len(ran) == 20)
+        await eventually(lambda: len(ran) == 20)
         async with working(office, tasks, max_jobs=20) as two:
             for job in jobs:
                 await redelivered(office, job)
-            await until(lambda: len(ran) == 40)
+            await eventually(lambda: len(ran) == 40)
             for job in jobs:
                 await redelivered(office, job)
             go.set()
             for job in jobs:
                 assert (await office.final(job)).state == "done"
-            await until(lambda: not len(one.running) and not len(two.running))
+            await eventually(lambda: not len(one.running) and not len(two.running))
             await office.nothing_left_in_redis()
     assert [await office.effects(job) for job in jobs] == [[1]] * 20
 
@@ -541,7 +541,7 @@ async def test_a_job_that_runs_elsewhere_is_not_begun_again_for_an_old_message(o
     tasks = [func(task, name="task"), func(other, name="other")]
     async with working(office, tasks, max_jobs=1):
         job = await office.enqueue("task")
-        await until(lambda: ran)
+        await eventually(lambda: ran)
 
         async def is_named() -> bool:
             return any(str(job.id) in row.jobs for row in await office.workers())
@@ -549,7 +549,7 @@ async def test_a_job_that_runs_elsewhere_is_not_begun_again_for_an_old_message(o
         await eventually(is_named)
         async with working(office, tasks) as second:
             lifecycle = second.worker.ctx["coord.lifecycle"]
-            await until(lambda: (job.id, 1) in lifecycle.registry.held_elsewhere)
+            await eventually(lambda: (job.id, 1) in lifecycle.registry.held_elsewhere)
             await office.put(Message.of(job).text(), score=100 * RANK_SHIFT + 1)
             await office.waiting(0)
             for _ in range(3):
@@ -575,8 +575,8 @@ async def test_a_job_delivered_again_after_its_end_applies_nothing(office: Offic
         before = await office.final(job)
         await office.nothing_left_in_redis()
         await redelivered(office, job)
-        await until(lambda: len(ran) == 2)
-        await until(lambda: not len(worker.running))
+        await eventually(lambda: len(ran) == 2)
+        await eventually(lambda: not len(worker.running))
         await office.nothing_left_in_redis()
         assert await office.row(job) == before
     assert await office.effects(job) == [1]
@@ -600,7 +600,7 @@ async def test_a_hook_that_raises_ends_neither_the_job_nor_the_worker(
         for _ in range(2):
             job = await office.enqueue(task)
             assert (await office.final(job)).state == "done"
-            await until(lambda job=job: str(job.id) in called)  # type: ignore[misc]
+            await eventually(lambda job=job: str(job.id) in called)
         await office.nothing_left_in_redis()
         assert worker.lives
     assert "the hook's own" in caplog.text
@@ -624,7 +624,7 @@ async def test_hooks_are_called_with_the_tasks_context_in_order(office: Office) 
 
     async with working(office, [task], on_job_start=hook, on_job_end=end, after_job_end=after):
         await office.final(await office.enqueue(task))
-        await until(lambda: "after" in order)
+        await eventually(lambda: "after" in order)
     assert order == ["start", "seen", "end seen", "after"]
 
 
@@ -657,7 +657,7 @@ async def test_jobs_get_over_a_crash_of_postgresql_wherever_they_are(fragile: Po
     async with prepared(fragile, redis_url) as office, working(office, [func(task, name="task")], max_jobs=4) as worker:
         places = ["before", "in it", "locking", "waiting", "queued"]
         jobs = [await office.enqueue("task", place) for place in places]
-        await until(lambda: there == {"before", "in it", "locking"} and len(worker.running) == 4)
+        await eventually(lambda: there == {"before", "in it", "locking"} and len(worker.running) == 4)
         await asyncio.to_thread(fragile.restart, "immediate")
         go.set()
         async with opened(fragile.url, redis_url) as after:

@@ -8,10 +8,12 @@ import pytest
 from arq.worker import func
 from sqlalchemy import text
 
+from coord import task_options
+from coord.queue.message import Message
 from coord.worker.maintenance import scheduler as scheduling
 from coord.worker.maintenance.rows import QueuedJobs
 from tests.serving import eventually
-from tests.workers import KEYS, Office, until, working
+from tests.workers import KEYS, Office, fresh, working
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,11 +49,26 @@ async def test_a_wave_is_taken_up_over_many_looks_and_each_job_runs_once(
             await session.execute(text(WAVE), {"jobs": JOBS})
         await eventually(lambda: is_full(office), within=11)
         assert ran == []
-        await until(lambda: len(ran) >= JOBS, within=30)
+        await eventually(lambda: len(ran) >= JOBS, within=30)
         await office.waiting(0)
         assert await count(office, "SELECT count(*) FROM coord_jobs WHERE state = 'done'") == JOBS
         assert await count(office, "SELECT count(*) FROM coord_jobs WHERE started_at < scheduled_at") == 0
     assert len(ran) == len(set(ran)) == JOBS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [4, 4 - 3600], ids=["before the worker knows", "when it knows"])
+async def test_no_job_begins_before_its_time_when_the_clock_of_redis_is_set_forward(office: Office, ahead: int) -> None:
+    """By an hour: what has waited there goes into the feed at once, and seems to be due soon, or an hour ago."""
+
+    async def task(ctx: dict[str, Any]) -> None: ...
+
+    async with working(office, [func(task, name="task")]):
+        job = await office.enqueue(task_options("task", delay=4))
+        await eventually(lambda: office.redis.delete(KEYS.soon))
+        await office.put(Message.of(job).text(), fresh() + 1000 * ahead)
+        row = await office.final(job, within=4 + 5 + 1)
+    assert row.started_at >= row.scheduled_at
 
 
 async def is_full(office: Office) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async_engine
@@ -13,7 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 import coord.waiting.session_reader
 from coord import Coordinator, WaitTimeoutError, wait_for_row_change
 from coord.waiting.reader import Reader
-from tests.models import User
+from tests.models import Document, User
 from tests.proxy import Proxy, Wire
 from tests.waits import registered, waiting
 
@@ -103,3 +104,34 @@ async def test_a_wait_whose_values_postgresql_has_to_compare_ends_by_its_deadlin
                     await wait_for_row_change(session, User, user, since={"name": "before "}, timeout=0.5)
             assert time.monotonic() - began < 1.5
     await engine.dispose()
+
+
+@pytest.mark.parametrize("settings", [{}, None], ids=["declared", "undeclared"])
+@pytest.mark.parametrize("loaded", [True, False])
+async def test_a_wait_whose_row_is_refreshed_on_a_lost_connection_refreshes_it_on_another(
+    database_url: str, user: int, observer: Connection, settings: dict[str, str] | None, loaded: bool
+) -> None:
+    """The row has ended the wait by then: what is left is to make the session's own instance current."""
+    key, lost = UUID(int=1), 0
+    await observer.execute("INSERT INTO documents VALUES ($1, '{}', 0, 0, 0, 1)", key)
+
+    def lose(wire: Wire, data: bytes) -> bool:
+        nonlocal lost
+        if b"FROM users" in data and not lost:
+            lost += 1
+            wire.cut()
+        return False
+
+    async with Proxy(database_url).opened() as proxy:
+        engine = create_async_engine(proxy.url)
+        maker = async_sessionmaker(engine, expire_on_commit=False)
+        async with Coordinator(maker, read_settings=settings), maker() as session:
+            own = await session.get(Document, key) if loaded else None
+            task = waiting(session, Document, key, since={"x": 0})
+            await registered()
+            proxy.on_request = lose
+            await observer.execute("UPDATE documents SET x = 1")
+            row = await task
+            assert own in (None, row)
+            assert (row.x, row.owner.name, lost) == (1, "before", 1)
+        await engine.dispose()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
 from collections import Counter
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import httpx
@@ -14,18 +16,23 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as NotConnectedError
 
 import coord.testing.proof.client
+from coord import task_options
 from coord.dev.server import ServerError, free_port
 from coord.testing.history import RULES, Complaint, HistoryFile, Operation, Recorder
 from coord.testing.proof import Application, prove
 from coord.testing.proof.client import IN_THE_CALM, GaveUp, Visit
 from coord.testing.proof.links import Link
-from coord.testing.proof.prove import LATE_SECONDS
+from coord.testing.proof.prove import LATE_SECONDS, settled
 from coord.testing.proof.stack import Stack
+from tests.ledger import a_task
 from tests.pages import FILE, blocks
 from tests.shop import ROOT
+from tests.workers import Office, working
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    import asyncpg
 
 PAGE = ROOT / "docs" / "proof.md"
 APPLICATION, PROOF = "booking.py", "test_proof.py"
@@ -115,25 +122,35 @@ def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
     assert [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("broken", ["uvicorn", "arq"])
+@pytest.mark.parametrize(
+    ("api", "worker", "broken", "log"),
+    [
+        ("shop:misspelt", ["http.server", "0"], "uvicorn shop:misspelt", "api.log"),
+        ("shop:app", ["arq", "shop.Misspelt"], "arq shop.Misspelt", "worker-1.log"),
+    ],
+    ids=["api", "worker"],
+)
 @pytest.mark.timeout(55)
 async def test_a_process_that_does_not_start_is_named_within_seconds_with_the_end_of_its_log(
-    tmp_path: Path, broken: str
+    tmp_path: Path, api: str, worker: list[str], broken: str, log: str
 ) -> None:
-    serving = "async def app(scope, receive, send):\n    assert scope['type'] == 'http'\n"
-    (tmp_path / "shop.py").write_text(serving)
-    names = {"uvicorn": "shop:app", "arq": "shop.Settings"} | {
-        broken: {"uvicorn": "shop:ap", "arq": "shop.Set"}[broken]
-    }
-    worker = ["arq", names["arq"]] if broken == "arq" else ["http.server", "0"]
-    api = ["uvicorn", names["uvicorn"], "--port", "{port}"]
-    log = "api.log" if broken == "uvicorn" else "worker-1.log"
-    stack = Stack(Application(api=api, workers=[worker], directory=tmp_path), tmp_path)
-    with pytest.raises(
-        ServerError, match=rf"`python -m {broken} .* has ended \d+ times; .*/{log} ends:\n(.*\n)*.*Error"
-    ):
-        async with stack.running():
+    (tmp_path / "shop.py").write_text("async def app(scope, receive, send):\n    assert scope['type'] == 'http'\n")
+    application = Application(api=["uvicorn", api, "--port", "{port}"], workers=[worker], directory=tmp_path)
+    said = rf"`python -m {broken}.* has ended \d+ times; .*/{log} ends:\n(.*\n)*.*Error"
+    with pytest.raises(ServerError, match=said):
+        async with Stack(application, tmp_path).running():
             pass
+
+
+async def test_a_proof_waits_for_what_is_due_in_time_and_for_nothing_that_is_due_tomorrow(
+    office: Office, observer: asyncpg.Connection
+) -> None:
+    soon = await office.enqueue(task_options(a_task, delay=2))
+    for _ in range(2):
+        await office.enqueue(task_options(a_task, delay=timedelta(days=1)))
+    async with asyncio.timeout(20), working(office, [a_task]):
+        assert await settled(observer, 30.0) == 2
+    assert (await office.row(soon)).state == "done"
 
 
 def test_the_page_has_every_rule_as_the_checker_says_it() -> None:

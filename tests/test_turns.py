@@ -18,7 +18,7 @@ from coord.worker.maintenance.turnkeeper import TurnKeeper
 from coord.worker.turns import Turns
 from tests.ledger import a_task, committed, delivered, executed
 from tests.serving import eventually
-from tests.workers import Notes, Office, a_state, process, until, working
+from tests.workers import Notes, Office, a_state, process, working
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -105,13 +105,13 @@ async def test_a_higher_priority_has_its_turn_first_and_keys_are_apart_but_queue
     tasks = [stage.task]
     async with working(office, tasks), working(office, tasks, queue="other"):
         first = await enqueued(office, task_options(stage.task, one_at_a_time="a"), 0)
-        await until(lambda: stage.on == [0])
+        await eventually(lambda: stage.on == [0])
         low = await enqueued(office, task_options(stage.task, one_at_a_time="a", priority=-1, queue="other"), 1)
         await waiting(office, 1)
         high = await enqueued(office, task_options(stage.task, one_at_a_time="a", priority=1), 2)
         await waiting(office, 2)
         other = await enqueued(office, task_options(stage.task, one_at_a_time="b", queue="other"), 3)
-        await until(lambda: stage.on == [0, 3])
+        await eventually(lambda: stage.on == [0, 3])
         stage.free.set()
         for job in (*first, *low, *high, *other):
             await office.final(job)
@@ -289,7 +289,7 @@ async def test_a_job_without_a_key_costs_no_statement_more(office: Office) -> No
         for key in (None, "k"):
             with executed(engine) as seen:
                 await office.final(await office.enqueue(task_options(task, one_at_a_time=key)))
-                await until(lambda: not len(worker.running))
+                await eventually(lambda: not len(worker.running))
             counts.append([statement for statement in seen if "locked" in statement or "AS first" in statement])
     assert counts[0] == []
 

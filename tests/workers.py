@@ -37,7 +37,7 @@ from tests.serving import eventually
 from tests.shop import Command
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from uuid import UUID
 
     from sqlalchemy import Row
@@ -348,12 +348,3 @@ async def process(
     finally:
         if running.process.returncode is None:
             await running.stop()
-
-
-async def until(condition: Callable[[], Any], within: float = 5.0, message: str = "") -> Any:
-    """`eventually` of what needs no waiting for."""
-
-    async def look() -> Any:
-        return condition()
-
-    return await eventually(look, within=within, message=message)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import click
-from sqlalchemy import delete, func, literal, select
+from sqlalchemy import Delete, delete, func, literal, select
 
 from coord.cli.output import say_json, show
 from coord.cli.servers import asynchronous, json_option, session_of, url_option
 from coord.jobs.model import JobState, attempts, execute, jobs
-from coord.jobs.queries import cancel_job, get_job, list_attempts, list_jobs, retry_job
+from coord.jobs.options import MAX_SPAN_SECONDS
+from coord.jobs.queries import cancel_job, free_of, get_job, list_attempts, list_jobs, retry_job
 
 FINAL = [str(state) for state in JobState if state.is_final]
 PRUNED_ROWS = 5_000
 """In one statement."""
+MAX_DAYS = MAX_SPAN_SECONDS / 86_400
 ids = click.argument("ids", type=UUID, nargs=-1, required=True, metavar="ID...")
 
 
@@ -95,8 +98,14 @@ async def cancel(ids: tuple[UUID, ...], url: str | None) -> int:
     return int(any(state in (JobState.DONE, JobState.FAILED) for state in states.values()))
 
 
+def _days(_context: object, _option: object, given: float) -> float:
+    if not 0 <= given <= MAX_DAYS:
+        raise click.BadParameter(f"{given:g} is not a number of days from 0 to {MAX_DAYS:g}.")
+    return given
+
+
 @command.command()
-@click.option("--older-than", type=click.FloatRange(min=0), required=True, metavar="DAYS", help="since they ended")
+@click.option("--older-than", type=float, callback=_days, required=True, metavar="DAYS", help="since they ended")
 @click.option(
     "--state", type=click.Choice(FINAL), multiple=True, help="those in this state; all that ended unless given"
 )
@@ -105,23 +114,22 @@ async def cancel(ids: tuple[UUID, ...], url: str | None) -> int:
 @asynchronous
 async def prune(older_than: float, state: tuple[str, ...], yes: bool, url: str | None) -> None:
     """Delete jobs that have ended, and their attempts."""
-    before = func.now() - literal(timedelta(days=older_than))
-    old = (jobs.c.state.in_(state or FINAL), jobs.c.finished_at < before)
+    states = state or FINAL
     if not yes:
         click.confirm(
-            f"Delete the {' and '.join(state or FINAL)} jobs that ended more than {older_than:g} days ago?", abort=True
+            f"Delete the {' and '.join(states)} jobs that ended more than {older_than:g} days ago?", abort=True
         )
-    deleted = 0
-    while True:
-        page = select(jobs.c.id).where(*old).limit(PRUNED_ROWS).with_for_update(skip_locked=True)
+    gone, deleted = PRUNED_ROWS, 0
+    while gone >= PRUNED_ROWS:
         async with session_of(url) as session:
-            gone = (
-                (await session.run_sync(execute, delete(jobs).where(jobs.c.id.in_(page)).returning(jobs.c.id)))
-                .scalars()
-                .all()
-            )
-            await session.run_sync(execute, delete(attempts).where(attempts.c.job_id.in_(gone)))
-        deleted += len(gone)
-        if len(gone) < PRUNED_ROWS:
-            break
+            gone = (await session.run_sync(execute, _ended(states, older_than))).rowcount
+        deleted += gone
     click.echo(f"{deleted} deleted")
+
+
+def _ended(states: Sequence[str], days: float) -> Delete:
+    before = func.now() - literal(timedelta(days=days))
+    old = select(jobs.c.id).where(jobs.c.state.in_(states), jobs.c.finished_at < before)
+    page = free_of(old.limit(PRUNED_ROWS))
+    history = delete(attempts).where(attempts.c.job_id.in_(page)).cte("history")
+    return delete(jobs).where(jobs.c.id.in_(page)).add_cte(history)

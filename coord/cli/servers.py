@@ -12,6 +12,8 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
+from coord.errors import message_of
+
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
@@ -74,7 +76,7 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, TimeoutError) and not str(error):
         return f"no answer within {CONNECT_SECONDS:g} s"
-    return f"{str(error) or type(error).__name__}{notes and f'; {notes}'}"
+    return f"{message_of(error)}{notes and f'; {notes}'}"
 
 
 def asynchronous(work: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from coord.blocking import Backend, TableLock
+    from coord.console.access import Viewer
     from coord.console.timings import Timings
 
 MAX_HISTORY = 200
@@ -105,14 +106,14 @@ class LockHistory:
         known.behind = [names.get(pid, (None, f"pid {pid}")) for pid in backend.blocked_by] or known.behind
         return known
 
-    def recent(self) -> Sequence[LockWait]:
+    def recent(self, viewer: Viewer) -> Sequence[LockWait]:
         """The last first."""
         seen = {wait.job_id for wait in self._waits}
         told = [
             LockWait(
                 since=spent.told_at - timedelta(seconds=spent.parts["lock"]),
                 seconds=spent.parts["lock"],
-                lock=spent.locked,
+                lock=spent.seen_by(viewer).locked,
                 job_id=job_id,
                 who=spent.task or "job",
                 is_over=True,

@@ -74,7 +74,7 @@ async def locks(desk: Desk, request: Request, viewer: Viewer) -> dict[str, Any]:
         "roots": forest(backends),
         "waiting": len(waiting),
         "longest": max((backend.waiting_seconds or 0.0 for backend in waiting), default=0.0),
-        "history": desk.history.recent(),
+        "history": desk.history.recent(viewer),
     }
 
 
@@ -121,7 +121,8 @@ async def one_job(desk: Desk, request: Request, viewer: Viewer) -> dict[str, Any
     found = await desk.reads.get(("job", job_id), read, interval=INTERVAL_SECONDS)
     if found is None:
         raise RowNotFoundError(f"there is no job {job_id}, or not any more")
-    spent = desk.timings.of(job_id)
+    told = desk.timings.of(job_id)
+    spent = None if told is None else told.seen_by(viewer)
     parts = parts_of(found, spent)
     return {
         "job": found.report,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from statistics import quantiles
 from typing import TYPE_CHECKING
@@ -13,10 +13,13 @@ from coord.observation import Observer
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from coord.console.access import Viewer
     from coord.timings import AttemptTimings, WaitTimings
 
 MAX_REMEMBERED = 1_000
 PARTS = ("queue", "lock", "task", "wake", "retries")
+ADVISORY = "advisory lock"
+"""How one is told of, before its name."""
 LOCK_OF_NOTE_SECONDS = 0.05
 """A lock that was waited for less is nothing to tell of."""
 
@@ -33,6 +36,11 @@ class Spent:
     """What it waited for longest."""
     total: float
     told_at: datetime
+
+    def seen_by(self, viewer: Viewer) -> Spent:
+        """A reader sees the names of tables, and not those of advisory locks, which arguments are made of."""
+        hides = not viewer.is_full and self.locked.startswith(ADVISORY)
+        return replace(self, locked=ADVISORY) if hides else self
 
 
 @dataclass(frozen=True, slots=True)

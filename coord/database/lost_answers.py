@@ -28,6 +28,7 @@ from coord.cancellation import interruptible
 from coord.database.engine import Backend, another, backend_of, dispose, prepare, session_that_uses
 from coord.database.pings import Pings
 from coord.database.transaction import connections_in_use
+from coord.errors import message_of
 
 Sent = tuple[float, Connection, tuple[Any, ...]]
 """When something was sent, on the monotonic clock, by which connection, and what: a statement and its values."""
@@ -94,9 +95,12 @@ class LostAnswers:
         self._is_connected = False
         self._halfway: dict[int, object] = {}
         """Which backends waited for the rest of a statement at the last look, and when they had got the first part."""
+        self._pings = Pings()
         statements = ("do_execute", "do_executemany", "do_execute_no_params")
         self._listeners: list[tuple[Any, str, Callable[..., None]]] = [
             *((engine.sync_engine, name, self._on_statement) for name in statements),
+            (engine.sync_engine, "checkin", self._pings.on_checkin),
+            (engine.sync_engine, "checkout", self._pings.on_checkout),
             (Session, "before_commit", self._on_commit),
         ]
 
@@ -104,15 +108,13 @@ class LostAnswers:
         self._loop = asyncio.get_running_loop()
         prepare(self._watched)
         for target, name, listener in self._listeners:
-            event.listen(target, name, listener)
-        self._pings = Pings(self._watched)
+            event.listen(target, name, listener, insert=True)  # before what an application does then
         self._task = asyncio.create_task(self._run(), name="coord lost answers")
         return self
 
     async def __aexit__(self, *_: object) -> None:
         for target, name, listener in self._listeners:
             event.remove(target, name, listener)
-        self._pings.close()
         self._task.cancel()
         await asyncio.wait([self._task])
         await self._disconnect()
@@ -143,7 +145,7 @@ class LostAnswers:
             try:
                 await self._round()
             except Exception as error:  # noqa: BLE001 - whatever it is, the next round is tried
-                logger.debug("PostgreSQL does not say whose answers are lost: %s", str(error) or type(error).__name__)
+                logger.debug("PostgreSQL does not say whose answers are lost: %s", message_of(error))
 
     async def _round(self) -> None:
         late = monotonic() - ANSWER_SECONDS

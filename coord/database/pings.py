@@ -6,14 +6,11 @@ is asked just now.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from threading import get_ident
 from time import monotonic
 from typing import Any
 
-from sqlalchemy import event
-from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry
 
 
@@ -27,20 +24,19 @@ class Ping:
 
 
 class Pings:
-    """Of an engine, by the thread that it is made in. Costs two calls for each time that a connection is used."""
+    """Of a pool, by the thread that it is made in. Costs two calls for each time that a connection is used."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self) -> None:
         self._thread = get_ident()
         self._returned: dict[ConnectionPoolEntry, Ping | None] = {}
         """What is in the pool, and what has come of it since it was looked at."""
-        self._engine = engine.sync_engine
-        self._listeners: dict[str, Callable[..., None]] = {"checkin": self._on_return, "checkout": self._on_use}
-        for name, listener in self._listeners.items():
-            event.listen(self._engine, name, listener, insert=True)  # before what an application does at a checkout
 
-    def close(self) -> None:
-        for name, listener in self._listeners.items():
-            event.remove(self._engine, name, listener)
+    def on_checkin(self, _dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
+        if get_ident() == self._thread:  # it may be the collector of garbage that returns it, outside any event loop
+            self._returned[entry] = None
+
+    def on_checkout(self, _dbapi_connection: Any, entry: ConnectionPoolEntry, _proxy: Any) -> None:
+        self._returned.pop(entry, None)
 
     def look(self) -> list[Ping]:
         """Those that are under way, and were when this was last called."""
@@ -59,10 +55,3 @@ class Pings:
 
     def is_under_way(self, ping: Ping) -> bool:
         return self._returned.get(ping.entry) is ping and ping.entry.in_use
-
-    def _on_return(self, _dbapi_connection: Any, entry: ConnectionPoolEntry) -> None:
-        if get_ident() == self._thread:  # it may be the collector of garbage that returns it, outside any event loop
-            self._returned[entry] = None
-
-    def _on_use(self, _dbapi_connection: Any, entry: ConnectionPoolEntry, _proxy: Any) -> None:
-        self._returned.pop(entry, None)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from inspect import iscoroutinefunction
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -18,7 +19,7 @@ from coord.cancellation import interruptible, uninterrupted
 from coord.database.engine import bind_for_writes, engines_of, prepare
 from coord.database.schemas import read_as
 from coord.durations import Seconds, seconds
-from coord.errors import RowNotFoundError, TooManyWaitersError
+from coord.errors import RowNotFoundError, TooManyWaitersError, message_of
 from coord.http.interruption import ended, stop_observed
 from coord.http.jobs import JobStatus
 from coord.jobs.model import Job, JobState
@@ -85,8 +86,10 @@ class EventStreams:
 
         `id` tells states apart: one with the id of the one before, or of the client's `Last-Event-ID`, is left out. The
         stream ends after a state that `is_final`; to a client that has that one already the answer is 204, after which
-        a browser does not come back.
+        a browser does not come back. Both are plain functions; for another it is a `TypeError`.
         """
+        if iscoroutinefunction(id) or iscoroutinefunction(is_final):
+            raise TypeError("id and is_final are plain functions; of an asynchronous one every state would be final")
         return self._following(row, columns, id, is_final, running=None)
 
     def jobs(self, job: Callable[..., Any]) -> Dependency:
@@ -162,7 +165,7 @@ class RunningJobs:
         try:
             self._running = await interruptible(self._found(), limit=READ_SECONDS)
         except Exception as error:  # noqa: BLE001 - what was known stays known until it can be read again
-            logger.debug("The workers' heartbeats cannot be read: %s", str(error) or type(error).__name__)
+            logger.debug("The workers' heartbeats cannot be read: %s", message_of(error))
         self._expires = loop.time() + MAX_AGE_SECONDS  # now, or each stream would wait as long for a silent server
 
     async def _found(self) -> set[tuple[UUID, int]]:

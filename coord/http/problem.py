@@ -93,7 +93,7 @@ ANYWHERE = (408, 413, 422, 431, 500, 503)
 
 _INTERNAL = re.compile(
     r"\[SQL: |\(sqlalchemy\.|<class '|\[Errno |://|(?:^|[\s'\"(=])/\w|0x[0-9a-f]{6}|\bpassword\b"
-    r"|\b(?:File|relation|column|constraint|type|function|schema|role|user|database) \""
+    r"|\b(?:File|relation|column|constraint|type|function|schema|role|user|database) \"|\badvisory lock ['\"(\d-]"
 )
 
 
@@ -126,7 +126,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def public_reason(text: str | None) -> str | None:
-    """A job's error as any client may read it: of one that shows SQL, paths, addresses or the like, only its kind."""
+    """A job's error as any client may read it: of one that shows SQL, paths, keys or the like, only its kind."""
     if text is None:
         return None
     line = " ".join(text.split())

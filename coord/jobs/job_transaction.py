@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from coord.cancellation import cleaned_up, interruptible, leaving
 from coord.database.engine import AnySession, last_failure, session_of
 from coord.database.transaction import connections_in_use
+from coord.errors import message_of
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.model import JobState, cancellations, execute, is_queued, job_mapper, jobs
@@ -208,7 +209,7 @@ async def _claim(session: AsyncSession, attempt: Attempt) -> None:
     try:
         claimed = (await session.run_sync(execute, _done, ours(attempt) | settings)).all()
     except OSError as error:  # a missing socket, or a time-out; neither is retryable when a task itself raises it
-        raise ConnectionError(f"PostgreSQL cannot be reached: {str(error) or type(error).__name__}") from error
+        raise ConnectionError(f"PostgreSQL cannot be reached: {message_of(error)}") from error
     attempt.claimed = bool(claimed)
     if not claimed:
         raise JobSuperseded(f"attempt {attempt.number} of job {attempt.job_id} is not the one to apply it")

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import Any, overload
 from zoneinfo import ZoneInfo
 
@@ -41,13 +42,14 @@ class Periodic:
 
     def due(self, after: datetime, now: datetime) -> list[datetime]:
         """Of the slots after one time and up to another, those that a job is to be made for."""
-        recent = now - timedelta(seconds=ON_TIME_SECONDS)
-        found: deque[datetime] = deque(maxlen=self.catch_up or 1)
-        for slot in self._slots(after if self.catch_up else max(after, recent)):
-            if slot > now:
-                break
-            found.append(slot)
-        return [*found]
+        span = timedelta(seconds=ON_TIME_SECONDS)
+        while True:
+            since = max(after, now - span)
+            passed = takewhile(lambda slot: slot <= now, self._slots(since))
+            found = deque(passed, maxlen=self.catch_up or 1)
+            if since == after or len(found) >= self.catch_up:
+                return [*found]
+            span *= 2  # only the last are wanted, and of a schedule of every second a month has millions
 
     def next(self, after: datetime) -> datetime | None:
         return next(self._slots(after), None)

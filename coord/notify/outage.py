@@ -6,6 +6,8 @@ import logging
 
 from redis.exceptions import ResponseError
 
+from coord.errors import message_of
+
 
 class Outage:
     """Given every success and failure, by its source, and logs the first failure and the end of the last.
@@ -37,7 +39,7 @@ class Outage:
     def _log_new(self, error: BaseException) -> None:
         """A refusal is logged also during an outage, once for each kind."""
         if not self._failures:
-            self._logger.warning("%s: %s", self._away, str(error) or type(error).__name__)
+            self._logger.warning("%s: %s", self._away, message_of(error))
         elif _refusal(error) and _refusal(error) not in map(_refusal, self._failures.values()):
             self._logger.warning("It refuses: %s", error)
 

@@ -21,7 +21,6 @@ class JobWaiter(Waiter[Job]):
 
     __slots__ = ("_owner",)
     counts = 0
-    reads_at_first = False
     fresh = 0
 
     def __init__(self, owner: Waiter[Any], job_id: UUID, watcher: Watcher) -> None:
@@ -50,11 +49,6 @@ class JobWaiter(Waiter[Job]):
             self._owner.fail(end)
         elif row.state is JobState.DONE:
             self._owner.conclude()
-
-    def on_subscribed(self) -> None:
-        """If it awaits a message, it knows that the job is unchanged."""
-        self.has_read = self.has_read or self.awaits_message
-        self.awaits_message = False
 
     def on_message(self, *, of_row: bool) -> bool:
         """The job's commit is its effect's as well, and that mostly ends the wait: the owner's row is read first."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy.orm.attributes import instance_state
 
 from coord.database.target import column_names
+from coord.errors import message_of
 from coord.observation import tell_waiters
 from coord.retryable import is_server_away
 from coord.waiting.reader import MAX_KEYS_PER_QUERY, Reader
@@ -98,7 +99,7 @@ class Poller:
         waiter.awaits_message = waiter.awaits_message and is_subscribed
         if not waiter.awaits_message and (not is_subscribed or len(others) > 1):
             self.request(key)
-        elif waiter.awaits_message and waiter.reads_at_first:
+        elif waiter.awaits_message:
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
@@ -172,7 +173,7 @@ class Poller:
         waiters = self.waiters.get(key, ())
         if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
-        elif any(waiter.reads_at_first for waiter in waiters):
+        else:
             self._request_later(key)  # for what has come since they began, if they have been read by now
         for waiter in waiters:
             waiter.on_subscribed()
@@ -285,8 +286,7 @@ class Poller:
         """Try again if the database is away; else find the row that failed: only its waiters get the error."""
         if is_server_away(error):
             if self.error is None:
-                reason = str(error) or type(error).__name__
-                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", reason)
+                logger.warning("Rows cannot be read, waits go on until their deadlines: %s", message_of(error))
             self.error = error
             self._due |= dict.fromkeys(due)
             await asyncio.sleep(RETRY_INTERVAL_SECONDS)

@@ -23,8 +23,10 @@ from coord.database.transaction import connection_mutex, cut_connections, end_tr
 from coord.errors import RowNotFoundError
 from coord.jobs.model import Job
 from coord.notify.changes import warn_if_uncoordinated
+from coord.retryable import is_server_away
 from coord.waiting.baseline import own_copy
 from coord.waiting.job_wait import job_target
+from coord.waiting.poller import RETRY_INTERVAL_SECONDS
 from coord.waiting.reader import READ_TIMEOUT_SECONDS, SET
 from coord.waiting.statements import comparisons_of, entity_of, options_of, parameters_of
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
@@ -116,7 +118,7 @@ class SessionReader(Generic[M]):
         assert state.key is not None
         own: M | None = session.identity_map.get(state.key)
         if _has_more_than_columns(state.mapper, own):
-            return await self._refreshed(own, deadline)
+            return await self._refreshed(state.key, deadline)
         if own is not None or not alone:
             for name in column_names(state.mapper):
                 values[name] = own_copy(values[name])
@@ -128,13 +130,14 @@ class SessionReader(Generic[M]):
         session.add(row)
         return row
 
-    async def _refreshed(self, own: M | None, deadline: float | None) -> M:
+    async def _refreshed(self, key: Any, deadline: float | None) -> M:
         """As after the session's `refresh`, but for what has changes that are not flushed."""
 
         async def work() -> M:
             async with self._connection():
                 with self.session.no_autoflush:
-                    if own is not None:
+                    own: M | None = self.session.sync_session.identity_map.get(key)
+                    if own is not None:  # since an attempt that has failed, perhaps with a part of what belongs to it
                         await self.session.refresh(own, _unmodified(inspect(own)))
                         return own
                     found = await self.session.get(self.target.mapper.class_, self.target.key, options=[undefer("*")])
@@ -142,12 +145,21 @@ class SessionReader(Generic[M]):
                 raise RowNotFoundError(f"{self.target} was deleted")
             return found
 
-        try:
-            return await self._bounded(work(), seconds_left(deadline))
-        except InvalidRequestError as error:
-            if own is not None and "Could not refresh" in str(error):
-                raise RowNotFoundError(f"{self.target} was deleted") from error
-            raise
+        while True:
+            try:
+                return await self._bounded(work(), seconds_left(deadline))
+            except Exception as error:
+                if isinstance(error, InvalidRequestError) and "Could not refresh" in str(error):
+                    raise RowNotFoundError(f"{self.target} was deleted") from error
+                await self.before_retry(error, deadline)
+
+    async def before_retry(self, error: Exception, deadline: float | None) -> None:
+        """Return when a read that has failed may be repeated: the database is away, and the wait has time."""
+        if self.shares_errors or not is_server_away(error):
+            raise error
+        if seconds_left(deadline) <= RETRY_INTERVAL_SECONDS:
+            raise timed_out(self.target, self.began) from error
+        await asyncio.sleep(RETRY_INTERVAL_SECONDS)
 
     @asynccontextmanager
     async def _connection(self) -> AsyncIterator[AsyncConnection]:

@@ -22,8 +22,6 @@ class Waiter(Generic[M]):
 
     counts = 1
     """How many of the process's `max_waiters` it takes."""
-    reads_at_first = True
-    """Whether its row is read soon after it is registered, without a message."""
     __slots__ = (
         *("_alarm", "_alarm_at", "_poller", "_signal", "awaits_message", "baseline", "began", "concluding", "error"),
         *("has_read", "interval", "job", "last", "over", "target", "then"),

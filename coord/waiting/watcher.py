@@ -61,7 +61,7 @@ class OpenWait:
 
 
 class Watcher:
-    """The waits of one event loop for rows of one database, and a cap on them all.
+    """The waits of one event loop for rows of one database.
 
     A poller for each mapped class, and for all settings under which its rows are read.
     """
@@ -111,8 +111,8 @@ class Watcher:
         self, kind: type[Waiter[Any]], mapper: Mapper[Any], schemas: Schemas, settings: Settings | None
     ) -> Poller:
         """The one to register a waiter of this kind with, at once."""
-        if kind.counts and self.waiters >= max((each.max_waiters for each in self._coordinations), default=MAX_WAITERS):
-            raise TooManyWaitersError(f"{self.waiters} waits are as many as this process may have; try again shortly")
+        if kind.counts:
+            _refuse_one_too_many()
         schemas = schemas_for(mapper, schemas)
         key = (mapper, schemas, settings)
         if (poller := self._pollers.get(key)) is None:
@@ -163,7 +163,7 @@ class Watcher:
     def coordinate(self, max_waiters: int, declared: Declared, bell: Bell | None, channels: Channels) -> Iterator[None]:
         """Use another cap, and messages, until the block ends, also for waits that have begun before.
 
-        Of several at a time the widest cap counts, the first declaration, and the first bell.
+        Of several at a time the first declaration counts, and the first bell; of caps the widest, whatever the engine.
         """
         own = _Coordination(max_waiters, declared, bell, channels)
         self._coordinations.append(own)
@@ -200,6 +200,15 @@ class Watcher:
     def _forget_if_idle(self) -> None:
         if not self._pollers and not self._coordinations:
             _watchers.get(asyncio.get_running_loop(), {}).pop(self.engine.dialect, None)
+
+
+def _refuse_one_too_many() -> None:
+    """The cap is on the waits for all engines together: what they take is the process's memory."""
+    watchers = _watchers.get(asyncio.get_running_loop(), {}).values()
+    waiters = sum(watcher.waiters for watcher in watchers)
+    caps = [each.max_waiters for watcher in watchers for each in watcher._coordinations]
+    if waiters >= max(caps, default=MAX_WAITERS):
+        raise TooManyWaitersError(f"{waiters} waits are as many as this process may have; try again shortly")
 
 
 def open_waits(engines: Iterable[AsyncEngine]) -> list[OpenWait]:

@@ -24,7 +24,6 @@ from coord.jobs.model import Job, JobState
 from coord.retryable import is_server_away
 from coord.waiting.baseline import Baseline, Difference, difference, own_copy
 from coord.waiting.job_wait import end_of, job_not_found, job_target
-from coord.waiting.poller import RETRY_INTERVAL_SECONDS
 from coord.waiting.session_reader import OwnRow, SessionReader, seconds_left
 from coord.waiting.statements import has_identity
 from coord.waiting.waiter import LAST_READ_SECONDS, Waiter
@@ -130,12 +129,7 @@ class WokenWaiter(Waiter[M]):
             return None
 
     async def _failed(self, error: Exception) -> None:
-        """Have the read repeated if the database is away, and the wait has time."""
-        if self._own.shares_errors or not is_server_away(error):
-            raise error
-        if seconds_left(self._deadline) <= RETRY_INTERVAL_SECONDS:
-            raise self.timed_out(self._own.began) from error
-        await asyncio.sleep(RETRY_INTERVAL_SECONDS)
+        await self._own.before_retry(error, self._deadline)
         self.due = True
 
     async def _ends(self, row: M, until: Callable[[M], bool] | None) -> bool:

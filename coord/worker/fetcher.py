@@ -9,7 +9,7 @@ from typing import Self
 from uuid import UUID
 
 from redis.exceptions import RedisError, ResponseError
-from sqlalchemy import select, tuple_
+from sqlalchemy import func, select, tuple_
 
 from coord.jobs.model import is_queued, jobs
 from coord.notify.client import Command, connector, exchange
@@ -40,6 +40,8 @@ BACK_SECONDS = 1.75
 """Since a pop was asked for, until which nobody else may have been given what it brought: less than MISSING_SECONDS."""
 OLD_SECONDS = 10.0
 """Since a message was due, after which the ledger is asked whether it still holds."""
+AHEAD_SECONDS = 1.0
+"""By which Redis' time may seem to be ahead in a message, or else the ledger is asked: Redis' clock has been set."""
 CHECK_SECONDS = 0.5
 """For the ledger to say which of the old messages still hold."""
 LATER_MILLISECONDS = 500
@@ -185,12 +187,14 @@ class Fetcher:
 
     def _is_old(self, score: float) -> bool:
         clock = self._state.clock
-        return not clock.is_set or not clock.now() - due_of(score) <= OLD_SECONDS * 1000  # also of what is no number
+        since = clock.now() - due_of(score)  # which may be no number
+        return not clock.is_set or not -AHEAD_SECONDS * 1000 <= since <= OLD_SECONDS * 1000
 
     async def _stale(self, messages: Sequence[Message]) -> set[tuple[UUID, int]]:
-        """Those that the ledger does not want to be run, or that another worker runs."""
+        """Those that the ledger does not want to be run, or not yet, or that another worker runs."""
         keys = [message.key for message in messages]
-        wanted = select(jobs.c.id, jobs.c.attempt).where(is_queued, tuple_(jobs.c.id, jobs.c.attempt).in_(keys))
+        due = jobs.c.scheduled_at <= func.clock_timestamp()
+        wanted = select(jobs.c.id, jobs.c.attempt).where(is_queued, due, tuple_(jobs.c.id, jobs.c.attempt).in_(keys))
         queued = {(row.id, row.attempt) for row in await self._state.read(wanted)}
         return set(keys) - (queued - self._registry.held_elsewhere)
 

@@ -80,16 +80,11 @@ class Shop:
             assert answers[-1].status not in (200, 202, 503) or answers[-1].seconds <= limit, answers
         return answers
 
-    async def stocked(self, sku: str, quantity: int = 100) -> str:
-        """A thing of which there is so much; named anew each time."""
-        name = f"{sku}-{len(self._stock)}"
-        await self.until(200, "PUT", f"/stock/{name}", json={"quantity": quantity})
-        self._stock[name] = quantity
-        return name
-
-    async def ordered(self, sku: str = "tea", number: int = 1) -> list[int]:
-        """So many orders for one piece each."""
-        name = await self.stocked(sku)
+    async def ordered(self, number: int = 1) -> list[int]:
+        """So many orders for one piece each, of a thing that is named anew each time."""
+        name = f"tea-{len(self._stock)}"
+        await self.until(200, "PUT", f"/stock/{name}", json={"quantity": 100})
+        self._stock[name] = 100
         placed = [await self.until(201, "POST", "/orders", json={"sku": name, "quantity": 1}) for _ in range(number)]
         return [answers[-1].body["id"] for answers in placed]
 
@@ -109,9 +104,9 @@ class Shop:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
 
-    async def fulfilled(self, number: int = 1, wait: float = WAIT) -> list[list[Answer]]:
+    async def fulfilled(self, number: int = 1) -> list[list[Answer]]:
         """So many orders, placed and asked for; what was answered to each."""
-        return await answered(*[self.asked(order, wait) for order in await self.ordered(number=number)])
+        return await answered(*[self.asked(order) for order in await self.ordered(number=number)])
 
     @asynccontextmanager
     async def holding(self) -> AsyncIterator[Held]:

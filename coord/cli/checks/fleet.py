@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import exists, func, select
 
 from coord.cli.checks.finding import Finding, Setup
 from coord.jobs.model import JobState, is_queued, jobs, queues, workers
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 APART_SECONDS = 2.0
 LATE_SECONDS = 0.9
 LOOKED_AT = 200
-"""Jobs, of the last hour."""
+"""Jobs, of the last hour, and among the newest."""
+NEWEST = 2_000
+"""Of which those are looked for: a ledger may have millions, and none of them from the last hour."""
 FEWEST = 3
 """From which on something can be said."""
 _now = func.clock_timestamp()
@@ -49,22 +51,23 @@ async def known(setup: Setup) -> AsyncIterator[Finding]:
 
 async def handed_over(setup: Setup) -> AsyncIterator[Finding]:
     """A process without a Coordinator leaves its jobs to the reconciler, which takes seconds."""
-    began = func.coalesce(jobs.c.started_at, jobs.c.finished_at)
-    late = func.extract("epoch", began - jobs.c.scheduled_at).label("late")
-    at_once = jobs.c.scheduled_at - jobs.c.created_at < timedelta(seconds=1)
+    newest = select(jobs).order_by(jobs.c.id.desc()).limit(NEWEST).subquery()
+    began = func.coalesce(newest.c.started_at, newest.c.finished_at)
+    late = func.extract("epoch", began - newest.c.scheduled_at).label("late")
+    at_once = newest.c.scheduled_at - newest.c.created_at < timedelta(seconds=1)
     ended = (
-        jobs.c.state == JobState.DONE,
-        jobs.c.attempt == 1,
-        jobs.c.finished_at > _now - timedelta(hours=1),
+        newest.c.state == JobState.DONE,
+        newest.c.attempt == 1,
+        newest.c.finished_at > _now - timedelta(hours=1),
         at_once,
     )
-    last = select(late).where(*ended).order_by(jobs.c.id.desc()).limit(LOOKED_AT).subquery()
+    last = select(late).where(*ended).order_by(newest.c.id.desc()).limit(LOOKED_AT).subquery()
     figures = select(func.count(), func.percentile_cont(0.5).within_group(last.c.late.asc()))
     due = is_queued & (jobs.c.scheduled_at <= _now)
     async with setup.engine.connect() as connection:
         number, median = (await connection.execute(figures)).one()
-        backlog = await connection.scalar(select(func.count()).select_from(jobs).where(due))
-    if number >= FEWEST and median > LATE_SECONDS and not backlog:
+        has_backlog = await connection.scalar(select(exists().where(due)))
+    if number >= FEWEST and median > LATE_SECONDS and not has_backlog:
         what = f"half of the last {number} jobs began {median:.1f} s or more after they were due, and nothing waits"
         do = "open a Coordinator with redis= in every process that enqueues; or there are too few workers"
         yield Finding("coordinator", what, do)

@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ JOBS = """
         extract(epoch FROM created_at)::float8 AS created, extract(epoch FROM finished_at)::float8 AS finished
     FROM coord_jobs ORDER BY id
 """
+DUE = "SELECT EXISTS (SELECT FROM coord_jobs WHERE state = 'queued' AND scheduled_at <= now() + $1)"
+NOT_DUE = "SELECT count(*) FROM coord_jobs WHERE state = 'queued' AND scheduled_at > now()"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,8 @@ async def prove(
 ) -> Proof:
     """Start the application on servers of its own, let `pace` clients a second in, and do `faults` to it meanwhile.
 
-    `client` is called for each, with a `Visit`. Afterwards the jobs have `bounds.final` seconds to come to their end.
+    `client` is called for each, with a `Visit`. Afterwards the jobs have `bounds.final` seconds to come to their end;
+    those that are not due by then are not waited for, and the report says how many.
     `effect_of` names the effect that a job is for, by its task, its arguments and its keyword arguments, as requests
     name it; None for a job that is not looked at. `read` is given a connection of asyncpg, in a transaction, and
     yields what is there: `Effect`, `Row`, `Number`, and a `Complaint` for whatever else must not be.
@@ -159,10 +163,10 @@ async def prove(
                 tasks.create_task(load.come(client, url, pace, seconds, seed))
                 await storm.rage(forecast(seconds, seed, faults))
                 recorder.write(Calm(await _clock(stack)))
-            await _settled(stack, bounds.final)
+            not_due = await _settled(stack, bounds.final)
             await _write_end(stack, recorder, effect_of, read)
     verdict = check(HistoryFile(history), bounds)
-    proof = Proof(seed, verdict, _report(verdict, load, storm, seed, history), history)
+    proof = Proof(seed, verdict, _report(verdict, load, storm, not_due, seed, history), history)
     tell(str(proof))
     return proof
 
@@ -193,17 +197,23 @@ async def _clock(stack: Stack) -> float:
         await connection.close()
 
 
-async def _settled(stack: Stack, limit: float) -> None:
-    """Return when no job is queued, or all have had their time."""
+async def _settled(stack: Stack, limit: float) -> int:
     connection = await stack.connect()
-    deadline = asyncio.get_running_loop().time() + limit + 1
     try:
-        while await connection.fetchval("SELECT EXISTS (SELECT FROM coord_jobs WHERE state = 'queued')"):
-            if asyncio.get_running_loop().time() > deadline:
-                return
-            await asyncio.sleep(SETTLED_SECONDS)
+        return await settled(connection, limit)
     finally:
         await connection.close()
+
+
+async def settled(connection: asyncpg.Connection, limit: float) -> int:
+    """Return when no job is queued that is due in time, or all have had theirs: how many are not due yet."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit + 1
+    while await connection.fetchval(DUE, timedelta(seconds=deadline - loop.time())):
+        if loop.time() > deadline:
+            break
+        await asyncio.sleep(SETTLED_SECONDS)
+    return int(await connection.fetchval(NOT_DUE))
 
 
 async def _write_end(stack: Stack, recorder: Recorder, effect_of: EffectOf, read: Read) -> None:
@@ -220,7 +230,8 @@ async def _write_end(stack: Stack, recorder: Recorder, effect_of: EffectOf, read
         await connection.close()
 
 
-def _report(verdict: Verdict, load: Load, storm: Storm, seed: int, history: Path) -> str:
+def _report(verdict: Verdict, load: Load, storm: Storm, not_due: int, seed: int, history: Path) -> str:
+    later = f"; {not_due:,} jobs are not due yet, and were not waited for" if not_due else ""
     done = ", ".join(f"{times} × {kind}" for kind, times in sorted(storm.done.items())) or "none"
     end = "everything holds" if verdict.holds else f"BROKEN: {', '.join(verdict.counts)}"
     return "\n".join(
@@ -229,7 +240,7 @@ def _report(verdict: Verdict, load: Load, storm: Storm, seed: int, history: Path
             f"  faults    {done}",
             f"  clients   {load}",
             f"  answered  half within {load.percentile(0.5):g} s, 99 % within {load.percentile(0.99):g} s",
-            f"  in the end {verdict.records['LedgerJob']:,} jobs, {verdict.records['Effect']:,} effects",
+            f"  in the end {verdict.records['LedgerJob']:,} jobs, {verdict.records['Effect']:,} effects{later}",
             "",
             *(f"  {line}" for line in str(verdict).splitlines()),
             "",

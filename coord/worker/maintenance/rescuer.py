@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -36,6 +37,11 @@ DEATH_PAUSE_SECONDS = (1.0, 60.0)
 TERMINATE_MILLISECONDS = 2_000
 """For a backend to end."""
 
+_limits = select(
+    # A leader that is stopped in the middle must not keep the rows, nor who has locked them keep the leader.
+    func.set_config("idle_in_transaction_session_timeout", "5s", True),
+    func.set_config("lock_timeout", "1s", True),
+)
 _end_backends = text("""
     SELECT pg_terminate_backend(pid, :milliseconds) FROM pg_locks
     WHERE locktype = 'advisory' AND (classid, objid, objsubid) = (:class, :worker, 2)
@@ -53,19 +59,31 @@ class Rescuer(Loop):
         super().__init__(state)
         self._registry = registry
         self._publish = publish
+        self._tried_at: dict[UUID, float] = {}
+        """When each dead worker's rescue was begun at last, on the monotonic clock."""
 
     async def round(self) -> None:
-        for worker, seen in dict(self._registry.dead).items():
+        """One whose rescue fails, or takes all the time there is, keeps no other one from theirs."""
+        dead, failures = dict(self._registry.dead), []
+        self._tried_at = {worker: self._tried_at.get(worker, 0.0) for worker in dead}
+        for worker in sorted(dead, key=self._tried_at.__getitem__):
             if self._state.is_leader:
-                await self._rescue(worker, seen.beats)
+                self._tried_at[worker] = time.monotonic()
+                try:
+                    await self._rescue(worker, dead[worker].beats)
+                except Exception as error:  # noqa: BLE001 - the loop is told of it below
+                    failures.append(error)
+        for failure in failures[1:]:
+            self.failed(failure)
+        if failures:
+            raise failures[0]
 
     async def _rescue(self, worker: UUID, beats: int) -> None:
         """Take a dead worker off the list, unless its heart has beaten after all, and give its jobs to others."""
         gone = delete(workers).where(workers.c.id == worker, workers.c.beats == beats).returning(workers)
         async with self._state.engine.begin() as connection:
             await connection.execution_options(**await connection.run_sync(ledger_options))
-            # A leader that is stopped in the middle must not keep the rows.
-            await connection.execute(text("SET LOCAL idle_in_transaction_session_timeout = '5s'"))
+            await connection.execute(_limits)
             dead = (await connection.execute(gone)).one_or_none()
             if dead is None:
                 return

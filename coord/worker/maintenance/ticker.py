@@ -24,6 +24,8 @@ LOOK_SECONDS = 30.0
 """Between two looks at most, and until the ledger is told again that the schedules are in the code."""
 EXPECTED_SECONDS = 0.005
 """For a slot to be there."""
+MAX_SLOTS = 100
+"""Of one schedule in a round, so that those after it are not late while it catches up."""
 
 
 class Ticker(Loop):
@@ -46,10 +48,15 @@ class Ticker(Loop):
         if time.monotonic() - self._said_at >= LOOK_SECONDS or len(known) < len(self._schedules):
             await self._say_seen()
         now: datetime = rows[0].now
+        has_more = False
         for row in known:
             schedule = self._schedules[row.name]
-            for slot in await asyncio.to_thread(schedule.due, row.slot, now):
+            due = await asyncio.to_thread(schedule.due, row.slot, now)
+            has_more |= len(due) > MAX_SLOTS
+            for slot in due[:MAX_SLOTS]:
                 await self._make(schedule, row.name, slot)
+        if has_more:
+            return 0.0
         coming = [moment for each in self._schedules.values() if (moment := each.next(now)) is not None]
         seconds = min([(moment - now).total_seconds() for moment in coming], default=LOOK_SECONDS)
         return min(seconds + EXPECTED_SECONDS, LOOK_SECONDS)
