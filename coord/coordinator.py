@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Mapper, Session
 
-from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
+from coord.database.engine import AnySession, engine_of, engines_of, made_by, prepare, session_of
 from coord.database.lost_answers import LostAnswers
 from coord.database.target import key_of, mapper_of
 from coord.durations import whole
@@ -76,7 +76,7 @@ class Coordinator:
             checked_settings(read_settings)
         self._read_settings = read_settings
         self._session_maker = session_maker
-        engines_of(session_maker())  # refuses what is not PostgreSQL's; there may be none yet
+        engines_of(made_by(session_maker))  # refuses what is not PostgreSQL's; there may be none yet
         self._redis = redis_from_url(redis) if isinstance(redis, str) else redis
         self._owns_redis = isinstance(redis, str)
         self._namespace = checked_text("namespace", namespace)

@@ -23,19 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Response
-from prometheus_client import (
-    CONTENT_TYPE_LATEST,
-    REGISTRY,
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    generate_latest,
-    multiprocess,
-    start_http_server,
-    write_to_textfile,
-)
-from prometheus_client.core import GaugeMetricFamily
 from sqlalchemy import event, func, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -44,6 +31,23 @@ from coord.jobs.model import JobState, execute, is_queued, jobs
 from coord.jobs.queries import heartbeats, held_by
 from coord.observation import PUT_OFF, Observer, observers
 from coord.timings import AttemptTimings
+
+try:
+    from prometheus_client import (
+        CONTENT_TYPE_LATEST,
+        REGISTRY,
+        CollectorRegistry,
+        Counter,
+        Gauge,
+        Histogram,
+        generate_latest,
+        multiprocess,
+        start_http_server,
+        write_to_textfile,
+    )
+    from prometheus_client.core import GaugeMetricFamily
+except ModuleNotFoundError as error:
+    raise ImportError("metrics need prometheus_client: install coord[metrics]") from error
 
 logger = logging.getLogger("coord.metrics")
 

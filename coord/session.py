@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.requests import HTTPConnection
 
 from coord.cancellation import cleaned_up, interruptible, settled
-from coord.database.engine import AnySession, engine_of, engines_of, prepare, session_of
+from coord.database.engine import AnySession, engine_of, engines_of, made_by, prepare, session_of
 from coord.database.transaction import connections_in_use, is_owned, own
 
 SessionMaker = async_sessionmaker[AsyncSession]
@@ -60,7 +60,7 @@ def create_db_context(session_maker: SessionMaker) -> Callable[[], AbstractAsync
     Like a request, the block is one transaction until it commits by itself. Raises `ValueError` here, at once, when the
     maker is not bound to `postgresql+asyncpg`.
     """
-    _prepare(session_maker())
+    _prepare(made_by(session_maker))
 
     @asynccontextmanager
     async def context() -> AsyncIterator[AsyncSession]:

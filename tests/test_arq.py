@@ -17,6 +17,7 @@ import pytest
 from arq import cron
 from arq.jobs import DeserializationError, JobStatus, deserialize_job_raw, serialize_job
 from arq.worker import Retry, Worker, async_check_health, create_worker, func, get_kwargs
+from redis.asyncio import Redis
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import pause_queue, worker_settings
@@ -46,7 +47,7 @@ async def made(database_url: str, redis_url: str) -> AsyncIterator[Callable[...,
     session_maker = async_sessionmaker(engine)
 
     def make(functions: Any = (succeed,), **options: Any) -> Any:
-        return worker_settings(list(functions), session_maker=session_maker, **{"redis": redis_url, **options})
+        return worker_settings(functions, session_maker=session_maker, **{"redis": redis_url, **options})
 
     yield make
     await engine.dispose()
@@ -108,6 +109,23 @@ async def test_a_setting_that_would_not_be_kept_is_refused(made: Callable[..., A
 async def test_a_setting_that_makes_no_sense_is_refused(made: Callable[..., Any], name: str, value: Any) -> None:
     with pytest.raises((ValueError, TypeError), match=name):
         made(**{name: value})
+
+
+@pytest.mark.parametrize("functions", [succeed, func(succeed), "tests.workers.succeed"], ids=["one", "arq's", "text"])
+async def test_one_function_where_a_list_is_expected_is_a_type_error_that_says_so(
+    made: Callable[..., Any], functions: Any
+) -> None:
+    with pytest.raises(TypeError, match=r"functions is a list of tasks, .*, not .*succeed"):
+        made(functions)
+
+
+async def test_a_place_of_redis_that_is_none_names_the_argument_and_shows_no_password(made: Callable[..., Any]) -> None:
+    for url in ("nonsense", "http://:secret@localhost", "redis://:secret@localhost:x"):
+        with pytest.raises(ValueError, match=r"redis is a URL, redis://localhost:6379/0 say, or arq's") as refused:
+            made(redis=url)
+        assert "secret" not in str(refused.value)
+    with pytest.raises(TypeError, match="redis is a URL"):
+        made(redis=Redis())
 
 
 async def test_two_tasks_of_one_name_are_refused(made: Callable[..., Any]) -> None:

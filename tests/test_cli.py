@@ -6,21 +6,18 @@ import asyncio
 import importlib.metadata
 import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from coord import JobState, cancel_job, enqueue
+from coord import Job, JobState, cancel_job, enqueue
 from coord.cli import COMMANDS, main
 from coord.cli.jobs import _ended
 from coord.jobs.ids import new_id
 from tests.ledger import a_task
 from tests.workers import Office, working
-
-if TYPE_CHECKING:
-    from coord import Job
 
 
 async def fail(ctx: dict[str, Any]) -> None:
@@ -69,6 +66,21 @@ async def test_jobs_are_listed_by_state_and_task_and_shown_with_their_attempts(
     assert (shown["state"], shown["attempts"][0]["outcome"]) == ("failed", "failed")
     assert "Traceback" in await terminal.says("jobs", "show", str(bad.id))
     assert (await terminal.json("jobs", "show", str(waiting.id)))["arguments"] == [[[1]], {"name": "x"}]
+
+
+async def test_the_table_shows_no_error_of_a_job_that_is_done(office: Office, terminal: Terminal) -> None:
+    """An attempt before it had one."""
+    job = await failed(office)
+    died = "the worker that ran it died"
+    async with office.session_maker() as session:
+        await session.execute(update(Job).values(error=died))
+        await session.commit()
+        assert "died" in await terminal.says("jobs", "list")
+        await session.execute(update(Job).values(state="done"))
+        await session.commit()
+    assert "died" not in await terminal.says("jobs", "list")
+    assert [each["error"] for each in await terminal.json("jobs", "list")] == [died]
+    assert died in await terminal.says("jobs", "show", str(job.id))
 
 
 async def test_jobs_are_retried_all_or_none_and_cancelled(office: Office, terminal: Terminal) -> None:
@@ -177,6 +189,15 @@ def test_a_command_line_that_makes_no_sense_is_status_2(
 ) -> None:
     assert main(arguments) == 2
     assert "Error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("worker", ["worker:Settings", "Settings", "worker."])
+@pytest.mark.parametrize("command", [["dev", "--app", "api:app"], ["doctor", "--url", "nonsense"]], ids=lambda c: c[0])
+def test_worker_settings_that_are_no_dotted_name_are_refused_first(
+    command: list[str], worker: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--worker", worker]) == 2
+    assert f"--worker is module.Class, as for arq, not {worker}" in capsys.readouterr().err
 
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,3 +268,12 @@ async def test_a_form_that_is_too_large_is_not_read(session_maker: SessionMaker)
 async def test_tokens_that_protect_nothing_are_refused(session_maker: SessionMaker, tokens: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="token"):
         console(session_maker, **tokens)
+
+
+@pytest.mark.parametrize("name", ["full_token", "read_token"])
+async def test_an_empty_token_is_refused_by_name_and_none_is_what_closes(
+    session_maker: SessionMaker, name: str
+) -> None:
+    tokens: Any = {name: ""}
+    with pytest.raises(ValueError, match=f"{name} has at least 16 characters, or is None: .* closed"):
+        console(session_maker, **tokens)

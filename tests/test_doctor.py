@@ -227,6 +227,12 @@ async def test_what_is_broken_is_found(case: str, place: Place) -> None:
     assert await place.checks() >= {check}
 
 
+async def test_a_ledger_without_its_version_is_said_to_have_none(place: Place) -> None:
+    await place.sql.execute("DELETE FROM coord_schema")
+    (found,) = [each.what async for each in findings(place.url, place.redis_url, None, "coord")]
+    assert found.startswith("its version is not recorded, and this coord knows ")
+
+
 @pytest.mark.parametrize(
     ("check", "options"),
     [
@@ -316,6 +322,31 @@ async def test_one_that_has_a_coordinator_is_not(place: Place) -> None:
     async with opened(place.url, place.redis_url) as office, working(office, [a_task]):
         for _ in range(3):
             await office.final(await office.enqueue(a_task))
+        assert await place.checks() == set()
+
+
+async def narrow(ctx: Any, seat: int) -> None: ...
+
+
+async def test_jobs_that_are_put_off_again_and_again_are_found_with_their_task_and_why(place: Place) -> None:
+    assert place.url is not None
+    assert place.redis_url is not None
+    async with opened(place.url, place.redis_url) as office, working(office, [narrow]):
+        made = [await office.enqueue("nobodys"), await office.enqueue("narrow"), await office.enqueue("narrow")]
+
+        async def are_put_off() -> bool:
+            return all([(await office.row(job)).unknown_seconds > 1 for job in made])
+
+        await eventually(are_put_off)
+
+        async def are_said() -> bool:
+            found = {each.what async for each in findings(place.url, place.redis_url, None, "coord")}
+            return {f"2 jobs of narrow {again}: {why}", f"1 jobs of nobodys {again}, {nobody}"} == found
+
+        again, nobody = "in the queue default are put off again and again", "since no worker of it knows the task"
+        why = "TypeError: the task narrow does not take these arguments here: missing a required argument: 'seat'"
+        await eventually(are_said)
+        await place.sql.execute("UPDATE coord_jobs SET state = 'cancelled', finished_at = now()")
         assert await place.checks() == set()
 
 

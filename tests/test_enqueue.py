@@ -26,12 +26,14 @@ from coord import (
     Job,
     JobState,
     UniqueKeyConflictError,
+    call,
     cancel_job,
     enqueue,
     get_transaction,
     job_transaction,
     list_jobs,
     lock_tables,
+    periodic,
     set_result,
     task_options,
 )
@@ -633,6 +635,63 @@ ODD = [
     {"b": 1, "a": 2},
     nested(90),
 ]
+
+
+MISFITS: list[Any] = [
+    ((7,), {}, "missing a required argument: 'seat'"),
+    ((7, 8, 9), {}, "too many positional arguments"),
+    ((7,), {"seats": 8}, "missing a required argument: 'seat'"),
+    ((7, 8), {"row": 1}, "got an unexpected keyword argument 'row'"),
+]
+
+
+async def book_seat(ctx: Any, show: int, seat: int, *, aisle: bool = False) -> None: ...
+
+
+@pytest.mark.parametrize(("args", "kwargs", "says"), MISFITS)
+@pytest.mark.parametrize("make", [lambda: book_seat, lambda: task_options(book_seat), lambda: func(book_seat)])
+async def test_arguments_that_the_task_does_not_take_are_refused_before_any_sql(
+    session_maker: SessionMaker, make: Any, args: Any, kwargs: Any, says: str
+) -> None:
+    task: Any = make()
+    wanted = f"book_seat(ctx, show, seat, *, aisle=False) does not take these arguments after the context: {says}"
+    for calling in (call, lambda task, *args, **kwargs: periodic(task, "* * * * *", *args, **kwargs)):
+        with pytest.raises(TypeError, match=says) as refused:
+            calling(task, *args, **kwargs)
+        assert wanted in str(refused.value)
+    async with session_maker() as session:
+        with pytest.raises(TypeError, match=says) as refused:
+            await enqueue(session, task, *args, **kwargs)
+        assert wanted in str(refused.value)
+        assert not session.in_transaction()
+
+
+async def test_arguments_are_compared_with_what_workers_call_and_of_a_name_with_nothing(
+    session_maker: SessionMaker,
+) -> None:
+    @functools.wraps(book_seat)
+    async def logged(*args: Any, **kwargs: Any) -> None:
+        await book_seat(*args, **kwargs)
+
+    anything: Any = logged
+    with pytest.raises(TypeError, match="missing a required argument: 'seat'"):
+        await committed(session_maker, anything, 7)
+    assert (await committed(session_maker, anything, 7, seat=8)).arguments == [[7], {"seat": 8}]
+    assert (await committed(session_maker, "book_seat", 7)).arguments == [[7], {}]
+
+
+async def test_a_method_and_a_callable_without_a_hash_are_compared_too(session_maker: SessionMaker) -> None:
+    class Office(list[Any]):
+        async def book(self, ctx: Any, seat: int) -> None: ...
+
+        async def __call__(self, ctx: Any, seat: int) -> None: ...
+
+    office: Any = Office()
+    office.__qualname__ = "office"
+    for task in (office, office.book):
+        with pytest.raises(TypeError, match="missing a required argument: 'seat'"):
+            await committed(session_maker, task)
+        await committed(session_maker, task, 7)
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,9 @@ async def test_what_coord_schema_prints_makes_what_it_applies(
         assert await observer.fetchval("SHOW search_path") == path
         url = dsn_of(database_url).rsplit("/", 1)[0] + "/" + await other.fetchval("SELECT current_database()")
         arguments = ["schema", *options, "--apply", "--url", url.replace("postgresql://", "postgresql+asyncpg://")]
-        assert await asyncio.to_thread(main, arguments) == 0
+        for _ in range(2):
+            assert await asyncio.to_thread(main, arguments) == 0
+            assert capsys.readouterr().out == f"the ledger is of version {migrations.latest()}, in schema {schema}\n"
         found = await described(observer, schema)
         assert {row[0] for row in found["columns"]} == TABLES
         assert found == await described(other, schema)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import zipfile
@@ -187,6 +188,20 @@ def test_packages_import_in_one_order_without_circles(trees: Trees) -> None:
             if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "coord":
                 names = [alias.name for alias in node.names] if node.module == "coord" else [node.module.split(".")[1]]
                 assert all(PARTS.index(name) <= PARTS.index(part) for name in names), f"{path}, line {node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("module", "package", "extra"),
+    [
+        ("coord.console", "jinja2", "console"),
+        ("coord.metrics", "prometheus_client", "metrics"),
+        ("coord.testing.proof", "httpx", "testing"),
+    ],
+)
+def test_an_import_without_its_extra_names_the_extra(module: str, package: str, extra: str) -> None:
+    program = f"import sys; sys.modules['{package}'] = None; import {module}"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert re.fullmatch(rf"ImportError: .* needs? {package}: install coord\[{extra}\]", ended.stderr.splitlines()[-1])
 
 
 def test_an_import_connects_nothing_and_starts_nothing() -> None:

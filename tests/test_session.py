@@ -20,7 +20,15 @@ from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
 
-from coord import advisory_lock, create_db_context, create_db_dependency, get_transaction, lock_tables
+from coord import (
+    Coordinator,
+    advisory_lock,
+    create_db_context,
+    create_db_dependency,
+    get_transaction,
+    lock_tables,
+    worker_settings,
+)
 from tests import warm
 from tests.models import Item, User
 from tests.serving import eventually, served
@@ -327,6 +335,18 @@ async def test_a_request_without_an_exit_stack_before_its_response_is_refused(
     connection = HTTPConnection({"type": "http"})
     with pytest.raises(RuntimeError, match="cannot commit before the response"):
         await anext(get_db(connection))
+
+
+def test_an_engine_where_a_session_maker_is_expected_is_a_type_error_that_says_so(engine: AsyncEngine) -> None:
+    given: Any = engine
+    for make in (
+        create_db_dependency,
+        create_db_context,
+        Coordinator,
+        lambda maker: worker_settings([], session_maker=maker, redis="redis://localhost"),
+    ):
+        with pytest.raises(TypeError, match=r"session_maker is what async_sessionmaker\(engine\) makes, not <.*Engine"):
+            make(given)
 
 
 def test_an_engine_that_is_not_asyncpg_is_refused() -> None:

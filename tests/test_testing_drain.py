@@ -221,6 +221,12 @@ async def test_options_that_make_no_sense_are_refused(
         await drain_jobs(ALL, session=coord_session, **options)
 
 
+async def test_one_function_where_a_list_is_expected_is_refused(coord_session: AsyncSession) -> None:
+    function: Any = greet
+    with pytest.raises(TypeError, match=r"tasks is a list of functions, or a class .*, not <function greet"):
+        await drain_jobs(function, session=coord_session)
+
+
 async def test_a_class_that_is_no_settings_is_refused(coord_session: AsyncSession) -> None:
     with pytest.raises(TypeError, match="a class that worker_settings has made"):
         await drain_jobs(User, session=coord_session)

@@ -200,6 +200,7 @@ async def test_a_long_queue_is_cut(coord_session: AsyncSession) -> None:
     [
         (letter, ("a", "b"), {}, TypeError, "too many positional arguments"),
         (letter, (), {"colour": "red"}, TypeError, "unexpected keyword argument 'colour'"),
+        (letter, (), {"colour": "red"}, TypeError, r"letter\(ctx, .*\) does not take these arguments"),
         (letter, (("a", "tuple"),), {}, TypeError, "JSON"),
         (letter, (), {"scheduled": 3600}, TypeError, "from when to when"),
         (letter, (), {"scheduled": (-1, None)}, ValueError, "scheduled is a finite number"),

@@ -18,12 +18,13 @@ from redis.exceptions import ConnectionError as NotConnectedError
 
 import coord.testing.proof.client
 from coord import task_options
-from coord.dev.server import free_port
+from coord.dev.server import ServerError, free_port
 from coord.testing.history import RULES, Complaint, HistoryFile, Operation, Recorder
 from coord.testing.proof import Application, prove
 from coord.testing.proof.client import IN_THE_CALM, GaveUp, Visit
 from coord.testing.proof.links import Link
 from coord.testing.proof.prove import LATE_SECONDS, settled
+from coord.testing.proof.stack import Stack
 from tests.ledger import a_task
 from tests.pages import FILE, blocks
 from tests.shop import ROOT
@@ -130,6 +131,26 @@ def test_a_proof_without_a_second_worker_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a proof needs two workers"):
         proof.send(None)
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("api", "worker", "broken", "log"),
+    [
+        ("shop:misspelt", ["http.server", "0"], "uvicorn shop:misspelt", "api.log"),
+        ("shop:app", ["arq", "shop.Misspelt"], "arq shop.Misspelt", "worker-1.log"),
+    ],
+    ids=["api", "worker"],
+)
+@pytest.mark.timeout(55)
+async def test_a_process_that_does_not_start_is_named_within_seconds_with_the_end_of_its_log(
+    tmp_path: Path, api: str, worker: list[str], broken: str, log: str
+) -> None:
+    (tmp_path / "shop.py").write_text("async def app(scope, receive, send):\n    assert scope['type'] == 'http'\n")
+    application = Application(api=["uvicorn", api, "--port", "{port}"], workers=[worker], directory=tmp_path)
+    said = rf"`python -m {broken}.* has ended \d+ times; .*/{log} ends:\n(.*\n)*.*Error"
+    with pytest.raises(ServerError, match=said):
+        async with Stack(application, tmp_path).running():
+            pass
 
 
 async def test_a_proof_waits_for_what_is_due_in_time_and_for_nothing_that_is_due_tomorrow(

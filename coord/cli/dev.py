@@ -7,10 +7,12 @@ from typing import Any
 
 import click
 
+from coord.cli.servers import dotted
+
 
 @click.command()
 @click.option("--app", metavar="module:name", help="the ASGI application, as for uvicorn")
-@click.option("--worker", metavar="module.Class", help="the worker settings, as for arq")
+@click.option("--worker", metavar="module.Class", callback=dotted, help="the worker settings, as for arq")
 @click.option("--workers", type=click.IntRange(0), default=1, metavar="N", help="worker processes, 1 unless given")
 @click.option("--host", default="127.0.0.1", help="where the API listens, 127.0.0.1 unless given")
 @click.option("--port", type=int, default=8000, help="8000 unless given; 0 picks a free one")

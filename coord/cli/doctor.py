@@ -16,10 +16,10 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from coord.cli.checks import fleet, ledger, postgresql, redis
+from coord.cli.checks import fleet, ledger, postgresql, redis, tasks
 from coord.cli.checks.finding import Finding, Setup
 from coord.cli.output import say_json
-from coord.cli.servers import CONNECT_SECONDS, asynchronous, checked, json_option, masked, reason, url_option
+from coord.cli.servers import CONNECT_SECONDS, asynchronous, checked, dotted, json_option, masked, reason, url_option
 from coord.database.engine import engine_of
 from coord.database.place import ledger_schema
 from coord.notify.sentinel import redis_from_url
@@ -40,14 +40,16 @@ CHECKS: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (
     redis.rights,
     fleet.clocks,
 )
-WITH_LEDGER: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (fleet.known, fleet.handed_over)
+WITH_LEDGER: tuple[Callable[[Setup], AsyncIterator[Finding]], ...] = (fleet.known, tasks.put_off, fleet.handed_over)
 """Those that read its tables."""
 
 
 @click.command()
 @url_option
 @click.option("--redis", envvar="COORD_REDIS_URL", metavar="URL", help="Redis, COORD_REDIS_URL unless given")
-@click.option("--worker", metavar="module.Class", help="the worker settings, for its pool and its engine")
+@click.option(
+    "--worker", metavar="module.Class", callback=dotted, help="the worker settings, for its pool and its engine"
+)
 @click.option(
     "--namespace", default=NAMESPACE, show_default=True, help="that of the Coordinators; with --worker it is known"
 )

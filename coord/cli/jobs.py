@@ -42,6 +42,9 @@ async def list_(url: str | None, as_json: bool, **filters: Any) -> None:
     async with session_of(url) as session:
         found = [dataclasses.asdict(report) for report in await list_jobs(session, **filters)]
     columns = ("id", "task", "state", "attempt", "queue", "created_at", "finished_at", "error")
+    for job in () if as_json else found:
+        if job["state"] == JobState.DONE:
+            job["error"] = None  # of an attempt before the one that succeeded; `coord jobs show` has it
     show(found, columns, as_json=as_json, empty="no such job")
 
 

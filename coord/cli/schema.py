@@ -6,6 +6,7 @@ import click
 
 from coord.cli.output import say_json
 from coord.cli.servers import asynchronous, json_option, session_of, url_option
+from coord.database.place import ledger_schema
 from coord.jobs.migrations import create_ledger, ddl, latest
 
 
@@ -17,10 +18,15 @@ from coord.jobs.migrations import create_ledger, ddl, latest
 @asynchronous
 async def command(apply: bool, schema: str | None, url: str | None, as_json: bool) -> None:
     """Print the DDL of the ledger's tables, or make and upgrade them."""
+    place: str | None = None
     if apply:
         async with session_of(url) as session:
-            await create_ledger(await session.connection(), schema=schema)
+            connection = await session.connection()
+            await create_ledger(connection, schema=schema)
+            place = schema or await connection.run_sync(ledger_schema) or connection.dialect.default_schema_name
     if as_json:
         say_json({"version": latest(), "applied": apply, "ddl": ddl(schema)})
-    elif not apply:
+    elif apply:
+        click.echo(f"the ledger is of version {latest()}, in schema {place}")
+    else:
         click.echo(ddl(schema))

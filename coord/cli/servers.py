@@ -26,6 +26,13 @@ url_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="machine-readable")
 
 
+def dotted(_ctx: click.Context, _option: click.Parameter, given: str | None) -> str | None:
+    """Of `--worker`: what it names is imported much later, by a process whose error says less."""
+    if given is not None and (":" in given or not all(given.rpartition("."))):
+        raise click.UsageError(f"--worker is module.Class, as for arq, not {given}")
+    return given
+
+
 def checked(given: str | None) -> URL:
     """`ClickException` for what cannot be one."""
     if not given:

@@ -7,6 +7,11 @@
 
 from __future__ import annotations
 
-from coord.console.application import console
+try:
+    from coord.console.application import console
+except ModuleNotFoundError as error:
+    if error.name != "jinja2":
+        raise
+    raise ImportError("the console needs jinja2: install coord[console]") from error
 
 __all__ = ["console"]

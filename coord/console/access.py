@@ -50,8 +50,10 @@ class Access:
     def __init__(self, *, full_token: str | None, read_token: str | None) -> None:
         given = {Role.FULL: full_token, Role.READ: read_token}
         self._tokens = {role: token.encode() for role, token in given.items() if token is not None}
-        if any(len(token) < MIN_TOKEN_LENGTH for token in given.values() if token is not None):
-            raise ValueError(f"a token has at least {MIN_TOKEN_LENGTH} characters")
+        for role, token in given.items():
+            if token is not None and len(token) < MIN_TOKEN_LENGTH:
+                least = f"{role}_token has at least {MIN_TOKEN_LENGTH} characters"
+                raise ValueError(f"{least}, or is None: without any token the console is closed")
         if len({*self._tokens.values()}) < len(self._tokens):
             raise ValueError("the two tokens differ, or whoever may read may act")
         # A key for each role, by its own token: what a reader's cookie is signed with tells him nothing of the other.

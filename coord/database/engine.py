@@ -72,7 +72,7 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
 
     `ValueError` unless it is `postgresql+asyncpg`.
     """
-    session = source if isinstance(source, AsyncSession) else source()
+    session = source if isinstance(source, AsyncSession) else made_by(source)
     bind = getattr(session, "bind", None)  # SQLAlchemy 2.0 has none before there is one
     found = bind_of(session.sync_session, **(bind_arguments or NO_TABLE))
     if found is None:
@@ -81,6 +81,13 @@ def engine_of(source: async_sessionmaker[Any] | AsyncSession, **bind_arguments: 
         raise ValueError("coord takes a session on one connection by bind=, and not by binds=")
     require_asyncpg(found.dialect)
     return bind if isinstance(bind, AsyncEngine) and bind.sync_engine is found else AsyncEngine(found.engine)
+
+
+def made_by(session_maker: Any) -> Any:
+    """A session; `TypeError` for an engine."""
+    if not callable(session_maker):
+        raise TypeError(f"session_maker is what async_sessionmaker(engine) makes, not {session_maker!r}")
+    return session_maker()
 
 
 def bind_of(session: Session, **bind_arguments: Any) -> Engine | Connection | None:

@@ -1,9 +1,14 @@
-"""A task's arguments as JSON: refused before any SQL if they would arrive as something else."""
+"""A task's arguments: refused before any SQL if it does not take them, or if JSON would change them."""
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
+
+from arq.worker import Function
 
 MAX_DEPTH = 100
 """Of nested lists and objects; the reader may have less stack left than the writer had."""
@@ -13,6 +18,40 @@ MAX_ARGUMENT_BYTES = 1 << 20
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 """Made once, as `json.dumps` does not."""
+
+
+def signature_of(task: object) -> inspect.Signature | None:
+    """Of a task as workers call it, the context first; None of one that is known by its name only."""
+    function = task.coroutine if isinstance(task, Function) else task
+    if isinstance(function, str):
+        return None
+    try:
+        return _signature(function)
+    except TypeError:  # it has no hash
+        return inspect.signature(function)  # type: ignore[arg-type]
+
+
+_signature = lru_cache(maxsize=1_000)(inspect.signature)
+
+
+def check_call(
+    name: str, task: object, args: Sequence[Any], kwargs: Mapping[str, Any], *, partial: bool = False
+) -> None:
+    """`TypeError` if the task cannot be called with these after its context; with `partial` some may be missing."""
+    signature = signature_of(task)
+    if signature is None:
+        return
+    try:
+        (signature.bind_partial if partial else signature.bind)(None, *args, **kwargs)
+    except TypeError as error:
+        raise TypeError(f"{name}{_bare(signature)} does not take these arguments after the context: {error}") from None
+
+
+def _bare(signature: inspect.Signature) -> inspect.Signature:
+    """Without annotations."""
+    empty = inspect.Signature.empty
+    bare = [parameter.replace(annotation=empty) for parameter in signature.parameters.values()]
+    return signature.replace(parameters=bare, return_annotation=empty)
 
 
 def to_json(value: Any) -> str:

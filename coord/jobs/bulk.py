@@ -31,7 +31,7 @@ from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
 from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
-from coord.jobs.arguments import as_it_arrives, is_same, to_json
+from coord.jobs.arguments import as_it_arrives, check_call, is_same, to_json
 from coord.jobs.enqueue import due_of, is_unfinished, job_of, joined, options_given, stored_columns, values_of
 from coord.jobs.model import Job, execute, job_mapper, jobs, ledger_engine
 from coord.jobs.options import P, Task, TaskOptions
@@ -82,8 +82,9 @@ def call(task: str | Function, /, *args: Any, **kwargs: Any) -> Call: ...
 @overload
 def call(task: Task[P] | TaskOptions[P], /, *args: P.args, **kwargs: P.kwargs) -> Call: ...
 def call(task: Any, /, *args: Any, **kwargs: Any) -> Call:
-    """A call of a task for `enqueue_many`; `TypeError` here, at once, for arguments that JSON changes."""
+    """A call of a task for `enqueue_many`; `TypeError` here, at once, for arguments that `enqueue` would refuse."""
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
+    check_call(options.name, options.task, args, kwargs)
     return Call(options, *as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs]))
 
 

@@ -17,7 +17,7 @@ from coord.cancellation import interruptible
 from coord.database.engine import AnySession, session_of
 from coord.database.transaction import connection_mutex, expect_commit
 from coord.errors import UniqueKeyConflictError
-from coord.jobs.arguments import as_it_arrives, is_same
+from coord.jobs.arguments import as_it_arrives, check_call, is_same
 from coord.jobs.ids import new_id
 from coord.jobs.model import Job, JobState, execute, is_queued, job_mapper, jobs, ledger_engine
 from coord.jobs.options import DEFAULT_QUEUE, P, Task, TaskOptions
@@ -68,12 +68,14 @@ async def enqueue(session: AnySession, task: Any, /, *args: Any, **kwargs: Any) 
 
     Returns a copy of the row in no session, whose `id` is readable after the commit too. A task may be given by its
     name. With `task_options(task, unique_key=…)` it may be an unfinished job that was there (`job.joined`), or a
-    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL.
+    `UniqueKeyConflictError` if that has other arguments. Arguments that JSON changes are a `TypeError` before any SQL,
+    and so are those that the function does not take; of a task that is given by its name, only its worker knows.
     """
     session = session_of(session)
     ledger_engine(session)
     options = task if isinstance(task, TaskOptions) else TaskOptions(task)
     values = values_of(options)
+    check_call(values["task"], options.task, args, kwargs)
     text, arguments = as_it_arrives(f"{values['task']}: the arguments", [[*args], kwargs])
     with sending(values["task"], values["queue"], values["id"]) as values["trace"]:
         given = values | due_of(options) | {"text": text}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -107,10 +108,10 @@ def attempting(session: AnySession, tasks: Any, ctx: Mapping[Any, Any] | None) -
     """`tasks` are a class that `worker_settings` has made, or functions; `ctx` is what `on_startup` leaves."""
     sessions = sessions_beside(session)
     settings: Any = tasks
-    if not isinstance(tasks, type):
+    if isinstance(tasks, Iterable) and not isinstance(tasks, str | type):
         settings = worker_settings([*tasks], session_maker=sessions, redis=NOWHERE)
     elif not hasattr(tasks, "worker_config"):
-        raise TypeError(f"tasks are functions, or a class that worker_settings has made, not {tasks!r}")
+        raise TypeError(f"tasks is a list of functions, or a class that worker_settings has made, not {tasks!r}")
     config = replace(settings.worker_config(), session_maker=sessions, idle_limit=NEVER_IDLE)
     engine, nobody = ledger_engine(session_of(session)), cast("Any", None)
     with closing(Board(1)) as board:

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 
 from coord.database.engine import session_of
 from coord.durations import seconds
-from coord.jobs.arguments import as_it_arrives, is_same, to_json
+from coord.jobs.arguments import as_it_arrives, check_call, is_same, signature_of, to_json
 from coord.jobs.model import execute, is_queued, jobs
 from coord.jobs.options import TaskOptions
 from coord.testing.attempts import job_of
@@ -96,13 +96,14 @@ class _Asked:
     @classmethod
     def of(cls, task: Any, args: Sequence[Any], kwargs: Mapping[str, Any], scheduled: Any) -> Self:
         options = task if isinstance(task, TaskOptions) else TaskOptions(task)
-        function: Any = options.task.coroutine if isinstance(options.task, Function) else options.task
         as_it_arrives(f"{options.name}: the arguments", [[*args], kwargs])
-        signature = None if isinstance(function, str) else inspect.signature(function)
-        if signature is not None:
-            signature.bind_partial(None, *args, **kwargs)
+        check_call(options.name, options.task, args, kwargs, partial=True)
         return cls(
-            options=options, signature=signature, args=args, kwargs=kwargs, scheduled=_window(scheduled, options)
+            options=options,
+            signature=signature_of(options.task),
+            args=args,
+            kwargs=kwargs,
+            scheduled=_window(scheduled, options),
         )
 
     @property

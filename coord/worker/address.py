@@ -29,7 +29,7 @@ class Address:
         """As arq reads them, for a client that outlives any absence of Redis."""
         settings = self._sentinels or self.redis
         if not isinstance(settings, RedisSettings):
-            settings = RedisSettings.from_dsn(settings.rstrip("/"))
+            settings = _from_url(settings)
             settings.username = settings.username and unquote(settings.username)  # which from_dsn leaves to its caller
             settings.password = settings.password and unquote(settings.password)
         return replace(settings, retry=patience, retry_on_timeout=True, retry_on_error=list(WAITED_OUT))
@@ -65,3 +65,14 @@ class Address:
             return {"sentinels": settings.host, "master": settings.sentinel_master, "options": options}
         names = [*_PLACE, *(f"ssl_{name}" for name in _TLS)]
         return {"options": options | {name: getattr(settings, name) for name in names}}
+
+
+def _from_url(url: object) -> RedisSettings:
+    """`url` is not shown: what cannot be parsed may hold a password anywhere."""
+    expected = "redis is a URL, redis://localhost:6379/0 say, or arq's RedisSettings"
+    if not isinstance(url, str):
+        raise TypeError(f"{expected}, and not of {type(url)}")
+    try:
+        return RedisSettings.from_dsn(url.rstrip("/"))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{expected}, and what was given is none: {error}") from None

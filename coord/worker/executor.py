@@ -27,6 +27,9 @@ from coord.worker.turns import Turns
 
 logger = logging.getLogger("arq.coord")
 
+NOT_KNOWN, NOT_TAKEN = "is not known here", "does not take these arguments here"
+"""In the error of a job that is put off; `coord doctor` reads it."""
+
 
 class Executor:
     """Runs each attempt in a task of its own, and sees to its end in the ledger."""
@@ -83,11 +86,11 @@ class Executor:
         """Why the attempt cannot be made here, and perhaps by another worker, or by this one after its deployment."""
         signature = self._signatures.get(message.task)
         if signature is None:
-            return LookupError(f"the task {message.task} is not known here")
+            return LookupError(f"the task {message.task} {NOT_KNOWN}")
         try:
             signature.bind(None, *message.args, **message.kwargs)
         except TypeError as error:
-            return TypeError(f"the task {message.task} does not take these arguments here: {error}")
+            return TypeError(f"the task {message.task} {NOT_TAKEN}: {error}")
         return None
 
     async def _refused(self, running: RunningJob, error: Exception) -> str:

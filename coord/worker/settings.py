@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,6 +79,8 @@ def worker_settings(
     Raises `ValueError` or `TypeError` here for what makes no sense.
     """
     ledger_engine(session_maker)
+    if isinstance(functions, str) or not isinstance(functions, Iterable):
+        raise TypeError(f"functions is a list of tasks, [fulfil_order] say, not {functions!r}")
     _check(arq_settings)
     keys = QueueKeys(checked_text("namespace", namespace), checked_text("queue", queue))
     tasks = _by_name([func(function) for function in functions])

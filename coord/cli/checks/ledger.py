@@ -39,7 +39,8 @@ async def tables(setup: Setup) -> AsyncIterator[Finding]:
             return
         version = await connection.scalar(select(versions.c.version))
         if version != latest():
-            what = f"it is of version {version}, and this coord knows {latest()}"
+            its = "its version is not recorded" if version is None else f"it is of version {version}"
+            what = f"{its}, and this coord knows {latest()}"
             older = version is None or version < latest()
             yield Finding("ledger", what, APPLY if older else "upgrade coord: this one would harm the ledger")
             return

@@ -16,9 +16,15 @@ from __future__ import annotations
 
 from coord.testing.history import Bounds, Complaint, Effect, Number, Row
 from coord.testing.proof.application import Application
-from coord.testing.proof.client import Shown, Visit
 from coord.testing.proof.faults import Fault
-from coord.testing.proof.prove import Proof, prove
+
+try:
+    from coord.testing.proof.client import Shown, Visit
+    from coord.testing.proof.prove import Proof, prove
+except ModuleNotFoundError as error:
+    if error.name != "httpx":
+        raise
+    raise ImportError("a proof needs httpx: install coord[testing]") from error
 
 __all__ = [
     "Application",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coord.dev.process import end, spawn
+from coord.dev.server import ServerError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 GRACE_SECONDS = 15.0
 RESTART_SECONDS = 0.1
 """Between two looks whether a process has ended."""
+LAST_LINES = 15
+"""Of a process's log, in an error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +48,8 @@ class Process:
         path = os.pathsep.join(filter(None, [str(application.directory), os.environ.get("PYTHONPATH")]))
         self._environment = {**os.environ, "PYTHONPATH": path, **application.environment, **urls}
         self._frozen = False
+        self.ends = 0
+        """How often it has ended, and was started again."""
         self._start()
         self._keeping = asyncio.create_task(self._keep(), name="coord proof keeps a process")
 
@@ -56,8 +62,14 @@ class Process:
     async def _keep(self) -> None:
         while True:
             if self._process.poll() is not None:
+                self.ends += 1
                 self._start()
             await asyncio.sleep(RESTART_SECONDS)
+
+    def failure(self, what: str) -> ServerError:
+        """An error that says where its log is, and how that ends."""
+        tail = "\n".join(self._log.read_text(errors="replace").splitlines()[-LAST_LINES:])
+        return ServerError(f"`python -m {shlex.join(self._command[2:])}` {what}; {self._log} ends:\n{tail}")
 
     @property
     def pid(self) -> int:

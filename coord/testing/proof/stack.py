@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from typing import TYPE_CHECKING
 
 import asyncpg
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from coord.testing.proof.application import Application
 
 START_SECONDS = 60.0
+MAX_ENDS = 5
+"""Of a process that is to start, after which it never will."""
 POLL_SECONDS = 0.1
 WORKERS = "SELECT pid FROM coord_workers WHERE NOT dead AND NOT stopping"
 
@@ -56,7 +59,7 @@ class Stack:
             for number, command in enumerate(application.workers):
                 own = {variable: link.url for variable, link in linked[number : number + 1]}
                 self.workers.append(self._start(exits, command, f"worker-{number + 1}", {**urls, **own}))
-            await self.serves()
+            await self.serves(max_ends=MAX_ENDS)
             await self._work()
             yield
 
@@ -75,15 +78,18 @@ class Stack:
         dsn = make_url(self.postgresql.url).set(drivername="postgresql").render_as_string(hide_password=False)
         return await asyncpg.connect(dsn)
 
-    async def serves(self) -> None:
-        """Return when the API accepts a connection."""
-        async with asyncio.timeout(START_SECONDS):
-            while True:
-                with contextlib.suppress(OSError):
-                    _, writer = await asyncio.open_connection(HOST, self.port)
-                    writer.close()
-                    return
-                await asyncio.sleep(POLL_SECONDS)
+    async def serves(self, *, max_ends: float = math.inf) -> None:
+        """Return when the API accepts a connection; in a storm it may end at its start whenever PostgreSQL is away."""
+        before = self.api.ends
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                while self.api.ends < before + max_ends:
+                    with contextlib.suppress(OSError):
+                        _, writer = await asyncio.open_connection(HOST, self.port)
+                        writer.close()
+                        return
+                    await asyncio.sleep(POLL_SECONDS)
+        raise self.api.failure(f"does not listen on {HOST}:{self.port}, and has ended {self.api.ends - before} times")
 
     async def at_work(self) -> list[Process]:
         """The workers that live, reach both servers, and have said so to the ledger; none if nobody can tell."""
@@ -99,6 +105,14 @@ class Stack:
         return [one for one, link in linked if one.is_alive and one.pid in known and (link is None or link.up)]
 
     async def _work(self) -> None:
-        async with asyncio.timeout(START_SECONDS):
-            while len(await self.at_work()) < len(self.workers):  # noqa: ASYNC110 - other processes tell the ledger
-                await asyncio.sleep(POLL_SECONDS)
+        found: list[Process] = []
+        before = [worker.ends for worker in self.workers]  # without tables, until the API had made them
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_SECONDS):
+                while all(worker.ends < ends + MAX_ENDS for worker, ends in zip(self.workers, before, strict=True)):
+                    found = await self.at_work()
+                    if len(found) == len(self.workers):
+                        return
+                    await asyncio.sleep(POLL_SECONDS)
+        worker = max((worker for worker in self.workers if worker not in found), key=lambda worker: worker.ends)
+        raise worker.failure(f"has no heartbeat in the ledger, and has ended {worker.ends} times")
