@@ -136,7 +136,6 @@ PROCESS = """
 import asyncio, os, sys
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from coord import Coordinator, Job, WaitTimeoutError, enqueue, wait_for_row_change
-from coord.testing import rolled_back
 
 async def act(maker, what):
     async with maker() as session:
@@ -156,9 +155,6 @@ async def main():
         if "coordinated" in what:
             async with Coordinator(maker, redis=os.environ["COORD_REDIS_URL"] if "redis" in what else None):
                 await act(maker, what)
-        elif "rolled-back" in what:
-            async with rolled_back(engine.url) as in_a_test:
-                await act(in_a_test, what)
         else:
             await act(maker, what)
     await engine.dispose()
@@ -172,9 +168,7 @@ asyncio.run(main())
     [
         ("enqueue", 1),
         ("wait", 1),
-        ("enqueue-wait-rolled-back", 0),
         ("enqueue,enqueue,wait,wait", 1),
-        ("enqueue-rolled-back,enqueue", 1),
         ("enqueue-wait-coordinated-redis", 0),
         ("enqueue-wait-coordinated", 0),
         ("enqueue-coordinated-redis,enqueue", 1),

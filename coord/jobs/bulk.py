@@ -112,7 +112,7 @@ async def enqueue_many(session: AnySession, calls: Iterable[Call]) -> list[Job]:
     places = _distinct(wanted)
     async with connection_mutex(session):
         found = await interruptible(session.run_sync(_enqueue, places, wanted, rows))
-    warn_if_uncoordinated(session)
+    warn_if_uncoordinated()
     for number, job in enumerate(found.values()):
         if not job.joined:
             note(session.sync_session, job)

@@ -88,7 +88,7 @@ async def enqueue(session: AnySession, task: Any, /, *args: Any, **kwargs: Any) 
                     return found
                 stored = found
     job = job_of(given, arguments, stored)
-    warn_if_uncoordinated(session)
+    warn_if_uncoordinated()
     collect(session.sync_session, (job_mapper, (job.id,)), job)
     expect_commit(session.sync_session, job)
     return job

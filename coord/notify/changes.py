@@ -15,11 +15,10 @@ from typing import Any
 
 from sqlalchemy import Connection, event
 from sqlalchemy.engine import Dialect
-from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import InstanceState, Mapper, ORMExecuteState, Session, SessionTransaction
 from sqlalchemy.orm.attributes import get_history
 
-from coord.database.engine import bind_for_writes, own_connection
+from coord.database.engine import bind_for_writes
 from coord.database.target import Key
 from coord.observation import tell_committed
 
@@ -127,12 +126,9 @@ def collect(session: Session, change: Change, job: Any = None, *, beside: Mapper
         _collected(session, dialect)[change] = job
 
 
-def warn_if_uncoordinated(session: AsyncSession) -> None:
-    """Warn, at the first enqueue or wait, that this process has no `Coordinator`.
-
-    A session on a connection of its own is a test's, whose commits no worker sees.
-    """
-    if not _observed and own_connection(session) is None:
+def warn_if_uncoordinated() -> None:
+    """Warn, at the first enqueue or wait, that this process has no `Coordinator`."""
+    if not _observed:
         _warn_uncoordinated()
 
 

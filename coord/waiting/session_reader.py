@@ -61,7 +61,7 @@ class SessionReader(Generic[M]):
     __slots__ = ("_unguarded", "began", "bound", "schemas", "session", "settings", "target", "watcher")
 
     def __init__(self, session: AsyncSession, target: Target[M], schemas: Schemas) -> None:
-        warn_if_uncoordinated(session)
+        warn_if_uncoordinated()
         self.session = session
         self.target = target
         self.schemas = schemas
