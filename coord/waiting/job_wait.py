@@ -19,7 +19,7 @@ class JobWaiter(Waiter[Job]):
     Always by the shared read: rows of the ledger depend on no session's settings.
     """
 
-    __slots__ = ("_owner", "_watcher")
+    __slots__ = ("_owner",)
     counts = 0
     fresh = 0
 
@@ -29,7 +29,7 @@ class JobWaiter(Waiter[Job]):
         super().__init__(
             poller, job_target(job_id), {"state": JobState.QUEUED}, interval=interval, awaits_message=pending
         )
-        self._owner, self._watcher = owner, watcher
+        self._owner = owner
         owner.job = self
 
     def differs_in(self, values: Mapping[str, Any]) -> bool | None:
@@ -49,10 +49,6 @@ class JobWaiter(Waiter[Job]):
             self._owner.fail(end)
         elif row.state is JobState.DONE:
             self._owner.conclude()
-
-    def may_have_missed(self) -> bool:
-        """Not while the job is being handed over: no worker has it."""
-        return not self._watcher.is_job_pending(self.target.key[0])
 
     def on_message(self, *, of_row: bool) -> bool:
         """The job's commit is its effect's as well, and that mostly ends the wait: the owner's row is read first."""

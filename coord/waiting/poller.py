@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("coord.waiting")
 
-DEFERRED_READ_SECONDS = 0.02
+DEFERRED_READ_SECONDS = 0.1
 """Before the first read of a row that cannot have changed without a message."""
 RETRY_INTERVAL_SECONDS = 0.2
 """Between attempts to read while PostgreSQL is away."""
@@ -99,7 +99,7 @@ class Poller:
         waiter.awaits_message = waiter.awaits_message and is_subscribed
         if not waiter.awaits_message and (not is_subscribed or len(others) > 1):
             self.request(key)
-        elif waiter.awaits_message and waiter.may_have_missed():
+        elif waiter.awaits_message:
             self._request_later(key)
         if self.task is None or self.task.done():
             name = f"coord waits for {self.reader.mapper.class_.__name__}"
@@ -173,7 +173,7 @@ class Poller:
         waiters = self.waiters.get(key, ())
         if not all(waiter.awaits_message for waiter in waiters):
             self.request(key)
-        elif any(waiter.may_have_missed() for waiter in waiters):
+        else:
             self._request_later(key)  # for what has come since they began, if they have been read by now
         for waiter in waiters:
             waiter.on_subscribed()

@@ -114,10 +114,6 @@ class Waiter(Generic[M]):
         self.then = (self._poller.generation + 1, other)
         self.request()
 
-    def may_have_missed(self) -> bool:
-        """Whether its row may have changed before the process had subscribed."""
-        return True
-
     def on_subscribed(self) -> None:
         """Messages of the row come from now on; when called again, some may have been missed."""
         self.awaits_message = False

@@ -16,7 +16,7 @@ HARMLESS = {
     ),
     "a look compares fewer jobs": Edit("coord/worker/maintenance/reconciler.py", "REST = 100\n", "REST = 20\n"),
     "the first read of a wait comes later": Edit(
-        "coord/waiting/poller.py", "DEFERRED_READ_SECONDS = 0.02", "DEFERRED_READ_SECONDS = 0.1"
+        "coord/waiting/poller.py", "DEFERRED_READ_SECONDS = 0.1", "DEFERRED_READ_SECONDS = 0.2"
     ),
     "waits poll at another interval": Edit(
         "coord/http/reply.py", "        interval: Seconds = 0.5,\n", "        interval: Seconds = 0.9,\n"
