@@ -60,8 +60,8 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help=f"of the others, for each lock mode ({FULL.rounds})")
     only = f"some of {', '.join(names)}"
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=only)
-    against = "another checkout whose coord plays as well, say a worktree of the commit before"
-    parser.add_argument("--against", type=Path, metavar="DIR", help=against)
+    against = "other checkouts whose coord plays as well, say a worktree of the commit before"
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="DIR", help=against)
     parser.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help=f"where {PAGE} is")
     return parser.parse_args(arguments)
 
@@ -71,9 +71,7 @@ def _main(options: argparse.Namespace) -> None:
     base = QUICK if options.quick else FULL
     given = {name: value for name in ("pairs", "rounds") if (value := getattr(options, name)) is not None}
     scale = replace(base, **given)
-    entries = _chosen(options)
-    if options.against:
-        entries = (*entries, other_checkout(options.against))
+    entries = (*_chosen(options), *map(other_checkout, options.against))
     pythons = {entry: _python(entry, options.quick) for entry in entries}
     steps = planned(entries, scale.pairs, scale.rounds)
     with opened(Servers) as servers:
