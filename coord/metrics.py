@@ -47,7 +47,7 @@ try:
     )
     from prometheus_client.core import GaugeMetricFamily
 except ModuleNotFoundError as error:
-    raise ImportError("metrics need prometheus_client: install coord[metrics]") from error
+    raise ImportError('metrics need prometheus_client: pip install "coord[metrics]"') from error
 
 logger = logging.getLogger("coord.metrics")
 

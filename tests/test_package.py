@@ -201,7 +201,8 @@ def test_packages_import_in_one_order_without_circles(trees: Trees) -> None:
 def test_an_import_without_its_extra_names_the_extra(module: str, package: str, extra: str) -> None:
     program = f"import sys; sys.modules['{package}'] = None; import {module}"
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
-    assert re.fullmatch(rf"ImportError: .* needs? {package}: install coord\[{extra}\]", ended.stderr.splitlines()[-1])
+    hint = rf'ImportError: .* needs? {package}: pip install "coord\[{extra}\]"'
+    assert re.fullmatch(hint, ended.stderr.splitlines()[-1])
 
 
 def test_an_import_connects_nothing_and_starts_nothing() -> None:

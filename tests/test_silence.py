@@ -108,6 +108,20 @@ async def test_a_wait_whose_values_postgresql_has_to_compare_ends_by_its_deadlin
     await engine.dispose()
 
 
+class Cut:
+    """Ends the connection by which a statement with this text is sent, once."""
+
+    def __init__(self, text: bytes) -> None:
+        self.text = text
+        self.times = 0
+
+    def __call__(self, wire: Wire, data: bytes) -> bool:
+        if self.text in data and not self.times:
+            self.times += 1
+            wire.cut()
+        return False
+
+
 class Letter:
     """A document whose owner is loaded when asked for."""
 
@@ -121,16 +135,9 @@ Base.registry.map_imperatively(Letter, Document.__table__, properties={"owner": 
 async def test_what_was_loaded_is_loaded_again_although_a_connection_was_lost_meanwhile(
     database_url: str, user: int, observer: Connection
 ) -> None:
-    key, lost = UUID(int=1), 0
+    key, cut = UUID(int=1), Cut(b"WHERE documents.id = $1")
     seen = {"prepared_statement_cache_size": 0}  # each statement goes over the wire as a text
     await observer.execute("INSERT INTO documents VALUES ($1, '{}', 0, 0, 0, 1)", key)
-
-    def lose(wire: Wire, data: bytes) -> bool:
-        nonlocal lost
-        if b"WHERE documents.id = $1" in data and not lost:
-            lost += 1
-            wire.cut()
-        return False
 
     async with Proxy(database_url).opened() as proxy, engine_at(proxy.url, connect_args=seen) as engine:
         maker = async_sessionmaker(engine, expire_on_commit=False)
@@ -139,10 +146,10 @@ async def test_what_was_loaded_is_loaded_again_although_a_connection_was_lost_me
             await session.refresh(own, ["owner"])
             task = waiting(session, Letter, key, since={"x": 0})
             await registered()
-            proxy.on_request = lose
+            proxy.on_request = cut
             await observer.execute("UPDATE documents SET x = 1")
             assert await task is own
-            assert (own.x, own.owner.name, lost) == (1, "before", 1)
+            assert (own.x, own.owner.name, cut.times) == (1, "before", 1)
 
 
 @pytest.mark.parametrize("settings", [{}, None], ids=["declared", "undeclared"])
@@ -151,15 +158,8 @@ async def test_a_wait_whose_row_is_refreshed_on_a_lost_connection_refreshes_it_o
     database_url: str, user: int, observer: Connection, settings: dict[str, str] | None, loaded: bool
 ) -> None:
     """The row has ended the wait by then: what is left is to make the session's own instance current."""
-    key, lost = UUID(int=1), 0
+    key, cut = UUID(int=1), Cut(b"FROM users")
     await observer.execute("INSERT INTO documents VALUES ($1, '{}', 0, 0, 0, 1)", key)
-
-    def lose(wire: Wire, data: bytes) -> bool:
-        nonlocal lost
-        if b"FROM users" in data and not lost:
-            lost += 1
-            wire.cut()
-        return False
 
     async with Proxy(database_url).opened() as proxy:
         engine = create_async_engine(proxy.url)
@@ -168,9 +168,9 @@ async def test_a_wait_whose_row_is_refreshed_on_a_lost_connection_refreshes_it_o
             own = await session.get(Document, key) if loaded else None
             task = waiting(session, Document, key, since={"x": 0})
             await registered()
-            proxy.on_request = lose
+            proxy.on_request = cut
             await observer.execute("UPDATE documents SET x = 1")
             row = await task
             assert own in (None, row)
-            assert (row.x, row.owner.name, lost) == (1, "before", 1)
+            assert (row.x, row.owner.name, cut.times) == (1, "before", 1)
         await engine.dispose()

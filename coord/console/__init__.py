@@ -12,6 +12,6 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "jinja2":
         raise
-    raise ImportError("the console needs jinja2: install coord[console]") from error
+    raise ImportError('the console needs jinja2: pip install "coord[console]"') from error
 
 __all__ = ["console"]

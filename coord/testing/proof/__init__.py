@@ -24,7 +24,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "httpx":
         raise
-    raise ImportError("a proof needs httpx: install coord[testing]") from error
+    raise ImportError('a proof needs httpx: pip install "coord[testing]"') from error
 
 __all__ = [
     "Application",
