@@ -12,8 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 import coord.database.engine
 from coord import get_transaction
-from coord.database.engine import prepare
+from coord.database.engine import another, prepare
 from tests.models import User
+from tests.proxy import Proxy, Wire
+from tests.serving import engine_at
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -136,3 +138,22 @@ async def test_engines_that_share_a_pool_are_prepared_once(database_url: str, mo
             await connection.execute(text("SELECT 1"))
     assert len(asked) == 1
     await engine.dispose()
+
+
+async def test_a_connection_is_set_up_once_though_its_engine_has_the_listeners_of_another(database_url: str) -> None:
+    """A worker's own engine is made from the application's, whose pool's listeners it takes over."""
+    sent: list[bytes] = []
+
+    def note(_wire: Wire, data: bytes) -> bool:
+        sent.append(data)
+        return False
+
+    async with Proxy(database_url).opened() as proxy, engine_at(proxy.url) as engine:
+        prepare(engine)
+        own = another(engine)
+        prepare(own)
+        proxy.on_request = note
+        async with own.connect():
+            pass
+        await own.dispose()
+    assert sum(b"client_connection_check_interval" in data for data in sent) == 1
