@@ -8,10 +8,11 @@ import pytest
 from arq.worker import func
 from sqlalchemy import text
 
-from coord import task_options
+from coord import Job, task_options
 from coord.queue.message import Message
 from coord.worker.maintenance import scheduler as scheduling
 from coord.worker.maintenance.rows import QueuedJobs
+from coord.worker.state import WorkerState
 from tests.serving import eventually
 from tests.workers import KEYS, Office, fresh, working
 
@@ -69,6 +70,38 @@ async def test_no_job_begins_before_its_time_when_the_clock_of_redis_is_set_forw
         await office.put(Message.of(job).text(), fresh() + 1000 * ahead)
         row = await office.final(job, within=4 + 5 + 1)
     assert row.started_at >= row.scheduled_at
+
+
+async def test_a_job_that_has_run_while_the_ledger_was_looked_at_is_not_handed_over_again(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL's now() is that of the transaction, a little before what its statement sees."""
+    ran: list[str] = []
+    jobs: list[Job] = []
+    hand_over = WorkerState.hand_over
+
+    async def task(ctx: dict[str, Any]) -> None:
+        ran.append(ctx["job_id"])
+
+    class OneIsMade(QueuedJobs):
+        async def ids(self, *conditions: Any, limit: int = 16, after: Any = None) -> Sequence[Any]:
+            if not jobs:
+                jobs.append(await office.enqueue(task_options("task", delay=0.5)))
+            return await super().ids(*conditions, limit=limit, after=after)
+
+    async def late(self: WorkerState, rows: Any, **options: Any) -> None:
+        if "least" in options:
+            await office.final(jobs[0])
+        await hand_over(self, rows, **options)
+
+    monkeypatch.setattr(scheduling, "QueuedJobs", OneIsMade)
+    monkeypatch.setattr(WorkerState, "hand_over", late)
+    tasks = [func(task, name="task")]
+    async with working(office, tasks), working(office, tasks):  # of which one moves what is due meanwhile
+        await eventually(lambda: jobs)
+        await office.final(jobs[0])
+        await office.final(await office.enqueue(task_options("task", delay=1.5)))
+    assert ran.count(str(jobs[0].id)) == 1
 
 
 async def is_full(office: Office) -> bool:

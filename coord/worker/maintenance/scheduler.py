@@ -23,6 +23,9 @@ READ_SECONDS = 10.0
 """Between two looks into the ledger."""
 OVERLAP_SECONDS = 5.0
 """Of what is read from the ledger: a transaction may commit later than it has said now()."""
+NEAREST_SECONDS = 1.0
+"""Before its time, from which on a job is left to who has enqueued it, or to the reconciler: it may have run before what
+was read of it is handed over."""
 MOVED = 500
 
 
@@ -67,7 +70,8 @@ class Scheduler(Loop):
         A wave of jobs takes many pages, between which what has come due is moved.
         """
         near = func.now() + literal(timedelta(seconds=NEAR_SECONDS))
-        since: Any = func.now() if self._until is None else self._until - timedelta(seconds=OVERLAP_SECONDS)
+        nearest = func.now() + literal(timedelta(seconds=NEAREST_SECONDS))
+        since: Any = nearest if self._until is None else self._until - timedelta(seconds=OVERLAP_SECONDS)
         if self._after is None:
             ((self._reads_until,),) = await self._state.read(select(near))
         in_time = jobs.c.scheduled_at > since, jobs.c.scheduled_at <= self._reads_until
