@@ -24,8 +24,8 @@ READ_SECONDS = 10.0
 OVERLAP_SECONDS = 5.0
 """Of what is read from the ledger: a transaction may commit later than it has said now()."""
 NEAREST_SECONDS = 1.0
-"""Before its time, from which on a job is left to who has enqueued it, or to the reconciler: it may have run before what
-was read of it is handed over."""
+"""Before its time, from which on a job is left to who has enqueued it, or to the reconciler: it may have run before
+what was read of it is handed over."""
 MOVED = 500
 
 
