@@ -51,7 +51,7 @@ coverage: $(READY) ## the suite, then how much of each package it ran and which 
 		$(BIN)/coverage combine --quiet && $(BIN)/python -m tests.coverage && exit $$status
 
 chaos: $(READY) ## kill, freeze, flush and crash for SECONDS (60), and look up that nothing came of it; SEED repeats a run
-	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE))
+	@$(BIN)/python -m tests.chaos $(if $(SECONDS),--seconds $(SECONDS)) $(if $(SEED),--seed $(SEED)) $(if $(PACE),--pace $(PACE)) $(if $(LOOKS),--looks $(LOOKS))
 
 faults: $(READY) ## every part under every fault, in under fifteen minutes, and the matrix of what held
 	@$(BIN)/python -m tests.faults -n 2 --dist loadfile

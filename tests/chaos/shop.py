@@ -9,6 +9,7 @@ from coord.testing.proof import Application, Shown
 from tests.shop import API, ROOT, WORKER
 
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     import asyncpg
@@ -52,16 +53,20 @@ def stocking(stock: dict[str, int]) -> Callable[[httpx.AsyncClient], Awaitable[o
     return prepare
 
 
-async def customer(visit: Visit) -> None:
-    """Nothing is placed twice that matters: an order that nobody asks to be fulfilled takes nothing."""
+async def customer(visit: Visit, *, looks: int, seen: deque[str]) -> None:
+    """Nothing is placed twice that matters: an order that nobody asks to be fulfilled takes nothing.
+
+    In the end it `looks` so many times at an order of those that were `seen` last, by itself or another.
+    """
     wanted = {"sku": SKUS[visit.number % len(SKUS)], "quantity": quantity_of(visit.number)}
     placed = await visit.ask("POST", "/orders", json=wanted, shows=_placed)
     order_id = placed.json()["id"]
     headers = {"Prefer": f"wait={PATIENCE:g}", "Idempotency-Key": f'"{visit.number}"'}
     path = f"/orders/{order_id}/fulfil"
     await visit.ask("POST", path, headers=headers, effect=f"order {order_id}", deadline=PATIENCE, shows=_dealt_with)
-    if visit.number % 5 == 0:
-        await visit.ask("GET", f"/orders/{order_id}", shows=_dealt_with)
+    seen.append(order_id)
+    for _ in range(looks):
+        await visit.ask("GET", f"/orders/{visit.random.choice(seen)}", shows=_dealt_with)
 
 
 def _placed(answer: httpx.Response) -> Shown | None:
