@@ -73,7 +73,7 @@ async def test_at_a_signal_waits_are_answered_at_once_and_streams_end(
                 assert (await polling.begun()).status == 304
                 assert [await stream.event() for stream in (following, silent, job_stream)] == [None] * 3
         await server.exit_status(within=10)
-        assert server.count("Traceback|ERROR") == 0, server.lines
+        assert server.count("Traceback|ERROR") == 0, "\n".join(server.lines)
 
 
 @pytest.mark.usefixtures("orders")

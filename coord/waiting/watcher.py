@@ -32,6 +32,8 @@ Declared = Mapping[str, str] | Callable[["AsyncSession"], Mapping[str, str]] | N
 MAX_WAITERS = 20_000
 LINGER_SECONDS = 0.5
 """How long a class is still subscribed to, and its loop kept, that nobody waits for any more."""
+DRAIN_SECONDS = 0.5
+"""In which reads that no wait needs any more end by themselves: one that is cancelled costs its connection."""
 MAX_OWN_READS = 4
 """Sessions that read by themselves at a time: the pool's connections are for others as well."""
 
@@ -180,11 +182,15 @@ class Watcher:
 
     async def drain(self) -> None:
         """Stop reads that no wait needs, now and later on; their connections are in the pool again."""
+        await self._ended(DRAIN_SECONDS)
         self._draining = not self._coordinations
         for task in self._idle_tasks:
             task.cancel()
+        await self._ended(READ_TIMEOUT_SECONDS)
+
+    async def _ended(self, limit: float) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + READ_TIMEOUT_SECONDS
+        deadline = loop.time() + limit
         while self._idle_tasks and (left := deadline - loop.time()) > 0:
             await asyncio.wait([*self._idle_tasks], timeout=left)
 
