@@ -326,6 +326,22 @@ async def test_keys_of_different_routes_are_apart(session_maker: SessionMaker) -
         assert problem_of(await client.post("/v1/things/2")) == (400, f"{URN}idempotency-key-missing")
 
 
+@pytest.mark.parametrize("name", ["a%3Fb", "a%23b", "a%5Cb", "a%253Fb", "%C3%A4"])
+async def test_another_path_is_refused_whatever_characters_either_has(session_maker: SessionMaker, name: str) -> None:
+    app = FastAPI(exception_handlers=problem_handlers())
+    get_db = create_db_dependency(session_maker)
+    dependency = idempotency(caller=user)
+
+    @app.post("/things/{name}")
+    async def act(name: str, once: Idempotency = Depends(dependency), session: AsyncSession = Depends(get_db)) -> bool:
+        return (await once.enqueue(session, a_task, len(name))).joined
+
+    async with served(app) as client:
+        answers = [await client.post(f"/things/{name}", headers={"Idempotency-Key": KEY}) for _ in range(2)]
+        assert [answer.json() for answer in answers] == [False, True]
+        assert problem_of(await client.post(f"/things/{name}c", headers={"Idempotency-Key": KEY})) == REUSED
+
+
 async def test_a_request_that_needs_no_job_has_its_key_checked(session_maker: SessionMaker) -> None:
     app = FastAPI(exception_handlers=problem_handlers())
     get_db = create_db_dependency(session_maker)

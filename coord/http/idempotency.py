@@ -204,7 +204,8 @@ def _route(request: Request) -> str:
     """The path with its parameters' names; a route alone does not know under which prefix it was included."""
     route = request.scope.get("route")
     template = str(getattr(route, "path_format", ""))
-    return request.url.path.removesuffix(template.format(**request.path_params)) + template
+    path: str = request.scope["path"]  # a URL is quoted, and a parameter is not
+    return path.removesuffix(template.format(**request.path_params)) + template
 
 
 async def _fingerprint(request: Request) -> str:
@@ -212,7 +213,7 @@ async def _fingerprint(request: Request) -> str:
     body = await request.body()
     with suppress(ValueError, RecursionError):
         body = json.dumps(json.loads(body), sort_keys=True).encode()
-    return _digest(request.url.path, request.url.query, body)
+    return _digest(request.scope["path"], request.scope["query_string"].decode("latin-1"), body)
 
 
 def _digest(*parts: str | bytes) -> str:
