@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from coord import (
     Coordinator,
@@ -45,6 +46,16 @@ pytestmark = pytest.mark.usefixtures("tables", "ledger", "nobody_left_waiting")
 
 NEVER = 60.0
 """An interval that no test lives to see."""
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class NamedUser(Base):
+    __tablename__ = "named_users"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str]
 
 
 async def end(observer: Connection, state: str, error: str | None = None) -> None:
@@ -590,6 +601,34 @@ async def test_the_bell_tells_of_the_end_without_any_interval(
             with pytest.raises(JobCancelledError):
                 await task
         assert time.monotonic() - began < 1
+
+
+async def test_a_row_of_a_view_is_the_answer_however_early_its_job_ends(
+    session_maker: SessionMaker,
+    redis_url: str,
+    observer: Connection,
+    user: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before a shared read has found that PostgreSQL keeps no place for a view's rows."""
+    free, read = asyncio.Event(), Reader.identities
+
+    async def late(reader: Reader, keys: Any) -> Any:
+        await free.wait()
+        return await read(reader, keys)
+
+    monkeypatch.setattr(Reader, "identities", late)
+    await observer.execute("CREATE VIEW named_users AS SELECT id, name FROM users")
+    async with Coordinator(session_maker, redis=redis_url), session_maker() as session:
+        job = await enqueue(session, a_task)
+        await session.commit()
+        task = waiting(session, NamedUser, user, job=job, interval=NEVER)
+        await eventually(lambda: len(waiters()) == 2)
+        async with job_transaction(delivered(job, session_maker)) as effect:
+            (await effect.get_one(User, user)).name = "after"
+        assert (await task).name == "after"
+        free.set()
+    await observer.execute("DROP VIEW named_users")
 
 
 async def test_the_bell_tells_of_the_end_also_if_the_row_has_changed_and_until_is_false_of_it(

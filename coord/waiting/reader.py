@@ -43,6 +43,8 @@ class Reader:
         self.mapper = mapper
         self.schemas = schemas
         self.settings = settings
+        self.has_identities = False
+        """Whether `identities` was answered: PostgreSQL keeps none of a view's rows."""
 
     async def columns(self, keys: Sequence[Key], names: ColumnNames) -> Found:
         """The named attributes of the rows that are there, after each row's position among the keys."""
@@ -56,6 +58,7 @@ class Reader:
     async def identities(self, keys: Sequence[Key]) -> dict[Key, tuple[Any, ...]]:
         """Of the rows that are there, which version each is: an equal one has equal values in any session."""
         rows = await self._rows(keys, partial(identities_of, self.mapper))
+        self.has_identities = True
         return {key: tuple(row[1:]) for key, row in rows.items()}
 
     async def stores(self, target: Target[Any], seen: Mapping[str, Any]) -> bool:

@@ -122,8 +122,9 @@ class WokenWaiter(Waiter[M]):
         """None if the database is away, and the read must be repeated."""
         if seconds_left(self._deadline) <= 0:
             raise self.timed_out(self._own.began)
+        identified = not self.solo and self._poller.reader.has_identities
         try:
-            return await self._own.read(self._deadline, identified=not self.solo, job_id=job_id)
+            return await self._own.read(self._deadline, identified=identified, job_id=job_id)
         except Exception as error:  # noqa: BLE001 - it is raised, or tried again
             await self._failed(error)
             return None
