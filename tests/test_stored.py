@@ -9,7 +9,7 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, timezone
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -88,6 +88,26 @@ class Own(UserDefinedType[Any]):
         return self.name
 
 
+class Parts(list[float]):
+    """As an array of NumPy's: what `==` gives is an array as well, and neither true nor false."""
+
+    def __eq__(self, other: object) -> Any:
+        return Parts(map(float.__eq__, self, cast("Parts", other)))
+
+    def __bool__(self) -> bool:
+        raise ValueError("The truth value of an array with more than one element is ambiguous")
+
+
+class Embedding(TypeDecorator[Any]):
+    """An array in Python."""
+
+    impl = ARRAY(REAL)
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Any) -> Any:
+        return None if value is None else Parts(value)
+
+
 class Base(DeclarativeBase):
     pass
 
@@ -140,6 +160,7 @@ KINDS: list[tuple[str, Any, str, Any, str]] = [
     ("point", Own("point"), "point", (1.10, 2), "'(1,3)'"),
     ("box", Own("box"), "box", ((0, 0), (1, 1)), "'(2,2),(1,1)'"),
     ("path", Own("path"), "path", ((0, 0), (1, 1)), "'((0,0),(1,2))'"),
+    ("embedding", Embedding(), "real[]", Parts([0.1, 0.2]), "'{0.1,0.3}'"),
     ("int", Integer(), "numeric(5,2)", 5, "5.5"),
     ("big", BigInteger(), "bigint", True, "2"),
 ]

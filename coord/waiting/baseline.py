@@ -85,7 +85,7 @@ def difference(target: Target[Any], baseline: Baseline, values: Mapping[str, Any
         value = values[name]
         seen = baseline.setdefault(name, value)
         kind = target.mapper.columns[name].type
-        if seen is value or kind.compare_values(seen, value):
+        if seen is value or kind.compare_values(seen, value) is True:  # equality of arrays may be an array
             continue
         if is_certain(kind, seen, value):
             return True
