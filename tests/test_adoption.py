@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import ForeignKey, event, select, text
+from sqlalchemy import ForeignKey, TypeDecorator, event, select, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.ext.mutable import MutableDict
@@ -57,6 +58,28 @@ class Lazy(Base):
     lines: Mapped[list[Line]] = relationship(order_by=Line.id)
 
 
+@dataclass
+class Options:
+    dark: bool
+
+
+class OptionsType(TypeDecorator[Options]):
+    impl = JSONB
+    cache_ok = True
+
+    def process_bind_param(self, value: Options | None, dialect: Any) -> dict[str, Any] | None:
+        return None if value is None else asdict(value)
+
+    def process_result_value(self, value: Any, dialect: Any) -> Options | None:
+        return None if value is None else Options(**value)
+
+
+class Chosen(Base):
+    __tablename__ = "adopted_chosen"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    options: Mapped[Options] = mapped_column(OptionsType())
+
+
 @pytest.fixture(scope="module")
 async def made(engine: AsyncEngine) -> AsyncIterator[None]:
     async with engine.begin() as connection:
@@ -69,10 +92,11 @@ async def made(engine: AsyncEngine) -> AsyncIterator[None]:
 @pytest.fixture
 async def orders(made: None, observer: Connection) -> None:
     await observer.execute("""
-        TRUNCATE adopted_lines, adopted_eager, adopted_lazy;
+        TRUNCATE adopted_lines, adopted_eager, adopted_lazy, adopted_chosen;
         INSERT INTO adopted_eager VALUES (1, 'pending', '');
         INSERT INTO adopted_lazy VALUES (1, 'pending', '{"n": 1}', 'a');
-        INSERT INTO adopted_lines VALUES (1, 1, 1)
+        INSERT INTO adopted_lines VALUES (1, 1, 1);
+        INSERT INTO adopted_chosen VALUES (1, '{"dark": false}')
     """)
 
 
@@ -228,6 +252,23 @@ async def test_a_session_in_a_block_reads_in_it(
         await observer.execute(WORK)
         assert (await task).status == "done"
         assert session.in_transaction()
+
+
+async def test_what_an_application_made_of_a_column_is_nobody_elses_and_may_change(
+    session_maker: SessionMaker, observer: Connection
+) -> None:
+    """A value of any class, which SQLAlchemy sees only replaced: it is of the caller's own, and not the baseline's."""
+    async with session_maker() as one, session_maker() as two:
+        tasks = [waiting(session, Chosen, 1, until=lambda row: row.options.dark) for session in (one, two)]
+        await registered(2)
+        await observer.execute("UPDATE adopted_chosen SET options = '{\"dark\": true}'")
+        first, second = await asyncio.gather(*tasks)
+        first.options.dark = False
+        assert second.options == Options(dark=True)
+    async with session_maker() as session, watch_row(session, Chosen, 1, interval=0.05, timeout=0.2) as states:
+        (await anext(states)).options.dark = False
+        with pytest.raises(WaitTimeoutError):
+            await anext(states)
 
 
 async def test_rows_that_were_handed_to_several_are_not_one(session_maker: SessionMaker, observer: Connection) -> None:

@@ -7,7 +7,8 @@ import enum
 import uuid
 import warnings
 from collections.abc import Mapping
-from datetime import date
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, Literal
 
 from sqlalchemy import Boolean, Date, Enum, Integer, LargeBinary, String, Uuid, inspect
@@ -23,7 +24,7 @@ Baseline = dict[str, Any]
 Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
 
-_CHANGEABLE = (list, dict, set, bytearray)
+_CONSTANT = (str, int, float, bytes, type(None), Decimal, date, time, timedelta, uuid.UUID, enum.Enum, tuple)
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
     (Integer, int),
     (Boolean, bool),
@@ -107,4 +108,9 @@ def is_certain(kind: TypeEngine[Any], seen: Any, value: Any) -> bool:
 
 def own_copy(value: Any) -> Any:
     """A value that may be changed in place, as one of which that cannot be seen elsewhere."""
-    return copy.deepcopy(value) if isinstance(value, _CHANGEABLE) else value
+    if isinstance(value, _CONSTANT):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # noqa: BLE001 - what cannot be copied, as asyncpg's Path, is one for all
+        return value
