@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import fastapi.routing
 import pytest
 from sqlalchemy import delete
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.pool import NullPool
 
 import coord.http.events
 from coord import Coordinator, Job, JobState, wait_for_row_change
-from coord.http import EventStreams
+from coord.http import EventStreams, JobStatus
 from coord.http.events import RunningJobs
 from tests.counter import PROBLEM, URN, changed, counter, end, placed, runs
 from tests.ledger import a_task, committed, statements
@@ -260,6 +262,20 @@ async def test_a_hundred_streams_of_jobs_share_one_read_of_the_heartbeats(
     async with statements(engine) as seen:
         assert {status.state for status in await asyncio.gather(*map(running.status_of, jobs))} == {"queued"}
     assert len([statement for statement in seen if "coord_workers" in statement]) == 1
+
+
+def test_streams_may_be_served_by_one_event_loop_after_another() -> None:
+    """As by the tests of an application whose module makes its `EventStreams`."""
+    away = create_async_engine("postgresql+asyncpg://127.0.0.1:1/nowhere", poolclass=NullPool)
+    running = RunningJobs(async_sessionmaker(away))
+    job = Job(id=uuid4(), task="send", state=JobState.QUEUED, attempt=1, error=None)
+
+    async def two() -> list[JobStatus]:
+        running._expires = 0.0
+        return await asyncio.gather(running.status_of(job), running.status_of(job))
+
+    for _ in range(2):
+        assert [status.state for status in asyncio.run(two())] == [JobState.QUEUED] * 2
 
 
 async def test_a_job_is_reported_while_the_heartbeats_cannot_be_read(session_maker: SessionMaker) -> None:

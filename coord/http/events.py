@@ -9,6 +9,7 @@ from contextlib import aclosing, asynccontextmanager
 from inspect import iscoroutinefunction
 from typing import Annotated, Any
 from uuid import UUID
+from weakref import WeakValueDictionary
 
 from fastapi import Depends, Header, HTTPException
 from sqlalchemy import inspect
@@ -143,7 +144,8 @@ class RunningJobs:
         self._session_maker = session_maker
         self._running: set[tuple[UUID, int]] = set()
         self._expires = 0.0
-        self._lock = asyncio.Lock()
+        self._mutexes: WeakValueDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakValueDictionary()
+        """One for each event loop that serves streams, as long as one of these reads."""
 
     async def status_of(self, job: Job) -> JobStatus:
         """As it is at the call: the instance may be brought up to date meanwhile.
@@ -152,7 +154,8 @@ class RunningJobs:
         """
         status = JobStatus.model_validate(job)
         if not status.state.is_final:
-            async with self._lock:
+            mutex = self._mutexes.setdefault(asyncio.get_running_loop(), asyncio.Lock())
+            async with mutex:
                 await self._read()
             if (status.id, status.attempt) in self._running:
                 status.state = JobState.RUNNING
