@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import insert, select, text
+from sqlalchemy import create_engine, insert, literal, select, text
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
 from coord import WaitTimeoutError, wait_for_row_change
 from coord.database.transaction import connection_in_use, end_transaction, has_written
@@ -28,6 +29,17 @@ async def test_an_autobegun_transaction_has_no_connection_before_its_first_state
         assert not connection_in_use(session.sync_session)
         await session.flush()
         assert connection_in_use(session.sync_session)
+
+
+def test_a_session_on_a_connection_of_another_database_is_left_alone() -> None:
+    """coord listens to every session of the process, and PostgreSQL's questions are not for SQLite."""
+    engine = create_engine("sqlite://")
+    with engine.connect() as connection, Session(connection) as session:
+        assert session.scalar(select(literal(1))) == 1
+        with session.begin_nested():
+            assert session.scalar(select(literal(2))) == 2
+        session.commit()
+    engine.dispose()
 
 
 async def test_a_wait_in_a_savepoint_without_a_statement(session_maker: async_sessionmaker[AsyncSession]) -> None:

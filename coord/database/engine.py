@@ -134,8 +134,12 @@ async def dispose(engine: AsyncEngine, limit: float = DISPOSE_SECONDS) -> None:
         await engine.dispose(close=False)
 
 
+def is_asyncpg(dialect: Dialect) -> bool:
+    return (dialect.name, dialect.driver) == ("postgresql", "asyncpg")
+
+
 def require_asyncpg(dialect: Dialect) -> None:
-    if (dialect.name, dialect.driver) != ("postgresql", "asyncpg"):
+    if not is_asyncpg(dialect):
         raise ValueError(f"coord needs postgresql+asyncpg, not {dialect.name}+{dialect.driver}")
 
 

@@ -17,7 +17,7 @@ from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction, SessionTransactionOrigin
 
-from coord.database.engine import bind_of
+from coord.database.engine import bind_of, is_asyncpg
 
 logger = logging.getLogger("coord.session")
 
@@ -45,7 +45,8 @@ def _note_begin(session: Session, _transaction: SessionTransaction, connection: 
     """SQLAlchemy calls this for each savepoint as well."""
     begun = session.info.setdefault(_BEGUN, {})
     if connection not in begun:
-        begun[connection] = _transaction_ids(connection) if session.bind is connection else None
+        shared = session.bind is connection and is_asyncpg(connection.dialect)
+        begun[connection] = _transaction_ids(connection) if shared else None
 
 
 @event.listens_for(Session, "after_flush")
