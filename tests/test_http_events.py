@@ -270,7 +270,7 @@ def test_streams_may_be_served_by_one_event_loop_after_another() -> None:
     running = RunningJobs(async_sessionmaker(away))
     job = Job(id=uuid4(), task="send", state=JobState.QUEUED, attempt=1, error=None)
 
-    async def two() -> list[JobStatus]:
+    async def two() -> tuple[JobStatus, JobStatus]:
         running._expires = 0.0
         return await asyncio.gather(running.status_of(job), running.status_of(job))
 
