@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import Delete, Update, func, inspect, update
+from sqlalchemy import Delete, Update, create_engine, func, inspect, select, update
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.horizontal_shard import ShardedSession
 from sqlalchemy.orm import Mapped, Session, foreign, relationship
 
 from coord.notify import changes
@@ -189,3 +190,20 @@ async def test_rows_of_a_session_bound_to_one_connection_are_told_of(engine: Asy
             session.add(User(id=1))
             await session.commit()
         assert told == [(User, (1,))]
+
+
+async def test_a_bulk_statement_for_several_shards_is_left_alone(engine: AsyncEngine) -> None:
+    """No one engine has its rows, and a chooser that looks at a row, as that of SQLAlchemy's manual, is given none."""
+
+    def by_name(_mapper: Any, row: Any, **_: Any) -> str:
+        shard: str = row.name
+        return shard
+
+    shard = create_engine("sqlite://")
+    USERS.create(shard)
+    every: dict[str, Any] = {"identity_chooser": lambda *_, **__: ["a"], "execute_chooser": lambda _: ["a"]}
+    with observed(engine), ShardedSession(shards={"a": shard}, shard_chooser=by_name, **every) as session:
+        session.add(User(id=1, name="a"))
+        session.execute(update(User).values(name="b"))
+        assert session.scalars(select(User.name)).all() == ["b"]
+    shard.dispose()

@@ -86,7 +86,10 @@ def _after_delete(mapper: Mapper[Any], connection: Connection, state: InstanceSt
 @event.listens_for(Session, "do_orm_execute")
 def _do_orm_execute(state: ORMExecuteState) -> None:
     if _observed and (state.is_update or state.is_delete or state.is_insert) and (mappers := state.all_mappers):
-        dialect = state.session.get_bind(**state.bind_arguments).dialect
+        try:
+            dialect = state.session.get_bind(**state.bind_arguments).dialect
+        except Exception:  # noqa: BLE001 - a session of shards need not have one engine for it
+            return
         for mapper in mappers if dialect in _observed else ():
             _collected(state.session, dialect)[mapper, None] = None
 
