@@ -195,9 +195,8 @@ async def test_rows_of_a_session_bound_to_one_connection_are_told_of(engine: Asy
 async def test_a_bulk_statement_for_several_shards_is_left_alone(engine: AsyncEngine) -> None:
     """No one engine has its rows, and a chooser that looks at a row, as that of SQLAlchemy's manual, is given none."""
 
-    def by_name(_mapper: Any, row: Any, **_: Any) -> str:
-        shard: str = row.name
-        return shard
+    def by_name(mapper: Any, instance: Any, clause: Any = None) -> Any:
+        return instance.name
 
     shard = create_engine("sqlite://")
     USERS.create(shard)
