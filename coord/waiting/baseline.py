@@ -24,7 +24,7 @@ Baseline = dict[str, Any]
 Difference = Baseline | Literal[True] | None
 """None; true; or the baseline of those columns of which only PostgreSQL can tell whether they differ."""
 
-_CONSTANT = (str, int, float, bytes, type(None), Decimal, date, time, timedelta, uuid.UUID, enum.Enum, tuple)
+_CONSTANT = (str, int, float, bytes, type(None), Decimal, date, time, timedelta, uuid.UUID, enum.Enum)
 _EXACT: list[tuple[type[TypeEngine[Any]], type]] = [
     (Integer, int),
     (Boolean, bool),
