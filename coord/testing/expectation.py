@@ -142,13 +142,11 @@ class _Asked:
         except TypeError:
             return False
         there.apply_defaults()
-        first = next(iter(self.signature.parameters))  # the context
         return all(
             _includes(value, there.arguments[name])
             if self.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             else is_same(value, there.arguments[name])
-            for name, value in asked.items()
-            if name != first
+            for name, value in asked.items()  # of the context, None, there too
         )
 
     def shown(self) -> Shown:
