@@ -162,7 +162,7 @@ def _end(report: JobReport, spent: Spent | None, *, full: bool) -> Sequence[Mome
     if report.started_at is not None:
         moments.append(Moment(at=report.started_at, kind="step", title=f"Attempt {report.attempt} taken", order=3))
     title, text = {
-        JobState.DONE: ("Done", "when its transaction began, which committed with its effect"),
+        JobState.DONE: ("Done", "of a job_transaction, when that began; it committed with its effect"),
         JobState.FAILED: ("Failed", (report.error if full else public_reason(report.error)) or ""),
         JobState.CANCELLED: ("Cancelled", ""),
     }[report.state]
