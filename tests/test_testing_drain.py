@@ -247,12 +247,14 @@ async def test_the_clock_moves_on_after_a_task_that_has_set_the_search_path(coor
     assert [name.partition(":")[0] for name in names] == ["1", "2"]
 
 
+TENANT = text("SELECT set_config('search_path', 'public', true)")
+
+
 class OfATenant(Session):
     """Each transaction of which begins with a search_path."""
 
 
 event.listen(OfATenant, "after_begin", lambda _session, _transaction, connection: connection.execute(TENANT))
-TENANT = text("SELECT set_config('search_path', 'public', true)")
 
 
 async def test_a_clock_that_cannot_be_moved_is_told_and_waited_for_no_longer(
