@@ -26,7 +26,7 @@ _SESSIONS = "_coord_sessions_of_"
 def coord_schema() -> Any:
     """Override it to make your tables: a coroutine function of an AsyncConnection, or `metadata.create_all`.
 
-    Called once, in the template from which every database is made; the ledger's tables are made after it.
+    Called in the template from which every database is made, as a rule once; the ledger's tables are made after it.
     """
     return lambda _connection: None
 

@@ -163,12 +163,13 @@ def observed_attempt(queue: str, message: Any, timings: AttemptTimings) -> Itera
 
 def attempt_ended(message: Any, outcome: str, timings: AttemptTimings, reason: str | None) -> None:
     """The one line that an attempt has."""
+    spent = _spent(timings)
     for observer in observers:
         observer.attempt_ended(message.task, outcome, timings)
     level = _LEVELS.get(outcome, logging.INFO)
     if jobs.isEnabledFor(level):
         fields = {"job": message.id, "task": message.task, "attempt": message.attempt, "reason": reason}
-        log(jobs, level, f"job {outcome}", **fields, **_spent(timings), **telemetry.ids_of(message.trace))
+        log(jobs, level, f"job {outcome}", **fields, **spent, **telemetry.ids_of(message.trace))
 
 
 def _spent(timings: AttemptTimings) -> dict[str, object]:

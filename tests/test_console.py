@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 from datetime import timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 
 from coord import (
@@ -27,7 +28,7 @@ from coord.console.desk import LOCKS_INTERVAL_SECONDS
 from coord.console.live import Reads, UnreadableError
 from coord.console.wording import count, span
 from coord.fleet import Number
-from coord.jobs.model import jobs
+from coord.jobs.model import attempts, jobs
 from coord.observation import observers
 from coord.telemetry import REQUEST_ID
 from coord.timings import ATTEMPT_TIMINGS, AttemptTimings
@@ -124,6 +125,20 @@ async def test_whatever_a_job_says_is_shown_as_text(full: httpx.AsyncClient, ses
         assert "&lt;script&gt;alert" in answer.text, path
     answer = await full.get("jobs?age=<b>")
     assert (answer.status_code, "<b>" in answer.text) == (400, False)
+
+
+async def test_the_timeline_of_a_job_whose_last_attempt_died_has_its_end(
+    full: httpx.AsyncClient, session_maker: SessionMaker
+) -> None:
+    died = "WorkerDiedError: the worker that ran it died (attempt 10 of 10)"
+    job_id = await ended(session_maker, JobState.FAILED, attempt=10, error=died, finished_at=func.now())
+    async with session_maker.begin() as session:
+        finished = select(jobs.c.finished_at).where(jobs.c.id == job_id).scalar_subquery()
+        tried = {"job_id": job_id, "number": 10, "outcome": "died", "error": died, "ended": finished}
+        await session.execute(insert(attempts).values(tried))
+    timeline = (await full.get(f"jobs/{job_id}")).text.partition('<ol class="timeline">')[2].partition("</ol>")[0]
+    titles = re.findall("<strong>(.*?)</strong>", timeline)
+    assert titles == ["Enqueued", "Attempt 10: died", "Failed"]
 
 
 async def test_a_job_with_half_a_surrogate_pair_is_shown(full: httpx.AsyncClient, session_maker: SessionMaker) -> None:

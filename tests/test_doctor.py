@@ -257,6 +257,27 @@ async def test_a_workers_connections_beside_its_pool_are_counted(place: Place, s
     assert await place.checks() == {"connections"}
 
 
+async def test_a_worker_whose_database_is_another_one_and_away_is_told_in_one_finding(
+    place: Place, settings: Callable[..., None]
+) -> None:
+    url = place.url
+    place.url = "postgresql+asyncpg://u:secret@127.0.0.1:1/x"
+    settings()
+    place.url = url
+    found = [each async for each in findings(place.url, place.redis_url, place.worker, "coord")]
+    assert [(each.check, "Connect call failed" in each.what) for each in found] == [("server", True)]
+
+
+def test_a_worker_that_cannot_be_imported_is_told_in_one_line(
+    servers: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "unset.py").write_text("import os\n\nos.environ['THE_SHOPS_REDIS']\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert main(["doctor", "--url", servers[0], "--worker", "unset.Settings"]) == 1
+    assert capsys.readouterr().err == "coord: --worker unset.Settings: KeyError: 'THE_SHOPS_REDIS'\n"
+
+
 class StatementPooling(PgBouncer):
     def _command(self, port: int) -> Any:
         program, file = super()._command(port)

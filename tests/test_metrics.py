@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -23,7 +24,8 @@ from coord.dev.server import free_port
 from coord.jobs.ids import new_id
 from coord.jobs.model import Job, Worker
 from coord.metrics import Metrics
-from coord.observation import tell_rescued
+from coord.observation import attempt_ended, tell_rescued
+from coord.timings import AttemptTimings
 from tests.commands import started
 from tests.ledger import a_task
 from tests.models import User
@@ -221,6 +223,12 @@ print("ready", flush=True)
 sys.stdin.readline()
 print(metrics.text().decode())
 """
+
+
+def test_an_attempt_that_has_committed_nothing_has_taken_its_time_all_the_same(metrics: Metrics) -> None:
+    timings = AttemptTimings(str(RESCUED.id), 1, 0.0, lock=0.5, began=monotonic() - 2)
+    attempt_ended(RESCUED, "superseded", timings, None)
+    assert Scrape(metrics.text().decode()).value("coord_job_run_seconds_sum") >= 2
 
 
 async def test_one_process_of_a_server_answers_for_all_of_them(tmp_path: Path) -> None:

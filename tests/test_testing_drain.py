@@ -8,8 +8,9 @@ from uuid import UUID
 
 import pytest
 from arq.worker import Retry, func
+from sqlalchemy import event, select, text
 from sqlalchemy import func as sql
-from sqlalchemy import select, text
+from sqlalchemy.orm import Session
 
 from coord import Job, JobState, enqueue, job_transaction, pause_queue, retry_job, task_options, worker_settings
 from coord.testing import Drained, drain_jobs
@@ -230,3 +231,37 @@ async def test_one_function_where_a_list_is_expected_is_refused(coord_session: A
 async def test_a_class_that_is_no_settings_is_refused(coord_session: AsyncSession) -> None:
     with pytest.raises(TypeError, match="a class that worker_settings has made"):
         await drain_jobs(User, session=coord_session)
+
+
+async def look_elsewhere(ctx: dict[str, Any], user_id: int) -> None:
+    async with job_transaction(ctx) as session:
+        session.add(User(id=user_id, name=str(await session.scalar(text("SELECT now() - pg_catalog.now()")))))
+        await session.execute(text("SET LOCAL search_path = public"))
+
+
+async def test_the_clock_moves_on_after_a_task_that_has_set_the_search_path(coord_session: AsyncSession) -> None:
+    for hours in (1, 2):
+        await enqueue(coord_session, task_options(look_elsewhere, delay=hours * HOUR), hours)
+    assert await drain_jobs([look_elsewhere], session=coord_session, ahead=3 * HOUR) == Drained(done=2)
+    names = (await coord_session.scalars(select(User.name).order_by(User.id))).all()
+    assert [name.partition(":")[0] for name in names] == ["1", "2"]
+
+
+TENANT = text("SELECT set_config('search_path', 'public', true)")
+
+
+class OfATenant(Session):
+    """Each transaction of which begins with a search_path."""
+
+
+event.listen(OfATenant, "after_begin", lambda _session, _transaction, connection: connection.execute(TENANT))
+
+
+async def test_a_clock_that_cannot_be_moved_is_told_and_waited_for_no_longer(
+    coord_session_maker: async_sessionmaker[AsyncSession],
+) -> None:
+    async with coord_session_maker(sync_session_class=OfATenant) as session:
+        await enqueue(session, task_options(greet, delay=HOUR), 1)
+        assert await drain_jobs(ALL, session=session, ahead=60) == Drained()
+        with pytest.raises(RuntimeError, match="cannot move PostgreSQL's clock on: sessions set a search_path"):
+            await drain_jobs(ALL, session=session, ahead=HOUR)

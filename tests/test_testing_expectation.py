@@ -54,6 +54,19 @@ async def test_arguments_match_as_far_as_they_are_given_however_they_were_passed
     await assert_enqueued(coord_session, invoice, *args, **kwargs)
 
 
+async def counted(*args: Any) -> None:
+    """As a decorator leaves a task, whose context is then the first of these."""
+
+
+async def test_of_a_task_that_takes_its_context_among_others_the_arguments_are_compared(
+    coord_session: AsyncSession,
+) -> None:
+    await enqueue(coord_session, counted, 7, "first")
+    await assert_enqueued(coord_session, counted, 7)
+    await refute_enqueued(coord_session, counted, 8)
+    await refute_enqueued(coord_session, counted, 7, "second")
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [

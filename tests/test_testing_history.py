@@ -131,6 +131,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[History], History], set[str]]] = {
         lambda history: [one for one in history if not isinstance(one, Effect | LedgerJob)],
         {"lost"},
     ),
+    "an answer, and an effect that was applied no times": (
+        lambda history: changed(LedgerJob, state="failed")(changed(Effect, times=0)(history)),
+        {"lost"},
+    ),
     "promised, and no job": (lambda _: [promised(), Row("parcel 0", 1)], {"lost", "served"}),
     "promised, and its job failed": (
         lambda _: [promised(), Row("parcel 0", 1), LedgerJob("job", "parcel 0", "failed", 1.0, 2.0)],
@@ -165,6 +169,10 @@ CORRUPTIONS: dict[str, tuple[Callable[[History], History], set[str]]] = {
         {"served"},
     ),
     "the application complains": (and_also(Complaint("a lock is held")), {"invariant"}),
+    "the application complains under a name of its own": (
+        and_also(Complaint("two guests in seat 7", rule="double booking")),
+        {"invariant"},
+    ),
 }
 
 

@@ -11,7 +11,9 @@ import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
+import asyncpg
 import pytest
+from sqlalchemy import text
 
 from coord.testing.servers import DATABASE, REDIS, open_host
 from tests.project import until
@@ -20,7 +22,7 @@ from tests.shop import dsn_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import asyncpg
+    from sqlalchemy import Connection
 
 pytestmark = pytest.mark.slow
 
@@ -196,6 +198,26 @@ async def test_each_worker_of_xdist_has_a_database_from_one_template_and_a_redis
     assert len(used) == 4
     assert len({line.split()[0] for line in used}) == len({line.split()[1] for line in used}) == 4
     assert (runs.directory / "created").read_text() == "once\n"
+    assert await databases(observer) == before
+
+
+async def test_a_worker_of_xdist_that_ends_leaves_the_template_to_those_that_have_no_database_just_now(
+    runs: Runs, observer: asyncpg.Connection
+) -> None:
+    """One whose tests have a database each has none between two of them."""
+    before = await databases(observer)
+    run = {**runs.servers, "PYTEST_XDIST_TESTRUNUID": "fedcba9876543210"}
+
+    def schema(connection: Connection) -> None:
+        connection.execute(text("CREATE TABLE notes (text text)"))
+
+    with open_host(schema, {**run, "PYTEST_XDIST_WORKER": "gw0"}) as remaining:
+        with open_host(schema, {**run, "PYTEST_XDIST_WORKER": "gw1"}):
+            pass
+        with remaining.servers() as servers:
+            connection = await asyncpg.connect(dsn_of(servers.database_url))
+            assert await connection.fetchval("SELECT count(*) FROM notes") == 0
+            await connection.close()
     assert await databases(observer) == before
 
 

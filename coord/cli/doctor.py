@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import click
 from redis.exceptions import RedisError
 from sqlalchemy import text
-from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from coord.cli.checks import fleet, ledger, postgresql, redis, tasks
@@ -24,6 +23,7 @@ from coord.database.engine import engine_of
 from coord.database.place import ledger_schema
 from coord.notify.sentinel import redis_from_url
 from coord.queue.keys import NAMESPACE
+from coord.worker.failure import one_line
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -106,7 +106,7 @@ async def findings(url: str | None, redis: str | None, worker: str | None, names
                 async for finding in check(setup):
                     broken = broken or finding.check == "ledger"
                     yield finding
-            except (DBAPIError, RedisError) as error:
+            except Exception as error:  # noqa: BLE001 - the worker's engine may be for a server that is away
                 yield Finding(check.__name__, f"this could not be looked at: {reason(error)}", "see what refuses it")
 
 
@@ -150,6 +150,6 @@ def _settings(name: str) -> WorkerConfig:
     try:
         found: Any = getattr(importlib.import_module(module), attribute)
         config: WorkerConfig = found.worker_config()
-    except (ImportError, AttributeError, ValueError) as error:
-        raise click.ClickException(f"--worker {name}: {error}") from error
+    except Exception as error:  # whatever a module may raise that is imported
+        raise click.ClickException(f"--worker {name}: {one_line(error)}") from error
     return config

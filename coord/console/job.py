@@ -124,7 +124,8 @@ def timeline(found: Found, spent: Spent | None, *, full: bool) -> Sequence[Momen
     if report.state is JobState.RUNNING:
         moments.append(_running(found))
     elif report.state.is_final:
-        moments += _end(report, spent, tried=[each.number for each in found.attempts], full=full)
+        told = any((each.number, each.outcome) == (report.attempt, report.state) for each in found.attempts)
+        moments += [] if told else _end(report, spent, full=full)
     return sorted(moments, key=lambda moment: (moment.at, moment.order))
 
 
@@ -156,14 +157,12 @@ def _running(found: Found) -> Moment:
     return Moment(at=found.now, kind="running", title=f"Attempt {found.report.attempt} runs", text=said, order=9)
 
 
-def _end(report: JobReport, spent: Spent | None, *, tried: Sequence[int], full: bool) -> Sequence[Moment]:
-    if report.attempt in tried:  # how that ended is told already
-        return []
+def _end(report: JobReport, spent: Spent | None, *, full: bool) -> Sequence[Moment]:
     moments, ended = [], report.finished_at
     if report.started_at is not None:
         moments.append(Moment(at=report.started_at, kind="step", title=f"Attempt {report.attempt} taken", order=3))
     title, text = {
-        JobState.DONE: ("Done", "when its transaction began, which committed with its effect"),
+        JobState.DONE: ("Done", "of a job_transaction, when that began; it committed with its effect"),
         JobState.FAILED: ("Failed", (report.error if full else public_reason(report.error)) or ""),
         JobState.CANCELLED: ("Cancelled", ""),
     }[report.state]

@@ -50,9 +50,9 @@ async def assert_enqueued(
 ) -> Job:
     """A queued job of the task, as the session sees it; `AssertionError` with what is queued if there is none.
 
-    Matched as far as given: arguments by the task's parameters, however they were passed; of `task_options(task, …)`
-    what is not the default, `delay` as it was given to `enqueue`. `scheduled` is from when to when the job is due, each
-    in seconds from now or as an aware time, or None.
+    Matched as far as given: arguments by the task's parameters, however they were passed (of a task that is given by
+    its name, as `enqueue` was given them); of `task_options(task, …)` what is not the default, `delay` as `enqueue` was
+    given it. `scheduled` is from when to when the job is due, each in seconds from now or as an aware time, or None.
 
         await assert_enqueued(coord_session, task_options(send_invoice, queue="mail"), order.id, scheduled=(3500, 3700))
 
@@ -142,13 +142,11 @@ class _Asked:
         except TypeError:
             return False
         there.apply_defaults()
-        first = next(iter(self.signature.parameters))  # the context
         return all(
             _includes(value, there.arguments[name])
             if self.signature.parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
             else is_same(value, there.arguments[name])
-            for name, value in asked.items()
-            if name != first
+            for name, value in asked.items()  # of the context, None, there too
         )
 
     def shown(self) -> Shown:

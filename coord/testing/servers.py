@@ -53,39 +53,30 @@ class Servers:
 class Host:
     """Where the databases of one test process are made, each from the template."""
 
-    def __init__(self, url: URL, redis_urls: tuple[str, str], run: str, worker: str) -> None:
+    def __init__(self, url: URL, redis_urls: tuple[str, str], run: str, worker: str, schema: Schema) -> None:
         self._url = url
         self._redis_urls = redis_urls
         self._run = f"coord_test_{run}_"
         self._template = f"{self._run}template"
         self._names = (f"{self._run}{worker}_{number}" for number in count())
+        self._schema = schema
 
     @contextmanager
     def servers(self, *, of_one_test: bool = False) -> Iterator[Servers]:
         """A new database, dropped at the end, and a Redis, emptied before and after."""
         name, redis_url = next(self._names), self._redis_urls[of_one_test]
         _empty(redis_url)
-        _in_a_loop(self._execute("CREATE DATABASE {} TEMPLATE {}", name, self._template))
+        _in_a_loop(self._create(name))
         try:
             yield Servers(self._url.set(database=name).render_as_string(hide_password=False), redis_url)
         finally:
-            _in_a_loop(self._execute("DROP DATABASE IF EXISTS {} WITH (FORCE)", name))
+            _in_a_loop(self._drop(name))
             _empty(redis_url)
 
-    async def prepare(self, schema: Schema) -> None:
+    async def prepare(self) -> None:
         """Make the template, if no other process of the run has."""
         async with self._alone() as connection:
-            if await connection.scalar(_is_there, {"name": self._template}):
-                return
-            unfinished = f"{self._template}_unfinished"
-            await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", unfinished)
-            await _run(connection, "CREATE DATABASE {}", unfinished)
-            try:
-                await _fill(self._url.set(database=unfinished), schema)
-                await _run(connection, "ALTER DATABASE {} RENAME TO {}", unfinished, self._template)
-            except BaseException:
-                await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", unfinished)
-                raise
+            await self._prepare(connection)
 
     async def clean(self) -> None:
         """Drop the template, unless another process of the run still has a database."""
@@ -93,9 +84,28 @@ class Host:
             if await connection.scalar(_others, {"name": self._run}) == 1:
                 await _run(connection, "DROP DATABASE IF EXISTS {}", self._template)
 
-    async def _execute(self, statement: str, *names: str) -> None:
+    async def _create(self, name: str) -> None:
+        """A process that ended while this one had no database has dropped the template."""
+        async with self._alone() as connection:
+            await self._prepare(connection)
+            await _run(connection, "CREATE DATABASE {} TEMPLATE {}", name, self._template)
+
+    async def _drop(self, name: str) -> None:
         async with _connected(self._url) as connection:
-            await _run(connection, statement, *names)
+            await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+
+    async def _prepare(self, connection: AsyncConnection) -> None:
+        if await connection.scalar(_is_there, {"name": self._template}):
+            return
+        unfinished = f"{self._template}_unfinished"
+        await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", unfinished)
+        await _run(connection, "CREATE DATABASE {}", unfinished)
+        try:
+            await _fill(self._url.set(database=unfinished), self._schema)
+            await _run(connection, "ALTER DATABASE {} RENAME TO {}", unfinished, self._template)
+        except BaseException:
+            await _run(connection, "DROP DATABASE IF EXISTS {} WITH (FORCE)", unfinished)
+            raise
 
     @asynccontextmanager
     async def _alone(self) -> AsyncIterator[AsyncConnection]:
@@ -124,8 +134,8 @@ def open_host(schema: Schema, environ: Mapping[str, str] = os.environ) -> Iterat
         if redis_urls is None:
             redis_url = stack.enter_context(Valkey(directory / "valkey")).url
             redis_urls = redis_url, _numbered(redis_url, 1)
-        host = Host(url, redis_urls, run, worker)
-        _in_a_loop(host.prepare(schema))
+        host = Host(url, redis_urls, run, worker, schema)
+        _in_a_loop(host.prepare())
         stack.callback(lambda: _in_a_loop(host.clean()))
         yield host
 

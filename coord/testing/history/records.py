@@ -124,6 +124,7 @@ class Complaint:
 
     text: str
     rule: str = "invariant"
+    """One of `RULES`; any other name is the application's own, and is told under `invariant`."""
 
 
 Record = Operation | Effect | Row | LedgerJob | Number | FaultSpan | Calm | Complaint

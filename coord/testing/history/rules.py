@@ -55,7 +55,7 @@ def concerned(record: Record) -> Iterator[str]:
         case Number():
             yield "sequence"
         case Complaint():
-            yield record.rule
+            yield of_complaint(record).rule
         case _:
             pass
 
@@ -103,7 +103,7 @@ def of_job(job: LedgerJob, bounds: Bounds, calm: float | None) -> Iterator[Viola
 def of_effect(effect: str, records: Sequence[Record], bounds: Bounds) -> Iterator[Violation]:
     """Over all that names one effect."""
     asked = tuple(one for one in records if isinstance(one, Operation))
-    applied = [one for one in records if isinstance(one, Effect)]
+    applied = [one for one in records if isinstance(one, Effect) and one.times]
     jobs = [one for one in records if isinstance(one, LedgerJob)]
     yield from _once(effect, asked, applied, jobs)
     yield from _own_effect(effect, asked, applied)
@@ -216,6 +216,12 @@ def of_sequence(sequence: str, numbers: Sequence[int], owners: Callable[[int], s
             gap = str(expected) if number == expected + 1 else f"{expected} to {number - 1}"
             yield Violation("sequence", f"{sequence} {gap} was given to nobody, and {number} to {owners(number)}")
         expected, last = max(expected, number + 1), number
+
+
+def of_complaint(complaint: Complaint) -> Violation:
+    if complaint.rule in RULES:
+        return Violation(complaint.rule, complaint.text)
+    return Violation(UNRECORDED, f"{complaint.rule}: {complaint.text}")
 
 
 def of_all(in_the_calm: int, with_effect: int, bounds: Bounds) -> Iterator[Violation]:

@@ -121,7 +121,7 @@ def _each(
             case Number():
                 numbers[record.sequence].append(record.number)
             case Complaint():
-                verdict.add([Violation(record.rule, record.text)])
+                verdict.add([rules.of_complaint(record)])
             case _:
                 pass
     verdict.add(rules.of_all(in_the_calm, with_effect, bounds))
