@@ -143,6 +143,29 @@ async def test_a_task_that_somebody_else_has_cancelled_is_handed_back(office: Of
     assert begun == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError("cannot tidy up"), ConnectionResetError("cannot tidy up"), ExceptionGroup("", [ValueError()])]
+)
+async def test_a_task_that_fails_as_its_stopping_worker_cancels_it_is_handed_back(
+    office: Office, error: Exception
+) -> None:
+    """What it was cancelled for is a deploy, which uses up no attempt."""
+    begun = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise error from None
+
+    async with working(office, [task], grace=0):
+        job = await office.enqueue(task)
+        await begun.wait()
+    row = await office.row(job)
+    assert (row.state, row.attempt, row.hand_backs, row.error) == ("queued", 1, 1, None)
+
+
 async def test_a_job_that_was_cancelled_as_its_attempt_failed_is_not_tried_again(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,10 +169,12 @@ class Executor:
             return await self._finalizer.cancelled_if_wished(attempt)
         if running.unwanted:
             return await self._finalizer.cancelled(attempt)
-        if isinstance(error, asyncio.CancelledError):
-            if running.stopping or _is_being_cancelled():
-                state = await self._finalizer.handed_back(attempt)
-                return "handed back" if state is JobState.QUEUED else state
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if running.stopping or (is_cancelled and _is_being_cancelled()):
+            attempt.reason = None if is_cancelled else one_line(error)
+            state = await self._finalizer.handed_back(attempt)
+            return "handed back" if state is JobState.QUEUED else state
+        if is_cancelled:
             attempt.error = error = RuntimeError("the task has cancelled itself")
         return await self._failed(attempt, error)
 
