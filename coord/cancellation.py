@@ -29,6 +29,12 @@ STOP_TIMEOUT_SECONDS = 0.1
 """Seconds for work to stop whose time is up: its server may well be gone."""
 
 
+def is_being_cancelled() -> bool:
+    """Whether somebody has cancelled the task that runs this."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
 async def interruptible(
     work: Coroutine[Any, Any, T], *, limit: float | None = None, give_up: Callable[[], None] | None = None
 ) -> T:

@@ -7,16 +7,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import pytest
 from arq.worker import Retry
-from sqlalchemy import make_url, select, text
+from sqlalchemy import make_url, select, text, update
 
 import coord.worker.failure
 import coord.worker.finalizer
-from coord import cancel_job, create_ledger, job_transaction, list_attempts, lock_tables
+from coord import cancel_job, create_ledger, job_transaction, list_attempts, lock_tables, retry_job
 from coord.jobs.model import attempts, cancellations
 from coord.worker.maintenance.canceller import Canceller
 from tests.models import User
@@ -115,6 +116,37 @@ async def test_a_lock_is_waited_for_by_time_and_not_by_attempts_alone(
     else:
         assert (row.state, row.attempt) == ("failed", 2)
         assert "(attempt 2 of 2)" in row.error
+        assert "goes on" not in caplog.text
+
+
+@pytest.mark.usefixtures("tables")
+async def test_a_job_that_is_run_again_by_hand_waits_for_a_lock_as_long_as_a_new_one(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long ago it failed for the first time."""
+    monkeypatch.setattr(coord.worker.failure, "PAUSE_SECONDS", (0.02, 0.05))
+
+    async def task(ctx: dict[str, Any]) -> None:
+        if ctx["job_try"] == 1:
+            raise ValueError("yesterday")
+        async with job_transaction(ctx) as session, lock_tables(session, [User], timeout=0.02):
+            """Nothing."""
+
+    async with working(office, [task], max_tries=2):
+        job = await office.enqueue(task)
+        assert (await office.final(job)).state == "failed"
+        async with office.session_maker.begin() as vacuum:
+            await vacuum.execute(text("LOCK TABLE users IN SHARE UPDATE EXCLUSIVE MODE"))
+            async with office.session_maker.begin() as session:
+                await session.execute(update(attempts).values(began=datetime.now(UTC) - timedelta(days=1)))
+                await retry_job(session, job.id)
+
+            async def has_gone_on() -> bool:
+                row = await office.row(job)
+                return bool(row.state.is_final or row.attempt > 4)
+
+            await eventually(has_gone_on, within=20)
+        assert (await office.final(job)).state == "done"
 
 
 @pytest.mark.parametrize("place", ["outside", "in its transaction"])
@@ -141,6 +173,29 @@ async def test_a_task_that_somebody_else_has_cancelled_is_handed_back(office: Of
         assert worker.lives
     assert (row.state, row.attempt, row.hand_backs, row.error) == ("done", 1, 1, None)
     assert begun == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("cannot tidy up"), ConnectionResetError("cannot tidy up"), ExceptionGroup("", [ValueError()])]
+)
+async def test_a_task_that_fails_as_its_stopping_worker_cancels_it_is_handed_back(
+    office: Office, error: Exception
+) -> None:
+    """What it was cancelled for is a deploy, which uses up no attempt."""
+    begun = asyncio.Event()
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise error from None
+
+    async with working(office, [task], grace=0):
+        job = await office.enqueue(task)
+        await begun.wait()
+    row = await office.row(job)
+    assert (row.state, row.attempt, row.hand_backs, row.error) == ("queued", 1, 1, None)
 
 
 async def test_a_job_that_was_cancelled_as_its_attempt_failed_is_not_tried_again(

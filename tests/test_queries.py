@@ -248,6 +248,19 @@ async def test_cancelling_a_job_never_waits_for_its_transaction_and_leaves_a_wis
     assert (await row_of(observer, job))["state"] == ("done" if applied else "queued")
 
 
+@pytest.mark.parametrize("progress", ["a\0b", "\ud800", {"\0": 1}])
+async def test_a_job_in_its_turn_is_cancelled_whatever_progress_was_said(
+    session_maker: SessionMaker, observer: Connection, ledger: None, progress: Any
+) -> None:
+    """PostgreSQL stores JSON that it cannot take apart; whose progress it is does not matter."""
+    jobs = [await committed(session_maker, task_options(a_task, one_at_a_time=key)) for key in ("a", "b")]
+    await observer.execute("UPDATE coord_jobs SET turn = attempt")
+    await beats(observer, (jobs[0], 1), progress=progress)
+    async with session_maker() as session:
+        assert [await cancel_job(session, job.id) for job in jobs] == ["running", "cancelled"]
+        await session.commit()
+
+
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 async def test_it_is_too_late_to_cancel_what_has_ended(
     session_maker: SessionMaker, observer: Connection, state: str, job: Job

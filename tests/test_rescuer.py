@@ -9,13 +9,14 @@ import socket
 import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 from arq.worker import func
-from sqlalchemy import select
+from sqlalchemy import insert, select
 
 from coord import cancel_job, job_transaction, lock_tables, task_options
-from coord.jobs.model import attempts
+from coord.jobs.model import attempts, workers
 from coord.worker.maintenance.registry import DEAD_SECONDS
 from tests.ledger import a_task
 from tests.models import User
@@ -374,3 +375,37 @@ async def test_an_attempt_that_died_with_its_worker_leaves_a_row(office: Office,
     assert (row.job_id, row.number, row.worker, row.pid) == (job.id, 1, worker, victim.pid)
     assert (row.host, row.outcome, row.error) == (socket.gethostname(), "died", "the worker that ran it died")
     assert job.created_at <= row.began <= row.ended
+
+
+async def test_a_job_that_was_handed_back_is_not_taken_from_who_runs_it_when_its_first_worker_dies(
+    office: Office,
+) -> None:
+    """It is killed between the hand-back and its next heartbeat: the last one still names the job."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    attempts_begun: list[int] = []
+
+    async def task(ctx: dict[str, Any]) -> None:
+        attempts_begun.append(ctx["job_try"])
+        begun.set()
+        await go_on.wait()
+
+    async with working(office, [task]):
+        job = await office.enqueue(task)
+        await begun.wait()
+
+        async def is_named() -> bool:
+            return any(str(job.id) in worker.jobs for worker in await office.workers())
+
+        await eventually(is_named)
+        gone = {"id": uuid4(), "queue": KEYS.queue, "host": "gone", "pid": 1, "dead": True, "stopping": True}
+        async with office.session_maker.begin() as session:
+            await session.execute(insert(workers).values(gone | {"jobs": {str(job.id): {"attempt": 1}}}))
+
+        async def is_rescued() -> bool:
+            return gone["id"] not in [worker.id for worker in await office.workers()]
+
+        await eventually(is_rescued)
+        go_on.set()
+        row = await office.final(job)
+    assert (row.state, row.attempt, row.hand_backs) == ("done", 1, 0)
+    assert attempts_begun == [1]

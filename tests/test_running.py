@@ -583,14 +583,16 @@ async def test_a_job_delivered_again_after_its_end_applies_nothing(office: Offic
 
 
 @pytest.mark.parametrize("hook", ["on_job_start", "on_job_end", "after_job_end"])
+@pytest.mark.parametrize("error", [ValueError, asyncio.CancelledError])
 async def test_a_hook_that_raises_ends_neither_the_job_nor_the_worker(
-    office: Office, hook: str, caplog: pytest.LogCaptureFixture
+    office: Office, hook: str, caplog: pytest.LogCaptureFixture, error: type[BaseException]
 ) -> None:
+    """Also one that awaits what was cancelled."""
     called = []
 
     async def bad(ctx: dict[str, Any]) -> None:
         called.append(ctx["job_id"])
-        raise ValueError("the hook's own")
+        raise error("the hook's own")
 
     async def task(ctx: dict[str, Any]) -> None:
         """Nothing."""

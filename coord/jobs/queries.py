@@ -11,10 +11,8 @@ from uuid import UUID
 from sqlalchemy import (
     ColumnElement,
     Select,
-    Text,
     bindparam,
     case,
-    cast,
     delete,
     func,
     insert,
@@ -66,10 +64,6 @@ _AGAIN: Mapping[str, Any] = {
 }
 """What makes a job that has ended begin anew, with an attempt more."""
 _is_alive = workers.c.beat_at > func.clock_timestamp() - timedelta(seconds=HEARTBEAT_EXPIRY_SECONDS)
-_running = func.json_extract_path_text(workers.c.jobs, cast(jobs.c.id, Text), "attempt") == cast(jobs.c.attempt, Text)
-_runs_in_turn = (
-    jobs.c.turn.is_not_distinct_from(jobs.c.attempt) & select(workers.c.id).where(_is_alive, _running).exists()
-)
 
 
 class Beat(NamedTuple):
@@ -199,7 +193,9 @@ def _cancel(session: Session, job_id: UUID) -> JobState:
 
 def cancel_some(session: Session, conditions: Sequence[ColumnElement[bool]], limit: int) -> tuple[int, int]:
     """How many unfinished jobs were cancelled, the eldest first, and of how many that run their workers are told."""
-    may_end = is_queued & ~_runs_in_turn  # with its row a turn ends, and another job's begins
+    # With its row a turn ends, and another job's begins.
+    runs_in_turn = jobs.c.turn.is_not_distinct_from(jobs.c.attempt) & held_by(_heartbeats(session))
+    may_end = is_queued & ~runs_in_turn
     free = free_of(select(jobs.c.id).where(may_end, *conditions).order_by(jobs.c.id).limit(limit))
     values = {"state": JobState.CANCELLED, "finished_at": func.now()}
     ended = execute(session, update(jobs).where(jobs.c.id.in_(free)).values(values).returning(jobs)).mappings().all()
@@ -253,11 +249,14 @@ def _not_found(job_id: UUID) -> RowNotFoundError:
 
 
 async def heartbeats(session: AnySession) -> list[Beat]:
-    living = select(workers.c.id, workers.c.jobs).where(_is_alive)
-    found = (await session_of(session).run_sync(execute, living)).all()
+    return await session_of(session).run_sync(_heartbeats)
+
+
+def _heartbeats(session: Session) -> list[Beat]:
+    """Taken apart here: PostgreSQL refuses some JSON that it has stored, which a progress may be."""
     return [
         Beat(UUID(job_id), running["attempt"], running.get("progress"), worker.id)
-        for worker in found
+        for worker in execute(session, select(workers.c.id, workers.c.jobs).where(_is_alive))
         for job_id, running in worker.jobs.items()
     ]
 

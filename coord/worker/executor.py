@@ -11,6 +11,7 @@ from typing import Any
 
 from arq.worker import Retry, RetryJob
 
+from coord.cancellation import is_being_cancelled
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import JobSuperseded, worker_lock_key
@@ -169,10 +170,12 @@ class Executor:
             return await self._finalizer.cancelled_if_wished(attempt)
         if running.unwanted:
             return await self._finalizer.cancelled(attempt)
-        if isinstance(error, asyncio.CancelledError):
-            if running.stopping or _is_being_cancelled():
-                state = await self._finalizer.handed_back(attempt)
-                return "handed back" if state is JobState.QUEUED else state
+        is_cancelled = isinstance(error, asyncio.CancelledError)
+        if running.stopping or (is_cancelled and is_being_cancelled()):
+            attempt.reason = None if is_cancelled else one_line(error)
+            state = await self._finalizer.handed_back(attempt)
+            return "handed back" if state is JobState.QUEUED else state
+        if is_cancelled:
             attempt.error = error = RuntimeError("the task has cancelled itself")
         return await self._failed(attempt, error)
 
@@ -199,12 +202,6 @@ def _as_result(attempt: Attempt, result: Any) -> Any:
     except TypeError as error:
         logger.debug("%s: %s", attempt.task, error)
         return None
-
-
-def _is_being_cancelled() -> bool:
-    """Whether somebody has cancelled the task that runs this: its process ends, or its loop."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 def _is_superseded(error: BaseException) -> bool:

@@ -39,7 +39,8 @@ MAX_HAND_BACKS = 100
 """How often a job is given back by workers that were told to stop; one that makes them stop must come to an end."""
 HANDED_BACK = f"its worker was told to stop {MAX_HAND_BACKS} times while it ran"
 LOCK_PATIENCE_SECONDS = 900.0
-"""Since its first failure, in which a job does not fail for a lock that it did not get: maintenance takes minutes."""
+"""Since its first failure, or the first after it was run again, in which a job does not fail for a lock that it did not
+get: maintenance takes minutes."""
 UNKNOWN_PAUSE_SECONDS = (0.5, 60.0)
 UNTRANSLATABLE = {"22021", "22P05"}
 """A character that the database's encoding does not have (appendix A of PostgreSQL's manual)."""
@@ -215,8 +216,12 @@ async def _is_waited_out(end: End, error: BaseException) -> bool:
     """Whether it is a lock that somebody has had for long, and the job has not been at it for so long itself."""
     if not isinstance(error, LockTimeoutError):
         return False
-    first = select(func.min(attempts.c.began)).where(attempts.c.job_id == end.attempt.job_id)
+    its_own = attempts.c.job_id == end.attempt.job_id
+    last_end = select(func.max(attempts.c.number)).where(its_own, attempts.c.outcome != "retried").scalar_subquery()
+    first = select(func.min(attempts.c.began)).where(its_own, attempts.c.number > func.coalesce(last_end, 0))
     began: datetime = (await end.execute(first)).scalar() or end.attempt.began
     waited = (datetime.now(UTC) - began).total_seconds()
+    if waited >= LOCK_PATIENCE_SECONDS:
+        return False
     logger.warning("Job %s has waited %.0f s for a lock, and goes on: %s", end.attempt.job_id, waited, error)
-    return waited < LOCK_PATIENCE_SECONDS
+    return True

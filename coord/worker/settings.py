@@ -14,6 +14,7 @@ from arq.connections import RedisSettings
 from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+from coord.cancellation import is_being_cancelled
 from coord.database.engine import another, dispose
 from coord.durations import MAX_SECONDS, Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
@@ -204,7 +205,9 @@ def _guarded(hook: Hook | None) -> Hook:
         try:
             if hook is not None:
                 await hook(ctx)
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+                raise
             logger.exception("%s has failed", getattr(hook, "__qualname__", hook))
 
     return run

@@ -55,7 +55,11 @@ class WorkerRegistry(Loop):
     @property
     def held_elsewhere(self) -> set[tuple[UUID, int]]:
         """The jobs, and their attempts, that other workers taken for living say they run."""
-        others = (seen for id_, seen in self.seen.items() if id_ != self._state.id and id_ not in self.dead)
+        return self.held_beside(self._state.id)
+
+    def held_beside(self, worker: UUID) -> set[tuple[UUID, int]]:
+        """As `held_elsewhere`, seen from that worker."""
+        others = (seen for id_, seen in self.seen.items() if id_ != worker and id_ not in self.dead)
         return {key for seen in others for key in named(seen.jobs)}
 
     async def round(self) -> None:

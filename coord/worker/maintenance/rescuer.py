@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -88,7 +88,8 @@ class Rescuer(Loop):
             if dead is None:
                 return
             await end_transactions(connection, worker=worker)
-            aboard = await _aboard(connection, dead.jobs)
+            # What it had handed back may run elsewhere by now, as the same attempt.
+            aboard = await _aboard(connection, named(dead.jobs) - self._registry.held_beside(worker))
             after = await self._judge(connection, aboard, stopping=dead.stopping)
             if after:
                 await connection.execute(_record(dead, aboard, after))
@@ -130,9 +131,9 @@ class Rescuer(Loop):
         return _next(row, pause) | {"deaths": deaths}
 
 
-async def _aboard(connection: AsyncConnection, told: Mapping[str, Any]) -> Sequence[Row[Any]]:
-    """The jobs that a heartbeat has named, as far as they are still unfinished in that attempt, locked."""
-    here = tuple_(jobs.c.id, jobs.c.attempt).in_([*named(told)])
+async def _aboard(connection: AsyncConnection, told: set[tuple[UUID, int]]) -> Sequence[Row[Any]]:
+    """Of these attempts the jobs that are still unfinished in them, locked."""
+    here = tuple_(jobs.c.id, jobs.c.attempt).in_(told)
     rows = select(jobs, is_unwanted.label("is_unwanted")).where(is_queued, here)
     locked = rows.with_for_update(of=jobs, skip_locked=True)
     return (await connection.execute(locked)).all() if told else []
