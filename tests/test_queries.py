@@ -261,6 +261,20 @@ async def test_a_job_in_its_turn_is_cancelled_whatever_progress_was_said(
         await session.commit()
 
 
+async def test_a_job_is_found_and_cancelled_however_many_others_run(
+    session_maker: SessionMaker, observer: Connection, job: Job
+) -> None:
+    """PostgreSQL takes 32,767 parameters in a statement."""
+    others = {str(uuid4()): {"attempt": 1} for _ in range(17_000)}
+    await beats(observer)
+    await observer.execute("UPDATE coord_workers SET jobs = $1", json.dumps(others))
+    async with session_maker() as session:
+        assert [each.id for each in await list_jobs(session, state="queued")] == [job.id]
+        assert await list_jobs(session, state="running") == []
+        assert await cancel_job(session, job.id) is JobState.CANCELLED
+        await session.commit()
+
+
 @pytest.mark.parametrize("state", ["done", "failed", "cancelled"])
 async def test_it_is_too_late_to_cancel_what_has_ended(
     session_maker: SessionMaker, observer: Connection, state: str, job: Job

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import (
+    ARRAY,
     ColumnElement,
     Select,
     bindparam,
@@ -17,6 +18,7 @@ from sqlalchemy import (
     func,
     insert,
     inspect,
+    literal,
     select,
     tuple_,
     update,
@@ -262,8 +264,11 @@ def _heartbeats(session: Session) -> list[Beat]:
 
 
 def held_by(beats: Iterable[Beat]) -> ColumnElement[bool]:
-    """Whether a queued job runs."""
-    return tuple_(jobs.c.id, jobs.c.attempt).in_([(beat.id, beat.attempt) for beat in beats])
+    """Whether a queued job runs. Two arrays: of single values a statement may have no more than 32,767."""
+    told = [(beat.id, beat.attempt) for beat in beats]
+    ids = literal([job_id for job_id, _ in told], ARRAY(jobs.c.id.type))
+    numbers = literal([attempt for _, attempt in told], ARRAY(jobs.c.attempt.type))
+    return tuple_(jobs.c.id, jobs.c.attempt).in_(select(func.unnest(ids), func.unnest(numbers)))
 
 
 def in_state(wanted: JobState | None, beats: Iterable[Beat]) -> list[ColumnElement[bool]]:
