@@ -29,10 +29,10 @@ STOP_TIMEOUT_SECONDS = 0.1
 """Seconds for work to stop whose time is up: its server may well be gone."""
 
 
-def is_being_cancelled() -> bool:
-    """Whether somebody has cancelled the task that runs this."""
+def times_cancelled() -> int:
+    """How often somebody has cancelled the task that runs this."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
+    return 0 if task is None else task.cancelling()
 
 
 async def interruptible(

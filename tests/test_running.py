@@ -608,6 +608,28 @@ async def test_a_hook_that_raises_ends_neither_the_job_nor_the_worker(
     assert "the hook's own" in caplog.text
 
 
+@pytest.mark.parametrize("hook", ["on_job_end", "after_job_end"])
+async def test_a_job_that_is_cancelled_has_its_end_although_a_hook_awaits_what_was_cancelled(
+    office: Office, hook: str
+) -> None:
+    begun = asyncio.Event()
+
+    async def bad(ctx: dict[str, Any]) -> None:
+        raise asyncio.CancelledError
+
+    async def task(ctx: dict[str, Any]) -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    options: dict[str, Any] = {hook: bad}
+    async with working(office, [task], **options) as worker:
+        job = await office.enqueue(task)
+        await asyncio.wait_for(begun.wait(), 10)
+        worker.running.cancel(job.id, 1)
+        assert (await office.final(job)).state == "cancelled"
+        await eventually(lambda: not len(worker.running))
+
+
 async def test_hooks_are_called_with_the_tasks_context_in_order(office: Office) -> None:
     order: list[str] = []
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from arq.worker import Retry, RetryJob
 
-from coord.cancellation import is_being_cancelled
+from coord.cancellation import times_cancelled
 from coord.jobs.arguments import as_it_arrives
 from coord.jobs.attempt import ATTEMPT, Attempt
 from coord.jobs.job_transaction import JobSuperseded, worker_lock_key
@@ -171,7 +171,7 @@ class Executor:
         if running.unwanted:
             return await self._finalizer.cancelled(attempt)
         is_cancelled = isinstance(error, asyncio.CancelledError)
-        if running.stopping or (is_cancelled and is_being_cancelled()):
+        if running.stopping or (is_cancelled and times_cancelled()):
             attempt.reason = None if is_cancelled else one_line(error)
             state = await self._finalizer.handed_back(attempt)
             return "handed back" if state is JobState.QUEUED else state

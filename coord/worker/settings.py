@@ -14,7 +14,7 @@ from arq.connections import RedisSettings
 from arq.worker import Function, Worker, func
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from coord.cancellation import is_being_cancelled
+from coord.cancellation import times_cancelled
 from coord.database.engine import another, dispose
 from coord.durations import MAX_SECONDS, Seconds, positive, seconds, whole
 from coord.jobs.model import ledger_engine
@@ -202,11 +202,12 @@ def _guarded(hook: Hook | None) -> Hook:
     """A hook of the application's around jobs, arq's own included: one that fails must not end the worker."""
 
     async def run(ctx: dict[Any, Any]) -> None:
+        before = times_cancelled()  # its job may have been
         try:
             if hook is not None:
                 await hook(ctx)
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_being_cancelled():
+            if isinstance(error, asyncio.CancelledError) and times_cancelled() > before:
                 raise
             logger.exception("%s has failed", getattr(hook, "__qualname__", hook))
 
