@@ -36,12 +36,16 @@ def times_cancelled() -> int:
 
 
 async def interruptible(
-    work: Coroutine[Any, Any, T], *, limit: float | None = None, give_up: Callable[[], None] | None = None
+    work: Coroutine[Any, Any, T],
+    *,
+    limit: float | None = None,
+    give_up: Callable[[], None] | None = None,
+    grace: float = 0,
 ) -> T:
     """Await `work`; a cancelled caller cancels it once, as `task.cancel()` would, and sees it end before leaving.
 
-    `TimeoutError` after `limit` seconds; the work is then cancelled and hardly waited for: its server may be gone.
-    `give_up` is called before that.
+    Only after `grace` seconds, in which it may end by itself. `TimeoutError` after `limit` seconds; the work is then
+    cancelled and hardly waited for: its server may be gone. `give_up` is called before that.
     """
     ended = asyncio.get_running_loop().create_future()  # a cancellation of the caller's ends this, and not the work
     task = asyncio.create_task(_telling(work, ended))
@@ -50,8 +54,11 @@ async def interruptible(
     try:
         await ended
     except asyncio.CancelledError:
-        task.cancel()
-        await _seen_to_end(task)
+        try:
+            await _seen_to_end(task, grace)
+        finally:
+            task.cancel()
+            await _seen_to_end(task)
         raise
     finally:
         if timer is not None:

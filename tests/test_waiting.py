@@ -34,7 +34,7 @@ from coord import (
 )
 from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
-from tests.serving import all_given_back, eventually
+from tests.serving import all_given_back, engine_at, eventually
 from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
@@ -485,6 +485,31 @@ async def test_a_cancelled_wait_leaves_nothing(
                 await asyncio.wait_for(wait_for_row_change(session, User, user), 0.1)
         # A shared read that was under way ends, with nobody to tell.
         await all_given_back(engine, within=2)
+
+
+@pytest.mark.parametrize("written", [False, True])
+async def test_a_wait_that_is_cancelled_as_it_begins_leaves_a_session_that_can_commit(
+    database_url: str, observer: Connection, user: int, written: bool
+) -> None:
+    """A request whose wait ends as its server stops is answered, and what it has written is not lost in silence."""
+
+    def slowly(_1: Any, _2: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        return statement.replace("SELECT pg_current", "SELECT pg_sleep(0.3) IS NULL OR pg_current"), parameters
+
+    async with engine_at(database_url) as engine, AsyncSession(engine, expire_on_commit=False) as session:
+        event.listen(engine.sync_engine, "before_cursor_execute", slowly, retval=True)
+        row = await session.get_one(User, user)
+        if written:
+            await session.execute(text("UPDATE users SET name = 'written'"))
+        wait = waiting(session, User, user)
+        asleep = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+        await eventually(lambda: observer.fetchval(asleep))
+        wait.cancel()
+        await asyncio.wait([wait])
+        assert wait.cancelled()
+        await session.commit()
+        assert row.name == "before"
+    assert await observer.fetchval("SELECT name FROM users") == ("written" if written else "before")
 
 
 async def asynchronous(_row: User) -> bool:

@@ -28,6 +28,8 @@ from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
 
+RELEASE_SECONDS = 1.0
+"""That a wait which is cancelled has to end the transaction that it has begun to end."""
 RowWaiter = HandedWaiter[M] | WokenWaiter[M]
 
 _NO_JOB = nullcontext()
@@ -155,7 +157,8 @@ async def _release(session: AsyncSession, target: Target[Any], began: float, dea
         return
     limit = None if deadline is None else max(0, deadline - asyncio.get_running_loop().time()) + LAST_READ_SECONDS
     try:
-        await interruptible(_end_if_read_only(session), limit=limit)
+        # Interrupted, it would leave a transaction that nobody can commit any more.
+        await interruptible(_end_if_read_only(session), limit=limit, grace=RELEASE_SECONDS)
     except TimeoutError as error:
         raise timed_out(target, began) from error
 
