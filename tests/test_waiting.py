@@ -16,6 +16,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, event, select, text, up
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import aliased
+from sqlalchemy.pool import NullPool
 
 import coord.waiting.poller
 import coord.waiting.waiter
@@ -510,6 +511,42 @@ async def test_a_wait_that_is_cancelled_as_it_begins_leaves_a_session_that_can_c
         await session.commit()
         assert row.name == "before"
     assert await observer.fetchval("SELECT name FROM users") == ("written" if written else "before")
+
+
+@pytest.mark.usefixtures("nobody_left_waiting")
+async def test_a_cancelled_wait_lets_its_own_read_give_its_connection_back(database_url: str, user: int) -> None:
+    """SQLAlchemy logs an error with a traceback for a connection whose closing is cancelled."""
+    closing, go = asyncio.Event(), asyncio.Event()
+    cancelled: list[bool] = []
+    reading: list[object] = []
+
+    async def slowly(_: Connection) -> None:
+        closing.set()
+        try:
+            await go.wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    def on_execute(connection: Any, _1: Any, statement: str, *_: Any) -> None:
+        if "users.name" in statement:
+            reading.append(connection.connection.driver_connection)
+
+    def on_close(connection: Any, _: Any) -> None:
+        if connection.driver_connection in reading:
+            connection.run_async(slowly)
+
+    async with engine_at(database_url, poolclass=NullPool) as engine, AsyncSession(engine) as session:
+        event.listen(engine.sync_engine, "before_cursor_execute", on_execute)
+        event.listen(engine.sync_engine, "close", on_close)
+        wait = waiting(session, User, user)
+        await closing.wait()
+        wait.cancel()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        go.set()
+        await asyncio.wait([wait])
+    assert not cancelled
 
 
 async def asynchronous(_row: User) -> bool:

@@ -34,6 +34,8 @@ from coord.waiting.watcher import Watcher
 
 T = TypeVar("T")
 
+RELEASE_SECONDS = 1.0
+"""That a wait which is cancelled has to end the transaction that it has begun to end."""
 ADOPTION_TIMEOUT_SECONDS = 5.0
 """That the session may take to load what belongs to a row that ends a wait without a deadline."""
 
@@ -182,7 +184,7 @@ class SessionReader(Generic[M]):
                     await connection.execute(SET, {"name": name, "value": value})
                 yield connection
             finally:
-                await end_transaction(session)
+                await interruptible(end_transaction(session), grace=RELEASE_SECONDS)
 
     async def _read(self, connection: AsyncConnection, identified: bool, job_id: UUID | None) -> OwnRow[M]:
         session = AsyncSession(

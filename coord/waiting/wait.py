@@ -23,13 +23,11 @@ from coord.observation import ObservedWait
 from coord.waiting.baseline import Baseline, baseline_of, database_values
 from coord.waiting.handed import HandedWaiter
 from coord.waiting.job_wait import JobWaiter, job_id_of
-from coord.waiting.session_reader import SessionReader
+from coord.waiting.session_reader import RELEASE_SECONDS, SessionReader
 from coord.waiting.waiter import LAST_READ_SECONDS, timed_out
 from coord.waiting.watcher import Watcher
 from coord.waiting.woken import WokenWaiter
 
-RELEASE_SECONDS = 1.0
-"""That a wait which is cancelled has to end the transaction that it has begun to end."""
 RowWaiter = HandedWaiter[M] | WokenWaiter[M]
 
 _NO_JOB = nullcontext()
