@@ -12,6 +12,7 @@ from arq import Retry
 from fastapi import Depends, FastAPI, Response
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
+import coord.waiting.poller
 from coord import (
     Coordinator,
     JobFailedError,
@@ -46,6 +47,12 @@ SECONDS = 0.3
 CLOCK_SECONDS = 0.15
 """By which the clock of Redis may be mistaken: half of what its slowest answer took, on a busy machine."""
 gate: dict[str, asyncio.Event] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_read_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's message says where its time went: a wait that ends by a read before that does not know it."""
+    monkeypatch.setattr(coord.waiting.poller, "DEFERRED_READ_SECONDS", 10.0)
 
 
 async def occupy(ctx: dict[str, Any]) -> None:
