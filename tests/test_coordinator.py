@@ -29,7 +29,7 @@ from tests.clusters import lay
 from tests.models import Account, Base, Item, User
 from tests.proxy import Proxy
 from tests.serving import all_given_back, engine_at, eventually, served
-from tests.waits import registered, waiters, waiting
+from tests.waits import HeldClosing, iterations, registered, waiters, waiting
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -486,35 +486,31 @@ async def test_waits_survive_a_restart_of_postgresql(server_directory: Path, red
 
 
 @pytest.mark.usefixtures("users")
-async def test_a_read_that_is_about_to_end_as_its_coordinator_closes_is_not_cancelled(database_url: str) -> None:
-    """SQLAlchemy logs an error with a traceback for a connection whose closing is cancelled."""
-    engine = create_async_engine(database_url, poolclass=NullPool)  # where a read ends with its connection
-    closing, go, cancelled = asyncio.Event(), asyncio.Event(), []
-
-    async def slowly(_: Connection) -> None:
-        closing.set()
-        try:
-            await go.wait()
-        except asyncio.CancelledError:
-            cancelled.append(True)
-            raise
-
-    coordinator = await Coordinator(maker := async_sessionmaker(engine), read_settings={}).__aenter__()
-    async with maker() as session:
-        wait = waiting(session, User, 1)
-        await registered()
-        event.listen(engine.sync_engine, "close", lambda connection, _: connection.run_async(slowly))
-        await closing.wait()
-        wait.cancel()
-        await asyncio.wait([wait])
-    leaving = asyncio.create_task(coordinator.__aexit__(None, None, None))
-    for _ in range(50):
-        await asyncio.sleep(0)
-    assert not leaving.done()
-    go.set()
-    await leaving
-    await engine.dispose()
-    assert not cancelled
+@pytest.mark.parametrize("cancelled", [False, True])
+async def test_a_read_that_is_about_to_end_as_its_coordinator_closes_is_not_cancelled(
+    database_url: str, cancelled: bool
+) -> None:
+    """SQLAlchemy logs an error with a traceback for that. None is left behind if who closes it is cancelled."""
+    closing = HeldClosing()
+    async with engine_at(database_url, poolclass=NullPool) as engine:  # where a read ends with its connection
+        coordinator = await Coordinator(maker := async_sessionmaker(engine), read_settings={}).__aenter__()
+        async with maker() as session:
+            wait = waiting(session, User, 1)
+            await registered()
+            event.listen(engine.sync_engine, "close", lambda connection, _: connection.run_async(closing))
+            await closing.begun.wait()
+            wait.cancel()
+            await asyncio.wait([wait])
+        leaving = asyncio.create_task(coordinator.__aexit__(None, None, None))
+        await iterations()
+        assert not leaving.done()
+        if cancelled:
+            leaving.cancel()
+            await iterations()
+            assert closing.cancelled
+        closing.go.set()
+        await asyncio.wait([leaving])
+        assert leaving.cancelled() == closing.cancelled == cancelled
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ from coord import (
 from coord.waiting.watcher import Watcher
 from tests.models import Account, Document, Item, Point, Reserved, User
 from tests.serving import all_given_back, engine_at, eventually
-from tests.waits import registered, waiters, waiting
+from tests.waits import HeldClosing, iterations, registered, waiters, waiting
 
 if TYPE_CHECKING:
     from asyncpg import Connection
@@ -516,17 +516,8 @@ async def test_a_wait_that_is_cancelled_as_it_begins_leaves_a_session_that_can_c
 @pytest.mark.usefixtures("nobody_left_waiting")
 async def test_a_cancelled_wait_lets_its_own_read_give_its_connection_back(database_url: str, user: int) -> None:
     """SQLAlchemy logs an error with a traceback for a connection whose closing is cancelled."""
-    closing, go = asyncio.Event(), asyncio.Event()
-    cancelled: list[bool] = []
+    closing = HeldClosing()
     reading: list[object] = []
-
-    async def slowly(_: Connection) -> None:
-        closing.set()
-        try:
-            await go.wait()
-        except asyncio.CancelledError:
-            cancelled.append(True)
-            raise
 
     def on_execute(connection: Any, _1: Any, statement: str, *_: Any) -> None:
         if "users.name" in statement:
@@ -534,19 +525,18 @@ async def test_a_cancelled_wait_lets_its_own_read_give_its_connection_back(datab
 
     def on_close(connection: Any, _: Any) -> None:
         if connection.driver_connection in reading:
-            connection.run_async(slowly)
+            connection.run_async(closing)
 
     async with engine_at(database_url, poolclass=NullPool) as engine, AsyncSession(engine) as session:
         event.listen(engine.sync_engine, "before_cursor_execute", on_execute)
         event.listen(engine.sync_engine, "close", on_close)
         wait = waiting(session, User, user)
-        await closing.wait()
+        await closing.begun.wait()
         wait.cancel()
-        for _ in range(50):
-            await asyncio.sleep(0)
-        go.set()
+        await iterations()
+        closing.go.set()
         await asyncio.wait([wait])
-    assert not cancelled
+    assert not closing.cancelled
 
 
 async def asynchronous(_row: User) -> bool:

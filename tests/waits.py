@@ -24,6 +24,29 @@ def waiting(session: AsyncSession, *arguments: Any, **options: Any) -> asyncio.T
     return asyncio.create_task(wait_for_row_change(session, *arguments, **{"interval": 0.05, "timeout": 10, **options}))
 
 
+class HeldClosing:
+    """The closing of a connection, to be awaited by SQLAlchemy's listener: it lasts until `go`, or is `cancelled`."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = asyncio.Event(), asyncio.Event()
+        self.cancelled = False
+
+    async def __call__(self, connection: Connection) -> None:
+        self.begun.set()
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            connection.terminate()  # or nobody would
+            raise
+
+
+async def iterations(count: int = 50) -> None:
+    """Of the event loop, in which whatever can go on goes on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
 def open_waits() -> int:
     """How many wait in this event loop, as its cap counts them."""
     watchers = coord.waiting.watcher._watchers.get(asyncio.get_running_loop(), {}).values()

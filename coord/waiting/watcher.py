@@ -182,10 +182,12 @@ class Watcher:
 
     async def drain(self) -> None:
         """Stop reads that no wait needs, now and later on; their connections are in the pool again."""
-        await self._ended(DRAIN_SECONDS)
-        self._draining = not self._coordinations
-        for task in self._idle_tasks:
-            task.cancel()
+        try:
+            await self._ended(DRAIN_SECONDS)
+        finally:
+            self._draining = not self._coordinations
+            for task in self._idle_tasks:
+                task.cancel()
         await self._ended(READ_TIMEOUT_SECONDS)
 
     async def _ended(self, limit: float) -> None:

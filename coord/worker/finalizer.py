@@ -39,8 +39,8 @@ MAX_HAND_BACKS = 100
 """How often a job is given back by workers that were told to stop; one that makes them stop must come to an end."""
 HANDED_BACK = f"its worker was told to stop {MAX_HAND_BACKS} times while it ran"
 LOCK_PATIENCE_SECONDS = 900.0
-"""Since its first failure, or the first after it was run again, in which a job does not fail for a lock that it did not
-get: maintenance takes minutes."""
+"""Since its first failure, or the first after its worker has died or it was run again, in which a job does not fail for
+a lock that it did not get: maintenance takes minutes."""
 UNKNOWN_PAUSE_SECONDS = (0.5, 60.0)
 UNTRANSLATABLE = {"22021", "22P05"}
 """A character that the database's encoding does not have (appendix A of PostgreSQL's manual)."""
