@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
-from contextlib import AsyncExitStack
+import weakref
+from contextlib import AsyncExitStack, suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
@@ -37,6 +39,8 @@ from tests.serving import all_given_back, eventually
 from tests.waits import registered, waiters, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from asyncpg import Connection
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 
@@ -100,6 +104,51 @@ async def test_a_job_that_is_done_ends_the_wait_though_nothing_has_changed(
         assert time.monotonic() - began < 1
         assert row.name == "before"
         assert row in session
+
+
+@pytest.mark.parametrize("state", ["done", "failed"])
+@pytest.mark.usefixtures("read_settings")
+async def test_a_wait_that_has_ended_holds_its_session_no_longer(
+    session_maker: SessionMaker, observer: Connection, user: int, job: Job, state: str, reference_counts_alone: None
+) -> None:
+    """A busy process would have hundreds of sessions, each with its rows, between two garbage collections."""
+
+    async def wait() -> weakref.ref[AsyncSession]:
+        async with session_maker() as session:
+            with suppress(JobFailedError):
+                await wait_for_row_change(session, User, user, job=job, timeout=10)
+            return weakref.ref(session)
+
+    task = asyncio.create_task(wait())
+    await registered()
+    await end(observer, state)
+    session = await task
+    await eventually(lambda: session() is None)
+
+
+async def test_a_wait_that_its_bell_has_ended_holds_its_session_no_longer(
+    session_maker: SessionMaker, redis_url: str, user: int, reference_counts_alone: None
+) -> None:
+    async def wait(job: Job) -> weakref.ref[AsyncSession]:
+        async with session_maker() as session:
+            await wait_for_row_change(session, User, user, job=job, interval=NEVER, timeout=10)
+            return weakref.ref(session)
+
+    async with Coordinator(session_maker, redis=redis_url):
+        job = await committed(session_maker, a_task)
+        task = asyncio.create_task(wait(job))
+        await registered()
+        async with job_transaction(delivered(job, session_maker)) as effect:
+            (await effect.get_one(User, user)).name = "after"
+        session = await task
+        await eventually(lambda: session() is None)
+
+
+@pytest.fixture
+def reference_counts_alone() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.mark.parametrize("columns", [["name"], ["id"]])

@@ -61,6 +61,7 @@ class Waiter(Generic[M]):
 
     def __exit__(self, *_error: object) -> None:
         self._poller.remove(self)
+        self.job = self.then = self.error = None  # which refer to it: the session would live until it is collected
 
     def _asleep(self, until: float | None) -> asyncio.Future[None]:
         """To be awaited, and `_awake` called in any case; `on_deadline` is called at `until`, on the loop's clock.

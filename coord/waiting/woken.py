@@ -72,6 +72,10 @@ class WokenWaiter(Waiter[M]):
         self._reason: object = None
         """Why it reads by itself, until that is logged."""
 
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._expected = None  # as for what the waiter itself refers to
+
     async def changed(
         self,
         began: float,
