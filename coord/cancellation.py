@@ -69,7 +69,10 @@ async def interruptible(
         task.cancel()
         await _seen_to_end(task, STOP_TIMEOUT_SECONDS)
         raise TimeoutError
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task  # an error would refer to itself, by its traceback and this frame
 
 
 async def _seen_to_end(task: asyncio.Task[Any], limit: float | None = CLEANUP_TIMEOUT_SECONDS) -> None:
@@ -96,7 +99,10 @@ async def uninterrupted(work: Coroutine[Any, Any, T]) -> T:
     task.add_done_callback(_retrieve)
     task.add_done_callback(lambda _: work.close())  # which has not begun if the loop ends just now
     await _seen_to_end(task, None)
-    return task.result()
+    try:
+        return task.result()
+    finally:
+        del task
 
 
 async def cleaned_up(work: Coroutine[Any, Any, T]) -> T | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from sqlalchemy import delete
-from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 
 from coord import Coordinator, JobState
 from tests.counter import PROBLEM, URN, changed, counter, do, end, jobs_of, placed, runs, the_job
 from tests.proxy import Proxy
-from tests.serving import served
+from tests.serving import eventually, served
 from tests.waits import registered
 from worker.models import Order
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     import httpx
-    from sqlalchemy.ext.asyncio import AsyncSession
 
     SessionMaker = async_sessionmaker[AsyncSession]
 
@@ -60,6 +60,30 @@ async def test_a_change_that_somebody_else_makes_is_the_answer_too(
     await registered()
     await changed(session_maker, order_id)
     assert (await asking).json()["status"] == "fulfilled"
+
+
+@pytest.mark.parametrize("state", [JobState.DONE, JobState.FAILED, None])
+async def test_an_answer_leaves_no_session_to_the_garbage_collector(
+    http: httpx.AsyncClient, session_maker: SessionMaker, order_id: int, state: JobState | None
+) -> None:
+    """Least of all that the job goes on, which is said when there is much to do."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = sessions_alive()
+        asking = fulfilling(http, order_id, None if state else "wait=0")
+        job = await the_job(session_maker)
+        if state:
+            await registered()
+            await (do(session_maker, job) if state is JobState.DONE else end(session_maker, job, state))
+        assert (await asking).status_code == {JobState.DONE: 200, JobState.FAILED: 500, None: 202}[state]
+        await eventually(lambda: sessions_alive() <= before)
+    finally:
+        gc.enable()
+
+
+def sessions_alive() -> int:
+    return sum(isinstance(each, AsyncSession) for each in gc.get_objects())
 
 
 @pytest.mark.parametrize(

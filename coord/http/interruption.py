@@ -41,6 +41,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T |
             return task.result() if task.done() else None
         finally:
             await uninterrupted(ended(task, left))
+            del task, ends  # its error would refer to itself, by its traceback and this frame
 
 
 async def _disconnected(request: Request) -> None:
