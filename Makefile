@@ -59,7 +59,7 @@ faults: $(READY) ## every part under every fault, in under fifteen minutes, and 
 bench-waiting: $(BENCH) ## measure how waits scale, in five to fifteen minutes, and write docs/benchmarks.md
 	@$(BIN)/python -m benchmarks.waiting
 
-bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in 40 minutes, and write docs/roundtrip.md
+bench-roundtrip: $(BENCH) ## measure the round trip beside its peers, in half an hour or more, and write docs/roundtrip.md
 	@$(BIN)/python -m benchmarks.roundtrip
 
 bench-scaling: $(BENCH) ## measure more processes, in six minutes, and write docs/scaling.md

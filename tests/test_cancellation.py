@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,11 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_asyn
 
 import coord.cancellation
 from coord import LockTimeoutError, create_db_context, enqueue, lock_tables, wait_for_row_change
-from coord.cancellation import cleaned_up, interruptible
+from coord.cancellation import cleaned_up, interruptible, uninterrupted
 from coord.retryable import is_retryable
 from tests.models import Item, User
 from tests.proxy import Proxy
 from tests.serving import eventually
+from tests.waits import iterations
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
@@ -188,6 +191,29 @@ async def test_work_whose_time_is_up_has_stopped_before_its_caller_goes_on() -> 
     with pytest.raises(TimeoutError):
         await interruptible(work(), limit=0.01)
     assert stopped
+
+
+@pytest.mark.parametrize("seen_to_end", [interruptible, uninterrupted])
+async def test_an_error_of_the_works_leaves_nothing_to_the_garbage_collector(seen_to_end: Any) -> None:
+    class Request:
+        pass
+
+    async def work() -> None:
+        raise OSError
+
+    async def caller() -> weakref.ref[Request]:
+        request = Request()
+        with suppress(OSError):
+            await seen_to_end(work())
+        return weakref.ref(request)
+
+    gc.disable()
+    try:
+        request = await caller()
+        await iterations()  # the work's task has callbacks to run
+        assert request() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("what", ["enqueue", "lock_tables"])
